@@ -127,8 +127,8 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def parse(config_class: type[C], recipe: str, argv: list[str]) -> tuple[C, Path, list[str]]:
-    """(settings, path of the DeepSpeed JSON, the settings that the command line overrode) from a recipe's arguments."""
+def parse(config_class: type[C], recipe: str, argv: list[str]) -> tuple[C, Path]:
+    """(settings, path of the DeepSpeed JSON) from a recipe's arguments."""
     recipe_path = Path(recipe).resolve()
     help_texts = comments(config_class)
     doc = sys.modules[config_class.__module__].__doc__
@@ -152,10 +152,10 @@ def parse(config_class: type[C], recipe: str, argv: list[str]) -> tuple[C, Path,
         raise UserError(f"--deepspeed_config is missing; for example --deepspeed_config {shown(folder / 'zero2.json')}")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     yaml_path = Path(options.config) if options.config else recipe_path.with_suffix(".yaml")
-    return load(config_class, yaml_path, given, options.quick), Path(options.deepspeed_config), sorted(given)
+    return load(config_class, yaml_path, given, options.quick), Path(options.deepspeed_config)
 
 
-def cli(main: Callable[..., Any], config_class: type) -> None:
+def cli(main: Callable[..., Any], config_class: type[Any]) -> None:
     """Run a recipe from the command line: read the settings, check the DeepSpeed JSON against them, call `main(cfg, ds_config)`.
 
     A UserError ends every rank with exit code 2 and one line on rank 0. An unexpected error is a bug and keeps its traceback.
@@ -166,7 +166,7 @@ def cli(main: Callable[..., Any], config_class: type) -> None:
     recipe = sys.modules[main.__module__].__file__ or ""
     console = os.fdopen(os.dup(2), "w")  # a run sends the process's own output to its log; errors must still be seen
     try:
-        cfg, ds_path, _ = parse(config_class, recipe, sys.argv[1:])
+        cfg, ds_path = parse(config_class, recipe, sys.argv[1:])
         main(cfg, load_ds_config(ds_path, cfg, world_size))
     except UserError as error:
         if rank == 0:

@@ -32,16 +32,20 @@ Batch = dict[str, torch.Tensor]
 # --- rows ---------------------------------------------------------------------------------------------------------------
 
 
-def load_rows(dataset: str, text: dict[str, str], label: dict[str, str] | None = None) -> dict[str, Dataset]:
+def load_rows(dataset: str, max_rows: int | None, text: dict[str, str], label: dict[str, str] | None = None) -> dict[str, Dataset]:
     """The splits "train", "validation" and "test" of a data set, each row checked, every column as text.
 
     dataset: a built-in sample, a .jsonl, .csv or .parquet file, a folder of such files, or an id on the Hugging Face hub.
+    max_rows: take only so many rows of each split, drawn at random; None: all.
     text, label: the columns to keep, as {name here: name in the data}. A label may be a number or a hub's class label.
     A split that the data does not have is taken out of its training rows, by a hash of the text: a tenth each.
     In a folder, files whose names begin with train, validation (valid, val, dev) or test are those splits.
     Rank 0 loads first, the others from its cache. Raises UserError, naming file and row where there are any.
     """
-    return ranks.rank0_first(lambda: _load_rows(dataset, text, label or {}))
+    splits = ranks.rank0_first(lambda: _load_rows(dataset, text, label or {}))
+    if max_rows is None:
+        return splits
+    return {split: rows.shuffle(seed=0).select(range(min(max_rows, len(rows)))) for split, rows in splits.items()}
 
 
 def _load_rows(dataset: str, text: dict[str, str], label: dict[str, str]) -> dict[str, Dataset]:
@@ -83,11 +87,8 @@ def _load_rows(dataset: str, text: dict[str, str], label: dict[str, str]) -> dic
 
 def _files(path: Path) -> dict[str, list[Path]]:
     """Split -> files. A single file, or a folder without files named after splits, is all training rows."""
-    if path.is_file():
-        found = [path]
-    else:
-        found = sorted(file for file in path.iterdir() if file.suffix in FORMATS and file.is_file())
-    if not found or path.is_file() and path.suffix not in FORMATS:
+    found = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in FORMATS and file.is_file())
+    if not found or (path.is_file() and path.suffix not in FORMATS):
         raise UserError(f"dataset {path}: no {', '.join(FORMATS)} files there")
     if len({FORMATS[file.suffix] for file in found}) > 1:
         raise UserError(f"dataset {path}: files of more than one format: {', '.join(file.name for file in found)}; keep one")
@@ -103,18 +104,17 @@ def _files(path: Path) -> dict[str, list[Path]]:
 def _load_files(files: dict[str, list[Path]], columns: dict[str, str], text_columns: set[str]) -> DatasetDict:
     kind = FORMATS[next(iter(files.values()))[0].suffix]
     options = {"dtype": str, "keep_default_na": False} if kind == "csv" else {}  # no guessing: "NA" and "007" are text
+    cause: BaseException | None = None
     try:
         loaded = load_dataset(kind, data_files={split: [str(file) for file in part] for split, part in files.items()}, **options)
         wrong = any(
-            rows.data.column(column).null_count or column in text_columns and rows.features[column] != Value("string")
+            rows.data.column(column).null_count or (column in text_columns and rows.features[column] != Value("string"))
             for rows in loaded.values()
             for column in columns.values()
             if column in rows.column_names
         )
     except Exception as error:  # whatever the reader of this format raises
         wrong, cause = True, error.__cause__ or error
-    else:
-        cause = None
     if wrong:
         for file in itertools.chain.from_iterable(files.values()):
             _find_bad_row(file, columns.values(), text_columns)
@@ -134,9 +134,9 @@ def _rows_of_file(file: Path) -> Iterator[tuple[str, Any]]:
             raise UserError(f"{shown(file)}: not a readable Parquet file: {error}") from None
         return
     lines: list[tuple[int, str]] = []
-    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
+    for number, raw in enumerate(file.read_bytes().split(b"\n"), 1):
         try:
-            lines.append((number, line.decode("utf-8-sig" if number == 1 else "utf-8")))
+            lines.append((number, raw.decode("utf-8-sig" if number == 1 else "utf-8")))
         except UnicodeDecodeError as error:
             raise UserError(f"{shown(file)}, line {number}: byte {error.object[error.start]:#04x} is not UTF-8; convert the file to UTF-8") from None
     if file.suffix == ".csv":
@@ -198,7 +198,7 @@ def _as_text(rows: Dataset, column: str, where: str, number_allowed: bool) -> Da
         return rows.map(lambda batch: {column: feature.int2str(batch[column])}, batched=True, features=rows.features.copy() | {column: Value("string")})
     if feature == Value("string"):
         return rows
-    if feature == Value("large_string") or number_allowed and isinstance(feature, Value) and "int" in feature.dtype:
+    if feature == Value("large_string") or (number_allowed and isinstance(feature, Value) and "int" in feature.dtype):
         return rows.cast_column(column, Value("string"))
     raise UserError(f"{where}: expected {'text or whole numbers' if number_allowed else 'text'}, found {feature}")
 

@@ -128,7 +128,7 @@ def _agree(config: dict[str, Any], key: str, value: Any, name: str, setting: str
     if config.get(key, "auto") == "auto":
         config[key] = value
     elif config[key] != value or isinstance(config[key], bool) != isinstance(value, bool):
-        raise UserError(f"{name}: {key} is {config[key]}, but {setting} is {shown_value}; make them equal, or write \"auto\" in the JSON")
+        raise UserError(f'{name}: {key} is {config[key]}, but {setting} is {shown_value}; make them equal, or write "auto" in the JSON')
 
 
 def _check_keys(config: dict[str, Any], name: str) -> None:
@@ -218,7 +218,7 @@ def _check_precision(config: dict[str, Any], name: str, precision: str) -> None:
         for inner in [inner for inner, value in section.items() if value == "auto" and inner != "enabled"]:
             del section[inner]  # the HF Trainer has no value of its own for the loss scale: DeepSpeed's default stands
         stated = section.get("enabled", "auto")
-        if stated != "auto" and stated != (precision == key):
+        if stated not in ("auto", precision == key):
             stated_as = f"{key}.enabled is {str(stated).lower()}"
             raise UserError(f'{name}: {stated_as}, but precision is {precision}; make them agree, or write "auto" in the JSON')
         if precision == key:

@@ -64,6 +64,7 @@ def load_model(build: Callable[[], PreTrainedModel], ds_config: dict[str, Any], 
         # Without no_init_weights, transformers would initialize empty shards, and the model would start from other weights.
         with deepspeed.zero.Init(config_dict_or_path=ds_config), initialization.no_init_weights():
             model = model_class(config)
+            model.tie_weights()  # which is part of the initialization that was left out
         source = dict(whole[0].named_parameters()) if whole else {}
         with torch.no_grad():
             for name, parameter in model.named_parameters():

@@ -69,7 +69,7 @@ def on_rank0(do: Callable[[], T]) -> T:
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise UserError(outcome[1])
-    return outcome[0]  # type: ignore[no-any-return]
+    return outcome[0]
 
 
 def rank0_first(do: Callable[[], T]) -> T:

@@ -44,7 +44,7 @@ class Run:
                 ds_config[section] = {"output_path": str(self.folder), "job_name": section, **ds_config[section]}
         self.total_steps = 0
         self._pending: list[dict[str, Any]] = []  # one a step since the last flush, losses still on the device
-        self._last: dict[str, float] = {}
+        self._unseen: list[tuple[float, int, float]] = []  # (loss, tokens, seconds) of the steps since progress was last shown
         self._bar: tqdm[Any] | None = None
         self._monitor: Any = None
 
@@ -116,8 +116,7 @@ class Run:
         if ranks.rank() == 0 and self._console.isatty():
             self._bar = tqdm(total=self.total_steps, file=self._console, unit="step", dynamic_ncols=True, leave=True)
         self._loop_started = self._flushed_at = time.perf_counter()
-        for step in range(1, self.total_steps + 1):
-            yield step
+        yield from range(1, self.total_steps + 1)
         self._flush()
         if self._bar is not None:
             self._bar.close()
@@ -145,24 +144,30 @@ class Run:
             entry["grad_norm"] = None if entry["grad_norm"] is None else float(entry["grad_norm"])
             if not math.isfinite(loss):
                 self._write(pending)
-                raise UserError(f"the loss is {loss} at step {entry['step']}; see {shown(self.folder / 'metrics.jsonl')}, and try a lower learning_rate or precision fp32")
+                raise UserError(
+                    f"the loss is {loss} at step {entry['step']}; see {shown(self.folder / 'metrics.jsonl')}, and try a lower learning_rate or precision fp32"
+                )
         self._write(pending)
-        self._last = {"loss": sum(losses) / len(losses), "tokens_per_second": sum(tokens) / (now - self._flushed_at)}
+        self._unseen += [(loss, count, step_seconds) for loss, count in zip(losses, tokens, strict=True)]
         self._show_progress(pending[-1]["step"], len(pending))
         self._flushed_at = time.perf_counter()
 
     def _show_progress(self, step: int, since_last: int) -> None:
+        """On a terminal move the bar, elsewhere print a line at each tenth of the run; the loss is the mean since the last time."""
         if ranks.rank() != 0:
             return
+        next_line = step * PLAIN_LINES // self.total_steps > (step - since_last) * PLAIN_LINES // self.total_steps
+        if self._bar is None and not next_line:
+            return
+        losses, tokens, seconds = (sum(column) for column in zip(*self._unseen, strict=True))
+        shown_now = f"loss {losses / len(self._unseen):.4f}  {tokens / seconds:,.0f} tokens/s"
+        self._unseen = []
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {self._last['loss']:.4f}, {self._last['tokens_per_second']:,.0f} tokens/s", refresh=False)
+            self._bar.set_postfix_str(shown_now, refresh=False)
             self._bar.update(since_last)
-        elif step * PLAIN_LINES // self.total_steps > (step - since_last) * PLAIN_LINES // self.total_steps:
-            left = (time.perf_counter() - self._loop_started) / step * (self.total_steps - step)
-            self.say(
-                f"step {step}/{self.total_steps}  loss {self._last['loss']:.4f}  {self._last['tokens_per_second']:,.0f} tokens/s  "
-                f"{int(left) // 60}:{int(left) % 60:02d} left"
-            )
+        else:
+            left = int((time.perf_counter() - self._loop_started) / step * (self.total_steps - step))
+            self.say(f"step {step}/{self.total_steps}  {shown_now}  {left // 60}:{left % 60:02d} left")
 
     def _write(self, entries: list[dict[str, Any]]) -> None:
         if ranks.rank() != 0:

@@ -40,6 +40,7 @@ class Config:
     dataset: str  # "docstrings" (built in), a .jsonl, .csv or .parquet file, a folder of them, or a hub id
     text_column: str  # the column to read
     label_column: str  # the column to predict; text or whole numbers
+    max_rows: PositiveInt | None  # rows to take of each split, drawn at random; null: all
     run_dir: str | None  # where the run is written; null: runs/<recipe>-<config>-<time>
     overwrite: bool  # whether a run that is there already is deleted
     monitor: Literal["tensorboard", "wandb"] | None  # DeepSpeed's monitor to log to; metrics.jsonl is always written
@@ -118,7 +119,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
 
     # Data: texts and labels to token ids.
     check_max_length(cfg.max_length, ranks.rank0_first(lambda: load_config(cfg.model)))
-    splits = load_rows(cfg.dataset, text={"text": cfg.text_column}, label={"label": cfg.label_column})
+    splits = load_rows(cfg.dataset, cfg.max_rows, text={"text": cfg.text_column}, label={"label": cfg.label_column})
     label_names = label_ids(splits)
     tokenizer = AutoTokenizer.from_pretrained(model_folder(cfg.model))
     arguments = {"tokenizer": tokenizer, "label_names": label_names, "max_length": cfg.max_length}
@@ -136,7 +137,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     true_stage0(engine)
     run.attach(engine)
     truncated = sum(train["truncated"])
-    run.header(model, {name: len(rows) for name, rows in tokenized.items()}, [f"{truncated:,} training texts truncated to {cfg.max_length} tokens"])
+    run.header(model, {name: len(rows) for name, rows in tokenized.items()}, [f"{truncated:,} training texts truncated to {cfg.max_length} tokens"] if truncated else [])
 
     for step in run.steps():
         micro_batches = next(batches)  # this rank's share of one optimizer step

@@ -1,0 +1,179 @@
+#!/usr/bin/env bash
+# The one command of this repository: trains a recipe, or runs the tests. It prints the deepspeed command that it runs.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+usage() {
+  cat <<EOF
+./launch.sh <recipe> [options] [recipe settings]   train
+./launch.sh <recipe> --help                        the recipe's settings
+./launch.sh test [--quick] [pytest arguments]      linter, type checker, tests (--quick: those of under a minute)
+./launch.sh --help                                 this text
+
+options:
+  --stage 0|1|2|3    ZeRO stage: takes ds_configs/<recipe>/zero<stage>.json (default: 2)
+  --ds_config FILE   any DeepSpeed JSON instead; also a name from ds_configs/<recipe>, such as zero3_offload
+  --ranks N          processes, one a GPU (default: all GPUs, or 2 on a CPU)
+  --dry_run          print the deepspeed command and stop
+  --quick            a run of a few seconds, with the settings of the YAML's 'quick:' section
+
+recipe settings win over recipes/<recipe>.yaml, for example: --learning_rate 1e-4 --max_steps 100 --run_dir runs/try
+
+recipes: $(recipes)
+EOF
+}
+
+recipes() {
+  local found=()
+  for yaml in "$root"/recipes/*.yaml; do
+    found+=("$(basename "$yaml" .yaml)")
+  done
+  echo "${found[*]}"
+}
+
+# True where the Python $1 has all that requirements.txt names. Other versions than those pinned are used as they are and named,
+# for the driver decides which torch a machine can have; DeepSpeed alone must be the pinned one, whose behaviour was measured.
+satisfied() {
+  "$1" - "$root/requirements.txt" <<'EOF' 2>/dev/null
+import importlib.metadata, re, sys
+differs = []
+for line in open(sys.argv[1]):
+    pinned = re.match(r"([\w.-]+)==([\w.]+)", line)
+    if pinned:
+        name, wanted = pinned.groups()
+        found = importlib.metadata.version(name).split("+")[0]  # raises where it is missing
+        if found != wanted:
+            differs.append(f"{name} {found} ({wanted})")
+            if name == "deepspeed":
+                sys.exit(1)
+if sys.version_info < (3, 10):
+    sys.exit(1)
+if differs:
+    print("note: other versions than the tested ones: " + ", ".join(differs))
+EOF
+}
+
+# Sets $bin to the folder of an environment that has what is needed: the active one, or .venv, made at the first call.
+environment() {
+  local active
+  active=$(command -v python3 || true)
+  [ -n "$active" ] || fail "there is no python3; install Python 3.10 or newer"
+  if satisfied "$active"; then
+    bin=$("$active" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
+    python=$active
+    return
+  fi
+  bin=$root/.venv/bin
+  python=$bin/python
+  if [ -x "$python" ] && satisfied "$python"; then
+    return
+  fi
+  "$active" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "python3 is $("$active" -V), but 3.10 or newer is needed"
+  echo "Installing requirements.txt into .venv (once; a few minutes and a few GB) ..."
+  "$active" -m venv "$root/.venv" || fail "cannot make .venv; on Debian and Ubuntu: apt install python3-venv"
+  "$python" -m pip install --disable-pip-version-check -r "$root/requirements.txt" | sed -un 's/^Collecting \([^ ]*\).*/  \1/p'
+  satisfied "$python" || fail "the installation did not succeed; see: $python -m pip install -r requirements.txt"
+}
+
+gpus() {
+  "$python" -c 'import torch; print(torch.cuda.device_count())'
+}
+
+run_tests() {
+  cd "$root"
+  if [ "${1:-}" = --quick ]; then
+    shift
+    set -- -m "not slow" "$@"
+  fi
+  "$bin/ruff" check .
+  "$bin/ruff" format --check .
+  "$bin/mypy"
+  "$bin/shellcheck" launch.sh .ci/run
+  "$python" -m pytest "$@"
+}
+
+# Runs "$@" in a session of its own and passes signals on to all of it: a signal to `deepspeed` alone would leave its ranks running.
+run_as_group() {
+  local status=0
+  setsid --wait "$@" &
+  local group=$!
+  trap 'kill -TERM -- -"$group" 2>/dev/null' INT TERM HUP
+  wait "$group" || status=$?
+  while kill -0 -- -"$group" 2>/dev/null; do # interrupted by a signal: until all of them are gone
+    sleep 0.2
+  done
+  return "$status"
+}
+
+main() {
+  case "${1:-}" in
+    --help | -h | "") usage; exit 0 ;;
+    test) shift; environment; run_tests "$@"; exit 0 ;;
+    -*) fail "the recipe comes first: ./launch.sh <recipe> [options]; recipes: $(recipes)" ;;
+  esac
+  local recipe=${1%.py}
+  recipe=${recipe#recipes/}
+  shift
+  [ -f "$root/recipes/$recipe.py" ] || fail "there is no recipes/$recipe.py; recipes: $(recipes)"
+
+  local stage="" ds_config="" ranks="" dry_run="" help="" settings=()
+  while [ $# -gt 0 ]; do
+    case "$1" in
+      --stage=* | --ds_config=* | --ranks=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
+      --stage | --ds_config | --ranks)
+        [ $# -ge 2 ] || fail "$1 needs a value"
+        declare "${1#--}=$2"
+        shift 2
+        ;;
+      --dry_run) dry_run=yes; shift ;;
+      --help | -h) help=yes; shift ;;
+      *) settings+=("$1"); shift ;;
+    esac
+  done
+
+  local folder=$root/ds_configs/$recipe
+  if [ -n "$stage" ] && [ -n "$ds_config" ]; then
+    fail "--stage $stage and --ds_config $ds_config both choose a DeepSpeed config; give one of them"
+  elif [ -z "$ds_config" ]; then
+    case "${stage:-2}" in 0 | 1 | 2 | 3) ;; *) fail "--stage is $stage; it must be 0, 1, 2 or 3" ;; esac
+    ds_config=$folder/zero${stage:-2}.json
+  elif [ ! -f "$ds_config" ] && [ -f "$folder/${ds_config%.json}.json" ]; then
+    ds_config=$folder/${ds_config%.json}.json
+  fi
+  [ -f "$ds_config" ] || fail "there is no $ds_config; in ds_configs/$recipe: $(cd "$folder" 2>/dev/null && echo *.json)"
+
+  environment
+  if [ -n "$help" ]; then
+    exec "$python" "$root/recipes/$recipe.py" --help
+  fi
+  local count
+  count=$(gpus)
+  if [ "$count" = 0 ]; then
+    export DS_ACCELERATOR=cpu
+  fi
+  if [ -z "$ranks" ]; then
+    ranks=$((count > 0 ? count : 2))
+  fi
+  [[ $ranks =~ ^[1-9][0-9]*$ ]] || fail "--ranks is $ranks; it must be a whole number from 1 up"
+  [ "$count" = 0 ] || [ "$ranks" -le "$count" ] || fail "--ranks is $ranks, but there are $count GPUs"
+
+  # A free port, so that two runs on one machine do not meet.
+  local port
+  port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+  local command=("$bin/deepspeed" --quiet --num_accelerators "$ranks" --master_port "$port"
+    "$root/recipes/$recipe.py" --deepspeed_config "$ds_config" ${settings[@]+"${settings[@]}"})
+  printf '%q ' "${command[@]/#"$PWD/"/}"
+  echo
+  if [ -n "$dry_run" ]; then
+    exit 0
+  fi
+  run_as_group "${command[@]}"
+}
+
+main "$@"

@@ -1,0 +1,204 @@
+"""Pre-train a decoder that predicts the next token.
+
+    ./launch.sh causal_lm --stage 2
+    deepspeed --num_accelerators 2 recipes/causal_lm.py --deepspeed_config ds_configs/causal_lm/zero2.json
+
+The default trains a small Llama and its byte-level BPE from scratch on the State of the Union addresses, and compares it with a
+unigram model. `--model <hub id or folder>` goes on training a pre-trained decoder instead, with its own tokenizer.
+
+Method: minimize the mean of -log p(token | the tokens before it in its block). Documents are joined, with an end-of-text token
+after each, and cut into full blocks, so that nothing is padded (Brown et al. 2020, GPT-3, section 2.3; as there, a block may hold
+the end of one document and the beginning of the next, and attention runs across).
+
+Change first: the YAML beside this file (data, sizes), then build_model() and tokenize().
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import deepspeed
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from tokenizers import ByteLevelBPETokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, get_scheduler
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
+from lib import evaluation, ranks
+from lib.config import UserError, cli
+from lib.data import IGNORED, Batch, Blocks, evaluation_batches, load_rows, token_stream, training_batches
+from lib.model import check_max_length, export, hub_errors, load_config, load_model, make_adamw, model_folder, true_stage0
+from lib.run import Run, total_steps
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+@dataclass
+class Config:
+    model: str | None  # a folder or hub id to go on training; null: from scratch, as the next seven settings say
+    architecture: str  # transformers' name for it: llama, gpt2, qwen3, ...
+    vocab_size: PositiveInt  # tokens of the byte-level BPE; at least 257
+    hidden_size: PositiveInt  # width of the residual stream; a multiple of num_heads
+    intermediate_size: PositiveInt  # width inside the MLPs (architectures that have no such setting use their own)
+    num_layers: PositiveInt  # decoder layers
+    num_heads: PositiveInt  # attention heads
+    tie_embeddings: bool  # whether the output layer is the transposed input embedding
+    dataset: str  # "sotu" (built in), a .jsonl, .csv or .parquet file, a folder of them, or a hub id
+    text_column: str  # the column to read, one document a row
+    max_rows: PositiveInt | None  # rows to take of each split, drawn at random; null: all
+    run_dir: str | None  # where the run is written; null: runs/<recipe>-<config>-<time>
+    overwrite: bool  # whether a run that is there already is deleted
+    monitor: Literal["tensorboard", "wandb"] | None  # DeepSpeed's monitor to log to; metrics.jsonl is always written
+    seed: int  # of the weights, the order of the blocks and the samples
+    precision: Literal["fp32", "bf16", "fp16"]  # of the forward and backward pass; the optimizer's is always fp32
+    batch_size: PositiveInt  # blocks an optimizer step, over all ranks
+    max_steps: PositiveInt | None  # optimizer steps; null: epochs decide
+    epochs: PositiveFloat | None  # passes over the training blocks; null: max_steps decide
+    max_length: PositiveInt  # tokens a block
+    learning_rate: PositiveFloat  # the highest, after the warm-up
+    lr_schedule: Literal["linear", "cosine", "constant"]  # what the learning rate does after the warm-up
+    warmup_steps: NonNegativeInt  # optimizer steps over which the learning rate rises from 0
+    weight_decay: NonNegativeFloat  # of matrices and embeddings, not of biases and norms
+    gradient_clipping: NonNegativeFloat  # highest norm of the gradient; 0: no clipping
+    eval_every: PositiveInt | None  # steps between scores on the validation documents; null: none
+    log_every: PositiveInt  # steps between writes to metrics.jsonl, which has every step
+    prompt: str  # what the samples begin with
+    samples: NonNegativeInt  # texts to generate in the end
+    sample_tokens: PositiveInt  # tokens of each
+
+
+def train_tokenizer(texts: Dataset, vocab_size: int, folder: Path) -> None:
+    """Learn a byte-level BPE (any text encodes to it and back without loss) and save it to `folder`."""
+    if vocab_size < 257:
+        raise UserError(f"vocab_size is {vocab_size}; it must hold 256 bytes and the end-of-text token: 257 or more")
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator((text for text in texts["text"]), vocab_size, special_tokens=[END_OF_TEXT], show_progress=False)
+    PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT).save_pretrained(folder)
+
+
+def build_model(cfg: Config, vocab_size: int, end_of_text: int) -> torch.nn.Module:
+    """The decoder, whole, in host memory: pre-trained, or at random."""
+    if cfg.model is not None:
+        with hub_errors(cfg.model):
+            return AutoModelForCausalLM.from_pretrained(model_folder(cfg.model), dtype=torch.float32)
+    if cfg.hidden_size % cfg.num_heads:
+        raise UserError(f"hidden_size {cfg.hidden_size} is no multiple of num_heads {cfg.num_heads}")
+    with hub_errors(cfg.architecture):
+        config = AutoConfig.for_model(
+            cfg.architecture, vocab_size=vocab_size, hidden_size=cfg.hidden_size, intermediate_size=cfg.intermediate_size,
+            num_hidden_layers=cfg.num_layers, num_attention_heads=cfg.num_heads, num_key_value_heads=cfg.num_heads,
+            max_position_embeddings=cfg.max_length, tie_word_embeddings=cfg.tie_embeddings,
+            bos_token_id=end_of_text, eos_token_id=end_of_text, pad_token_id=None,
+        )  # fmt: skip
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def tokenize(rows: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Any]]:
+    """Documents -> token ids, an end-of-text token after each."""
+    encoded = tokenizer(rows["text"], add_special_tokens=False, verbose=False)  # verbose: a document may exceed the model's limit
+    return {"input_ids": [[*ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]}
+
+
+def collate(blocks: dict[str, Any]) -> Batch:
+    """Blocks -> input_ids and labels (the token after each), [rows, max_length]."""
+    return {name: torch.from_numpy(values) for name, values in blocks.items()}
+
+
+def loss_sum(engine: Any, batch: Batch) -> torch.Tensor:
+    """The summed cross entropy of a batch's labels, in nats and fp32."""
+    logits = engine(input_ids=batch["input_ids"]).logits.float()
+    return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def evaluate(engine: Any, blocks: Blocks, text_bytes: int, batch_size: int) -> dict[str, float]:
+    """Perplexity a token and bits a byte over all blocks, each counted once, the same on every rank."""
+    engine.eval()
+    total = torch.zeros(2, dtype=torch.float64, device=engine.device)  # nats, tokens
+    with torch.no_grad():
+        for batch, numbers in evaluation_batches(blocks, collate, batch_size, engine.device):
+            batch["labels"][numbers < 0] = IGNORED  # fillers
+            total += torch.stack([loss_sum(engine, batch).double(), (batch["labels"] != IGNORED).sum()])
+    engine.train()
+    nats, tokens = ranks.all_sum(total).tolist()
+    return evaluation.language_model_scores(nats, int(tokens), text_bytes)
+
+
+def generate(engine: Any, tokenizer: PreTrainedTokenizerBase, cfg: Config) -> list[str]:
+    """`samples` texts that go on from `prompt`. Every rank draws the same ones, as ZeRO-3 needs all of them for each token."""
+    prompt = tokenizer([cfg.prompt] * cfg.samples, add_special_tokens=False, return_tensors="pt").to(engine.device)
+    torch.manual_seed(cfg.seed)
+    tokens = engine.module.generate(
+        input_ids=prompt["input_ids"], attention_mask=prompt["attention_mask"], do_sample=True, top_k=50, temperature=0.8,
+        max_new_tokens=cfg.sample_tokens, pad_token_id=tokenizer.eos_token_id, synced_gpus=engine.zero_optimization_stage() == 3,
+    )  # fmt: skip
+    return [str(text) for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+
+def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
+    device = ranks.init()
+    run = Run(cfg, ds_config, __file__)
+    micro_batch_size, accumulation_steps = ds_config["train_micro_batch_size_per_gpu"], ds_config["gradient_accumulation_steps"]
+
+    # Data: documents to one stream of tokens a split, to blocks.
+    splits = load_rows(cfg.dataset, cfg.max_rows, text={"text": cfg.text_column})
+    if cfg.model is None:
+        ranks.on_rank0(lambda: train_tokenizer(splits["train"], cfg.vocab_size, run.folder / "model"))
+        tokenizer = AutoTokenizer.from_pretrained(run.folder / "model")
+    else:
+        check_max_length(cfg.max_length, ranks.rank0_first(lambda: load_config(cfg.model or "")))
+        tokenizer = AutoTokenizer.from_pretrained(model_folder(cfg.model))
+    columns = splits["train"].column_names
+    tokenized = ranks.rank0_first(
+        lambda: {
+            name: rows.map(tokenize, batched=True, batch_size=100, fn_kwargs={"tokenizer": tokenizer}, remove_columns=columns) for name, rows in splits.items()
+        }
+    )
+    streams = {name: token_stream(rows) for name, rows in tokenized.items()}
+    text_bytes = {name: sum(len(text.encode()) for text in splits[name]["text"]) for name in ("validation", "test")}
+    train = Blocks(streams["train"], cfg.max_length, drop_last=True)
+    validation, test = (Blocks(streams[name], cfg.max_length, drop_last=False) for name in ("validation", "test"))
+    if len(train) == 0:
+        raise UserError(f"dataset {cfg.dataset}: its {len(streams['train'])} training tokens do not fill one block; set a smaller --max_length")
+    batches = training_batches(train, collate, cfg.batch_size, micro_batch_size, cfg.seed, device)
+    run.total_steps = total_steps(cfg.max_steps, cfg.epochs, len(train), cfg.batch_size)
+
+    # Model, optimizer, engine.
+    model = load_model(lambda: build_model(cfg, len(tokenizer), tokenizer.eos_token_id), ds_config, cfg.seed)
+    optimizer = make_adamw(model, ds_config, cfg.learning_rate, cfg.weight_decay)
+    schedule = get_scheduler(cfg.lr_schedule, optimizer, cfg.warmup_steps, run.total_steps)
+    engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
+    true_stage0(engine)
+    run.attach(engine)
+    run.header(model, {f"{name} tokens": len(stream) for name, stream in streams.items()})
+
+    for step in run.steps():
+        micro_batches = next(batches)  # this rank's share of one optimizer step
+        learning_rate = schedule.get_last_lr()[0]
+        labels = ranks.all_sum(torch.stack([(batch["labels"] != IGNORED).sum() for batch in micro_batches]).sum())  # over every rank and micro-batch
+        step_loss = torch.zeros((), device=device)
+        for batch in micro_batches:
+            loss = loss_sum(engine, batch) / labels
+            engine.backward(loss * accumulation_steps * ranks.world_size())  # undoes DeepSpeed's two divisions
+            engine.step()  # changes the weights after the last micro-batch only
+            step_loss += loss.detach()
+        run.log_step(step, step_loss, labels, learning_rate, engine.get_global_grad_norm())
+        if run.due(step, cfg.eval_every):
+            run.log_evaluation(step, "validation", evaluate(engine, validation, text_bytes["validation"], micro_batch_size))
+
+    export(engine, tokenizer, run.folder / "model")
+    scores = evaluate(engine, test, text_bytes["test"], micro_batch_size)
+    run.log_evaluation(run.total_steps, "test", scores)
+    texts = generate(engine, tokenizer, cfg) if cfg.samples else []
+    (run.folder / "samples.txt").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+    for text in texts:
+        run.say(f"sample   {' '.join(text.split())}")
+    baseline = evaluation.unigram(streams["train"], streams["test"], len(tokenizer), text_bytes["test"])
+    run.finish({f"this model, {len(streams['test']):,} test tokens": scores, "unigram": baseline})
+    return {"model": scores, "unigram": baseline}
+
+
+if __name__ == "__main__":
+    cli(main, Config)

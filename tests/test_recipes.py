@@ -1,0 +1,139 @@
+"""The contract: what every recipe in recipes/ must do, a user's copy included. Real ranks, the real launcher, the real library.
+
+All configs of one number of ranks share one launch, because the launch is what costs.
+"""
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import RECIPES, ROOT, deepspeed, read_losses
+from contract_worker import PROBE
+
+pytestmark = pytest.mark.slow
+
+# 8 rows a step in micro-batches of 2: 4 accumulation steps on 1 rank, 2 on 2 ranks, 1 on 4 ranks.
+BATCH, MICRO = 8, 2
+FP32, BF16 = f"precision=fp32,batch_size={BATCH}", f"precision=bf16,batch_size={BATCH}"
+CONFIGS = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
+
+
+def relative_difference(a: list[float], b: list[float]) -> float:
+    assert len(a) == len(b) == 20
+    return max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """(recipe, folder): the folder holds a run for each case, named <config>_<precision>-<ranks>."""
+    recipe, folder = request.param, tmp_path_factory.mktemp(request.param)
+
+    def with_micro_batch(name: str, micro: int) -> Path:
+        config = json.loads((ROOT / "ds_configs" / recipe / f"{name}.json").read_text()) | {"train_micro_batch_size_per_gpu": micro}
+        if name == "zero3":  # so that a small model is partitioned, gathered and released as a large one is
+            knobs = ["stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size"]
+            config["zero_optimization"] |= dict.fromkeys(knobs, 0)
+        path = folder / f"{name}_{micro}.json"
+        path.write_text(json.dumps(config))
+        return path
+
+    fp32 = {name: f"{name}_fp32:{with_micro_batch(name, MICRO)}:{FP32}" for name in CONFIGS}
+    bf16 = [f"{name}_bf16:{with_micro_batch(name, MICRO)}:{BF16}" for name in CONFIGS[:4]]
+    plain = f"plain:{with_micro_batch('zero0', BATCH)}:{FP32}"
+    memorise = f"memorise:{with_micro_batch('zero2', 4)}:max_rows=40,batch_size=40,lr_schedule=constant,learning_rate=2e-3"
+    launches = {
+        1: [plain, fp32["zero0"], fp32["zero2"], fp32["zero3"]],
+        2: [*fp32.values(), *bf16, memorise],
+        4: [fp32["zero0"], fp32["zero2"], fp32["zero3"]],
+    }
+    for world_size, cases in launches.items():
+        done = deepspeed(world_size, "tests/contract_worker.py", recipe, folder, *cases, OMP_NUM_THREADS="1")
+        assert done.returncode == 0, f"{done.stdout[-1000:]}\n{done.stderr[-4000:]}"
+    return recipe, folder
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_stage_trains_as_plain_torch_does(runs: tuple[str, Path], config: str) -> None:
+    _, folder = runs
+    assert relative_difference(read_losses(folder / f"{config}_fp32-2"), read_losses(folder / "plain-1")) < 1e-5
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+@pytest.mark.parametrize("config", ["zero0", "zero2", "zero3"])
+def test_any_number_of_ranks_trains_alike(runs: tuple[str, Path], config: str, world_size: int) -> None:
+    _, folder = runs
+    assert relative_difference(read_losses(folder / f"{config}_fp32-{world_size}"), read_losses(folder / f"{config}_fp32-2")) < 1e-5
+
+
+@pytest.mark.parametrize("config", ["zero0", "zero1", "zero3"])
+def test_stages_agree_in_bf16(runs: tuple[str, Path], config: str) -> None:
+    _, folder = runs
+    assert relative_difference(read_losses(folder / f"{config}_bf16-2"), read_losses(folder / "zero2_bf16-2")) < 2e-3
+
+
+def test_gradient_norms_are_logged_and_agree(runs: tuple[str, Path]) -> None:
+    _, folder = runs
+    norms = []
+    for config in CONFIGS:
+        entries = [json.loads(line) for line in (folder / f"{config}_fp32-2" / "metrics.jsonl").read_text().splitlines()]
+        norms.append([entry["grad_norm"] for entry in entries if "loss" in entry])
+    for other in norms[1:]:
+        assert other == pytest.approx(norms[0], rel=1e-3)
+
+
+def test_scores_do_not_depend_on_ranks_or_stage(runs: tuple[str, Path]) -> None:
+    """With rows that do not divide evenly, so that fillers are needed."""
+    _, folder = runs
+    names = [*(f"{config}_fp32-2" for config in CONFIGS), "zero2_fp32-1", "zero2_fp32-4", "zero3_fp32-4"]
+    expected = json.loads((folder / "plain-1" / "scores.json").read_text())["scores"]
+    for name in names:
+        scores = json.loads((folder / name / "scores.json").read_text())["scores"]
+        for row, values in expected.items():
+            assert scores[row] == pytest.approx(values, rel=1e-4), name
+
+
+def test_it_memorises_a_few_rows(runs: tuple[str, Path]) -> None:
+    _, folder = runs
+    losses = read_losses(folder / "memorise-2")
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_the_export_is_the_trained_model(runs: tuple[str, Path], config: str) -> None:
+    _, folder = runs
+    run = folder / f"{config}_fp32-2"
+    model = load_export(run)
+    with torch.no_grad():
+        logits = model(input_ids=PROBE).logits
+    torch.testing.assert_close(logits, torch.load(run / "probe.pt"), rtol=1e-5, atol=1e-5)
+    assert {path.suffix for path in (run / "model").iterdir()} <= {".json", ".safetensors", ".txt", ".jinja"}
+    assert transformers.AutoTokenizer.from_pretrained(run / "model").vocab_size > 0
+    if model.config.tie_word_embeddings and model.get_output_embeddings() is not None:
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def load_export(run: Path) -> Any:
+    architecture = json.loads((run / "model" / "config.json").read_text())["architectures"][0]
+    return getattr(transformers, architecture).from_pretrained(run / "model").eval()
+
+
+def test_the_run_folder_is_complete(runs: tuple[str, Path]) -> None:
+    recipe, folder = runs
+    run = folder / "zero2_fp32-2"
+    there = {path.name for path in run.iterdir()}
+    assert {"config.yaml", "ds_config.json", "versions.json", "metrics.jsonl", "log.txt", "model", "result.json"} <= there
+    assert json.loads((run / "result.json").read_text())["finished"] is True
+    entry = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert {"step", "loss", "learning_rate", "grad_norm", "tokens", "step_seconds"} <= set(entry)
+    assert importlib.import_module(f"recipes.{recipe}").Config
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_recipe_is_short_and_complete(recipe: str) -> None:
+    assert len((ROOT / "recipes" / f"{recipe}.py").read_text().splitlines()) <= 250
+    assert (ROOT / "recipes" / f"{recipe}.yaml").is_file()
+    assert {f"{name}.json" for name in CONFIGS} <= {path.name for path in (ROOT / "ds_configs" / recipe).iterdir()}
