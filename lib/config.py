@@ -147,12 +147,13 @@ def parse(config_class: type[C], recipe: str, argv: list[str]) -> tuple[C, Path]
         known = [*names, "deepspeed_config", "config", "quick", "help"]
         word = unknown[0].split("=")[0].lstrip("-")
         raise UserError(f"unknown argument '{unknown[0]}'{did_you_mean(word, known).replace(chr(39), chr(39) + '--', 1)}")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    yaml_path = Path(options.config) if options.config else recipe_path.with_suffix(".yaml")
+    cfg = load(config_class, yaml_path, given, options.quick)
     if options.deepspeed_config is None:
         folder = ROOT / "ds_configs" / recipe_path.stem
         raise UserError(f"--deepspeed_config is missing; for example --deepspeed_config {shown(folder / 'zero2.json')}")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    yaml_path = Path(options.config) if options.config else recipe_path.with_suffix(".yaml")
-    return load(config_class, yaml_path, given, options.quick), Path(options.deepspeed_config)
+    return cfg, Path(options.deepspeed_config)
 
 
 def cli(main: Callable[..., Any], config_class: type[Any]) -> None:

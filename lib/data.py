@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Value, concatenate_datasets, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, concatenate_datasets, load_dataset
 
 from lib import ranks
 from lib.config import UserError, did_you_mean, shown
@@ -103,21 +103,27 @@ def _files(path: Path) -> dict[str, list[Path]]:
 
 def _load_files(files: dict[str, list[Path]], columns: dict[str, str], text_columns: set[str]) -> DatasetDict:
     kind = FORMATS[next(iter(files.values()))[0].suffix]
-    options = {"dtype": str, "keep_default_na": False} if kind == "csv" else {}  # no guessing: "NA" and "007" are text
     cause: BaseException | None = None
     try:
+        options: dict[str, Any] = {}
+        if kind == "csv":  # no guessing: "NA" and "007" are text
+            with next(iter(files.values()))[0].open(encoding="utf-8-sig", newline="") as file:
+                header = next(csv.reader(file))
+            options = {"features": Features(dict.fromkeys(header, Value("string"))), "keep_default_na": False}
         loaded = load_dataset(kind, data_files={split: [str(file) for file in part] for split, part in files.items()}, **options)
+        for rows in loaded.values():
+            rows.data.validate(full=True)  # pyarrow reads bytes that are not UTF-8 without a word
         wrong = any(
             rows.data.column(column).null_count or (column in text_columns and rows.features[column] != Value("string"))
             for rows in loaded.values()
             for column in columns.values()
             if column in rows.column_names
         )
-    except Exception as error:  # whatever the reader of this format raises
+    except Exception as error:  # each format's reader has its own kinds
         wrong, cause = True, error.__cause__ or error
     if wrong:
-        for file in itertools.chain.from_iterable(files.values()):
-            _find_bad_row(file, columns.values(), text_columns)
+        for path in itertools.chain.from_iterable(files.values()):
+            _find_bad_row(path, columns.values(), text_columns)
         if cause is not None:
             raise UserError(f"dataset {shown(next(iter(files.values()))[0])}: cannot be read: {cause}")
     return loaded
@@ -147,17 +153,25 @@ def _rows_of_file(file: Path) -> Iterator[tuple[str, Any]]:
                 raise UserError(f"{shown(file)}, line {reader.line_num}: {len(cells)} cells, but the header has {len(header)}; quote cells that contain commas")
             if cells:
                 yield f"{shown(file)}, line {reader.line_num}", dict(zip(header, cells, strict=False))
-    elif "\n".join(line for _, line in lines).lstrip()[:1] != "[":  # one object a line; an array is left to the library
-        for number, line in lines:
-            if line.strip():
-                try:
-                    yield f"{shown(file)}, line {number}", json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{shown(file)}, line {number}: not valid JSON: {error.msg}") from None
+        return
+    text = "\n".join(line for _, line in lines)
+    if text.lstrip()[:1] == "[":  # one array of objects
+        try:
+            yield from ((f"{shown(file)}, element {number}", row) for number, row in enumerate(json.loads(text), 1))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{shown(file)}, line {error.lineno}: not valid JSON: {error.msg}") from None
+        return
+    for number, line in lines:  # one object a line
+        if line.strip():
+            try:
+                yield f"{shown(file)}, line {number}", json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{shown(file)}, line {number}: not valid JSON: {error.msg}") from None
 
 
 def _find_bad_row(file: Path, columns: Sequence[str] | Any, text_columns: set[str]) -> None:
     """Raise a UserError that names the first row of a file that is not what it should be, if there is one."""
+    place = None
     for place, row in _rows_of_file(file):
         if not isinstance(row, dict):
             raise UserError(f"{place}: expected an object, found {type(row).__name__}")
@@ -168,6 +182,8 @@ def _find_bad_row(file: Path, columns: Sequence[str] | Any, text_columns: set[st
             if not isinstance(row[column], allowed):
                 wanted = "text" if column in text_columns else "text or a whole number"
                 raise UserError(f"{place}: '{column}' is {row[column]!r} ({type(row[column]).__name__}), expected {wanted}")
+    if place is None:
+        raise UserError(f"{shown(file)}: the file has no rows")
 
 
 def _load_hub(dataset: str) -> DatasetDict:

@@ -128,7 +128,7 @@ def _agree(config: dict[str, Any], key: str, value: Any, name: str, setting: str
     if config.get(key, "auto") == "auto":
         config[key] = value
     elif config[key] != value or isinstance(config[key], bool) != isinstance(value, bool):
-        raise UserError(f'{name}: {key} is {config[key]}, but {setting} is {shown_value}; make them equal, or write "auto" in the JSON')
+        raise UserError(f'{name}: {key} is {config[key]}, but the settings have {setting} {shown_value}; make them equal, or write "auto" in the JSON')
 
 
 def _check_keys(config: dict[str, Any], name: str) -> None:

@@ -69,7 +69,7 @@ def _docstring_rows() -> Iterator[dict[str, str]]:
     """The summary line of every docstring, 3 to 30 words, once; a line that two libraries share is left out of both."""
     found: dict[str, dict[str, str]] = {}  # library -> text -> the file that it came from
     for library, names in LIBRARIES.items():
-        mask = re.compile(rf"(?<![A-Za-z])({'|'.join(names)})(?![A-Za-z])", re.IGNORECASE)
+        mask = re.compile("|".join(name if len(name) > 2 else rf"\b{name}\b" for name in names), re.IGNORECASE)
         spec = importlib.util.find_spec(library)
         assert spec is not None and spec.submodule_search_locations
         root = Path(spec.submodule_search_locations[0])

@@ -137,7 +137,11 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     true_stage0(engine)
     run.attach(engine)
     truncated = sum(train["truncated"])
-    run.header(model, {name: len(rows) for name, rows in tokenized.items()}, [f"{truncated:,} training texts truncated to {cfg.max_length} tokens"] if truncated else [])
+    run.header(
+        model,
+        {name: len(rows) for name, rows in tokenized.items()},
+        [f"{truncated:,} training texts truncated to {cfg.max_length} tokens"] if truncated else [],
+    )
 
     for step in run.steps():
         micro_batches = next(batches)  # this rank's share of one optimizer step

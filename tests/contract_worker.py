@@ -33,7 +33,7 @@ def main(recipe_name: str, folder: Path, cases: list[str]) -> None:
     for case in cases:
         name, json_path, settings = case.split(":")
         run_dir = folder / f"{name}-{os.environ['WORLD_SIZE']}"
-        given = dict(setting.split("=") for setting in settings.split(",")) | {"run_dir": str(run_dir), "log_every": "7", "max_steps": "20"}
+        given = {"run_dir": str(run_dir), "log_every": "7", "max_steps": "20"} | dict(setting.split("=") for setting in settings.split(","))
         cfg = config.load(recipe.Config, ROOT / "recipes" / f"{recipe_name}.yaml", given, quick=True)
         ds_config = load_ds_config(Path(json_path), cfg, int(os.environ["WORLD_SIZE"]))
         plain = SimpleNamespace(initialize=plain_torch.initialize)

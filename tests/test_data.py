@@ -1,0 +1,209 @@
+"""Data: own files with every fault a user meets, the order of rows, fillers, packing, baselines."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from lib import evaluation, ranks
+from lib.config import UserError
+from lib.data import IGNORED, Blocks, StepRows, evaluation_batches, label_ids, load_rows, training_batches
+from lib.samples import LIBRARIES, load_sample, split_of
+
+ROWS = [{"body": f"row number {i}, NA", "kind": "even" if i % 2 == 0 else "odd"} for i in range(100)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank() -> Iterator[None]:
+    ranks.init()
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".csv":
+        Dataset.from_list(rows).to_csv(path)
+    else:
+        Dataset.from_list(rows).to_parquet(path)
+    return path
+
+
+def load(path: Path | str, max_rows: int | None = None) -> dict[str, Dataset]:
+    return load_rows(str(path), max_rows, text={"text": "body"}, label={"label": "kind"})
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_a_file_is_split_by_hash_and_no_row_is_lost(tmp_path: Path, suffix: str) -> None:
+    splits = load(write(tmp_path / f"mine{suffix}", ROWS))
+    found = {text: split for split, rows in splits.items() for text in rows["text"]}
+    assert found == {row["body"]: split_of(row["body"]) for row in ROWS}
+    assert label_ids(splits) == ["even", "odd"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_a_folder_with_a_file_for_each_split(tmp_path: Path, suffix: str) -> None:
+    for name, part in {"train-0": ROWS[:50], "train-1": ROWS[50:80], "dev": ROWS[80:90], "test": ROWS[90:]}.items():
+        write(tmp_path / f"{name}{suffix}", part)
+    splits = load(tmp_path)
+    assert {split: list(rows["text"]) for split, rows in splits.items()} == {
+        "train": [row["body"] for row in ROWS[:80]],
+        "validation": [row["body"] for row in ROWS[80:90]],
+        "test": [row["body"] for row in ROWS[90:]],
+    }
+    assert len(load(tmp_path, max_rows=7)["train"]) == 7
+
+
+def test_numbers_as_labels(tmp_path: Path) -> None:
+    splits = load(write(tmp_path / "mine.jsonl", [row | {"kind": i % 3} for i, row in enumerate(ROWS)]))
+    assert label_ids(splits) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("empty.jsonl", b"", ["empty.jsonl", "empty"]),
+        ("headed.csv", b"body,kind\n", ["headed.csv", "no rows"]),
+        ("typo.jsonl", b'{"bodi": "a", "kind": "x"}\n' * 3, ["body", "did you mean 'bodi'"]),
+        ("hole.jsonl", b'{"body": "a", "kind": "x"}\n{"kind": "x"}\n', ["hole.jsonl, line 2", "'body'"]),
+        ("null.jsonl", b'{"body": "a", "kind": "x"}\n{"body": null, "kind": "x"}\n', ["null.jsonl, line 2", "'body'"]),
+        ("number.jsonl", b'{"body": "a", "kind": "x"}\n\n{"body": 5, "kind": "x"}\n', ["number.jsonl, line 3", "5", "text"]),
+        ("numbers.jsonl", b'{"body": 5, "kind": "x"}\n{"body": 6, "kind": "x"}\n', ["numbers.jsonl, line 1", "5", "text"]),
+        ("list.jsonl", b'{"body": "a", "kind": "x"}\n{"body": ["b"], "kind": "x"}\n', ["list.jsonl, line 2", "text"]),
+        ("array.jsonl", b'{"body": "a", "kind": "x"}\n["b", "x"]\n', ["array.jsonl, line 2", "object"]),
+        ("array.json", b'[{"body": "a", "kind": "x"}, {"body": 7, "kind": "x"}]', ["array.json, element 2", "7", "text"]),
+        ("broken.jsonl", b'{"body": "a", "kind": "x"}\n{"body": "b", "kind": \n', ["broken.jsonl, line 2", "not valid JSON"]),
+        ("latin.jsonl", b'{"body": "a", "kind": "x"}\n{"body": "caf\xe9", "kind": "x"}\n', ["latin.jsonl, line 2", "0xe9", "UTF-8"]),
+        ("latin.csv", b"body,kind\na,x\ncaf\xe9,x\n", ["latin.csv, line 3", "0xe9", "UTF-8"]),
+        ("cells.csv", b"body,kind\na,x\nb,x,y,z\n", ["cells.csv, line 3", "4 cells"]),
+        ("text.parquet", b"no parquet", ["text.parquet", "Parquet"]),
+        ("one.csv", b"body,kind\na,x\nb,x\n", ["split has no rows"]),
+    ],
+)
+def test_a_faulty_file_is_refused_by_name_and_row(tmp_path: Path, name: str, content: bytes, words: list[str]) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        load(path)
+    for word in words:
+        assert word in str(error.value), f"{word!r} is not in: {error.value}"
+
+
+def test_a_parquet_file_with_a_hole(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"hole.parquet, row 2: no value for 'body'"):
+        load(write(tmp_path / "hole.parquet", [ROWS[0], {"body": None, "kind": "odd"}]))
+
+
+def test_an_unknown_label_in_the_test_split(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", ROWS)
+    write(tmp_path / "test.jsonl", [ROWS[0], {"body": "new", "kind": "evne"}])
+    with pytest.raises(UserError, match=r"test rows, row 2: label 'evne' is in no training row; did you mean 'even'"):
+        label_ids(load(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "words"),
+    [
+        ("nowhere.jsonl", ["nowhere.jsonl", "no such file"]),
+        ("./nowhere", ["./nowhere", "no such file"]),
+        ("somebody/something", ["somebody/something", "hub"]),
+    ],
+)
+def test_a_dataset_that_is_not_there(dataset: str, words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        load(dataset)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_the_docstring_sample_keeps_groups_apart_and_masks_names() -> None:
+    splits = load_sample("docstrings")
+    texts = {split: set(rows["text"]) for split, rows in splits.items()}
+    assert not texts["train"] & texts["test"] and not texts["train"] & texts["validation"]
+    assert len(texts["train"]) >= 8000 and set(splits["test"]["label"]) == set(LIBRARIES)
+    own_names = [name for row in splits["test"] for name in LIBRARIES[row["label"]][:1] if name in row["text"].lower()]
+    assert own_names == []
+
+
+@pytest.mark.parametrize("lengths", [False, True])
+@pytest.mark.parametrize(("total", "batch_size"), [(100, 8), (103, 10), (5, 8), (64, 64)])
+def test_every_row_comes_once_an_epoch(total: int, batch_size: int, lengths: bool) -> None:
+    steps = StepRows(total, batch_size, seed=3, lengths=np.arange(total) % 17 if lengths else None)
+    taken = np.concatenate([steps[step] for step in range(steps.steps_per_window * total)])  # whole windows and whole epochs
+    assert (np.bincount(taken, minlength=total) == len(taken) // total).all()
+    assert all((steps[step] == StepRows(total, batch_size, 3, steps.lengths)[step]).all() for step in (7, 3))  # a function of the step
+
+
+def test_the_order_depends_on_the_seed_and_groups_lengths() -> None:
+    lengths = np.random.default_rng(0).integers(1, 100, 6400)
+    grouped, other, ungrouped = StepRows(6400, 16, 1, lengths), StepRows(6400, 16, 2, lengths), StepRows(6400, 16, 1)
+    assert not (grouped[0] == other[0]).all()
+
+    def padding(steps: StepRows) -> float:
+        batches = [lengths[steps[step]] for step in range(100)]
+        return 1 - sum(batch.sum() for batch in batches) / sum(batch.max() * len(batch) for batch in batches)
+
+    assert padding(grouped) < 0.05 < 0.3 < padding(ungrouped)
+
+
+def collate(rows: dict[str, list[Any]]) -> dict[str, torch.Tensor]:
+    return {"value": torch.tensor(rows["value"])}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_share_each_step(monkeypatch: pytest.MonkeyPatch, world_size: int) -> None:
+    rows = Dataset.from_dict({"value": list(range(50))})
+    steps: list[list[int]] = [[], [], []]
+    for rank in range(world_size):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(ranks, "world_size", lambda: world_size)
+        batches = training_batches(rows, collate, 16, 2, 0, torch.device("cpu"), lengths=list(range(50)))
+        for step in steps:
+            micro_batches = next(batches)
+            assert len(micro_batches) == 16 // 2 // world_size
+            step += torch.cat([batch["value"] for batch in micro_batches]).tolist()
+    assert [sorted(step) for step in steps] == [sorted(StepRows(50, 16, 0, range(50))[step].tolist()) for step in range(3)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("total", [1, 7, 16, 33])
+def test_evaluation_sees_every_row_once_in_equally_many_batches(monkeypatch: pytest.MonkeyPatch, world_size: int, total: int) -> None:
+    rows = Dataset.from_dict({"value": list(range(total))})
+    seen: list[int] = []
+    counts = set()
+    for rank in range(world_size):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(ranks, "world_size", lambda: world_size)
+        batches = list(evaluation_batches(rows, collate, 4, torch.device("cpu"), lengths=list(range(total))))
+        counts.add(len(batches))
+        for batch, numbers in batches:
+            assert (batch["value"][numbers >= 0] == numbers[numbers >= 0]).all()
+            seen += numbers[numbers >= 0].tolist()
+    assert sorted(seen) == list(range(total)) and len(counts) == 1
+
+
+@pytest.mark.parametrize("tokens", [2, 16, 17, 18, 100])
+def test_blocks_predict_every_token_but_the_first_once(tokens: int) -> None:
+    stream = np.arange(1000, 1000 + tokens)
+    blocks = Blocks(stream, 8, drop_last=False)
+    got = blocks[list(range(len(blocks)))]
+    real = got["labels"] != IGNORED
+    assert got["labels"][real].tolist() == stream[1:].tolist()
+    assert (got["labels"][real] == got["input_ids"][real] + 1).all()
+    assert len(Blocks(stream, 8, drop_last=True)) == (tokens - 1) // 8
+
+
+def test_the_unigram_baseline_is_the_cross_entropy_of_the_counts() -> None:
+    scores = evaluation.unigram(np.array([0, 0, 1]), np.array([3, 0, 1]), vocab_size=4, text_bytes=2)
+    assert scores["perplexity"] == pytest.approx((7 / 3 * 7 / 2) ** 0.5)
+    assert scores["bits_per_byte"] == pytest.approx(np.log2(7 / 3 * 7 / 2) / 2)
+
+
+def test_classification_scores_are_scikit_learns() -> None:
+    assert evaluation.majority_class([0, 1, 1], [0, 1, 1, 1]) == {"accuracy": 0.75, "macro_f1": pytest.approx((0 + 6 / 7) / 2)}
