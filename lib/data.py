@@ -243,7 +243,7 @@ class StepRows:
     then have nearly one length, and little is padded.
     """
 
-    def __init__(self, total: int, batch_size: int, seed: int, lengths: Sequence[int] | None = None):
+    def __init__(self, total: int, batch_size: int, seed: int, lengths: Sequence[int] | np.ndarray | None = None):
         self.total, self.batch_size, self.seed = total, batch_size, seed
         self.lengths = None if lengths is None else np.asarray(lengths)
         self.steps_per_window = 1 if lengths is None else max(1, min(64, total // batch_size))

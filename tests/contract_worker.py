@@ -28,7 +28,7 @@ PROBE = torch.arange(5, 37).view(2, 16)
 
 
 def main(recipe_name: str, folder: Path, cases: list[str]) -> None:
-    recipe = importlib.import_module(f"recipes.{recipe_name}")
+    recipe: Any = importlib.import_module(f"recipes.{recipe_name}")
     real_export = recipe.export
     for case in cases:
         name, json_path, settings = case.split(":")

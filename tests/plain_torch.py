@@ -21,7 +21,7 @@ class PlainEngine:
         return self.module(**inputs)
 
     def backward(self, loss: torch.Tensor) -> None:
-        loss.backward()
+        torch.autograd.backward(loss)
 
     def step(self) -> None:
         self.norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.config["gradient_clipping"])

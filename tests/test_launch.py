@@ -13,8 +13,8 @@ import pytest
 from conftest import ROOT, SCRIPTS, deepspeed, execute, read_losses
 
 
-def launch(*arguments: object, cwd: Path = ROOT, **options: str) -> subprocess.CompletedProcess[str]:
-    return execute([cwd / "launch.sh", *arguments], cwd=cwd, PATH=f"{SCRIPTS}:{os.environ['PATH']}", **options)
+def launch(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return execute([cwd / "launch.sh", *arguments], cwd=cwd, PATH=f"{SCRIPTS}:{os.environ['PATH']}")
 
 
 def test_help_and_dry_run() -> None:
@@ -100,7 +100,7 @@ def readable(path: Path) -> bool:
 @pytest.mark.slow
 def test_sigterm_to_launch_sh_ends_every_rank(tmp_path: Path) -> None:
     environment = os.environ | {"PATH": f"{SCRIPTS}:{os.environ['PATH']}"}
-    command = [ROOT / "launch.sh", "causal_lm", "--quick", "--max_steps", "100000", "--run_dir", tmp_path / "run"]
+    command = [str(ROOT / "launch.sh"), "causal_lm", "--quick", "--max_steps", "100000", "--run_dir", str(tmp_path / "run")]
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     while not (tmp_path / "run" / "metrics.jsonl").exists():
         assert process.poll() is None
@@ -123,5 +123,5 @@ def test_a_copy_is_a_recipe(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "result.json").read_text())["scores"]["unigram"]["perplexity"] > 1
     assert list((tmp_path / "run" / "tensorboard").glob("*"))
     assert (tmp_path / "run" / "samples.txt").read_text().startswith("The state of our Union")
-    collected = execute([sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/test_recipes.py"], cwd=tree)
+    collected = execute([sys.executable, "-m", "pytest", "--collect-only", "-o", "addopts=", "-q", "tests/test_recipes.py"], cwd=tree)
     assert "[mine-zero3]" in collected.stdout

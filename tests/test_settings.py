@@ -241,7 +241,7 @@ def test_numbers_that_yaml_reads_as_text(tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_on_the_command_line_is_refused(arguments: list[str], words: list[str]) -> None:
-    recipe = importlib.import_module("recipes.text_classification")
+    recipe: Any = importlib.import_module("recipes.text_classification")
     with pytest.raises(UserError) as error:
         config.parse(recipe.Config, recipe.__file__, arguments)
     one_line(error, *words)
