@@ -52,7 +52,7 @@ for line in open(sys.argv[1]):
             differs.append(f"{name} {found} ({wanted})")
             if name == "deepspeed":
                 sys.exit(1)
-if sys.version_info < (3, 10):
+if sys.version_info < (3, 11):
     sys.exit(1)
 if differs:
     print("note: other versions than the tested ones: " + ", ".join(differs))
@@ -63,7 +63,7 @@ EOF
 environment() {
   local active
   active=$(command -v python3 || true)
-  [ -n "$active" ] || fail "there is no python3; install Python 3.10 or newer"
+  [ -n "$active" ] || fail "there is no python3; install Python 3.11 or newer"
   if satisfied "$active"; then
     bin=$("$active" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
     python=$active
@@ -74,7 +74,7 @@ environment() {
   if [ -x "$python" ] && satisfied "$python"; then
     return
   fi
-  "$active" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "python3 is $("$active" -V), but 3.10 or newer is needed"
+  "$active" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "python3 is $("$active" -V), but 3.11 or newer is needed"
   echo "Installing requirements.txt into .venv (once; a few minutes and a few GB) ..."
   "$active" -m venv "$root/.venv" || fail "cannot make .venv; on Debian and Ubuntu: apt install python3-venv"
   "$python" -m pip install --disable-pip-version-check -r "$root/requirements.txt" | sed -un 's/^Collecting \([^ ]*\).*/  \1/p'

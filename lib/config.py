@@ -18,10 +18,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import torch.distributed
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 ROOT = Path(__file__).resolve().parents[1]
+Seed = typing.Annotated[int, Field(ge=0, lt=2**32)]
+Probability = typing.Annotated[float, Field(ge=0, lt=1)]
+Text = typing.Annotated[str, Field(min_length=1)]
 C = TypeVar("C")  # a recipe's Config
 
 
@@ -103,6 +107,8 @@ def load(config_class: type[C], yaml_path: Path, given: dict[str, str], quick: b
     """A `config_class` from the YAML file, overlaid by its `quick:` section if asked, overlaid by the command line's `given`."""
     values = read_yaml(yaml_path)
     overlay = values.pop("quick", None) or {}
+    if not isinstance(overlay, dict):
+        raise UserError(f"{shown(yaml_path)}: 'quick' must be a section of settings, not {overlay!r}")
     kinds = typing.get_type_hints(config_class, include_extras=True)
     for key in [*values, *overlay]:
         if key not in kinds:
@@ -169,6 +175,7 @@ def cli(main: Callable[..., Any], config_class: type[Any]) -> None:
     try:
         cfg, ds_path = parse(config_class, recipe, sys.argv[1:])
         main(cfg, load_ds_config(ds_path, cfg, world_size))
+        torch.distributed.destroy_process_group()
     except UserError as error:
         if rank == 0:
             print(f"error: {' '.join(str(error).split())}", file=console, flush=True)

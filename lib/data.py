@@ -9,6 +9,8 @@ import functools
 import itertools
 import json
 import os
+import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,9 +97,12 @@ def _files(path: Path) -> dict[str, list[Path]]:
     for file in found:
         if file.stat().st_size == 0:
             raise UserError(f"{shown(file)}: the file is empty")
-    by_split = {split: [file for file in found if file.stem.lower().startswith(names)] for split, names in SPLIT_NAMES.items()}
+    by_split = {split: [file for file in found if re.match(rf"({'|'.join(names)})([^a-z]|$)", file.stem.lower())] for split, names in SPLIT_NAMES.items()}
     if path.is_file() or not by_split["train"]:
         return {"train": found}
+    other = set(found) - set(itertools.chain.from_iterable(by_split.values()))
+    if other:
+        raise UserError(f"dataset {path}: {min(other).name} is named after no split, but other files are; rename it (train-..., say) or move it away")
     return {split: files for split, files in by_split.items() if files}
 
 
@@ -146,6 +151,7 @@ def _rows_of_file(file: Path) -> Iterator[tuple[str, Any]]:
         except UnicodeDecodeError as error:
             raise UserError(f"{shown(file)}, line {number}: byte {error.object[error.start]:#04x} is not UTF-8; convert the file to UTF-8") from None
     if file.suffix == ".csv":
+        csv.field_size_limit(sys.maxsize)
         reader = csv.reader(f"{line}\n" for _, line in lines)
         header = next(reader, [])
         for cells in reader:
@@ -211,6 +217,8 @@ def _as_text(rows: Dataset, column: str, where: str, number_allowed: bool) -> Da
     if nulls:
         raise UserError(f"{where}: {nulls} rows have no value")
     if isinstance(feature, ClassLabel):
+        if min(rows[column], default=0) < 0:
+            raise UserError(f"{where}: rows without a label (-1, as in test splits kept secret); take a data set with labels")
         return rows.map(lambda batch: {column: feature.int2str(batch[column])}, batched=True, features=rows.features.copy() | {column: Value("string")})
     if feature == Value("string"):
         return rows
@@ -349,5 +357,5 @@ def token_stream(rows: Dataset, column: str = "input_ids") -> np.ndarray:
                 np.save(out, np.concatenate([chunk.flatten().to_numpy().astype(np.int32) for chunk in chunks]))
             part.replace(file)
 
-    ranks.on_rank0(write)
+    ranks.rank0_first(write)  # once on each machine
     return np.load(file, mmap_mode="r")

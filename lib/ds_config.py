@@ -17,9 +17,9 @@ from lib.config import UserError, did_you_mean, shown
 
 # Keys that may only change memory and speed (or the log), and are DeepSpeed's to check.
 MEMORY_AND_SPEED = {
-    "zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "communication_data_type",
+    "zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
     "prescale_gradients", "gradient_predivide_factor", "disable_allgather", "data_types", "activation_checkpointing",
-    "aio", "compile", "checkpoint", "disable_python_gc", "steps_per_print", "wall_clock_breakdown", "memory_breakdown",
+    "aio", "compile", "disable_python_gc", "steps_per_print", "wall_clock_breakdown", "memory_breakdown",
     "dump_state", "comms_logger", "flops_profiler", "tensorboard", "wandb", "csv_monitor", "comet", "log_level", "timers",
 }  # fmt: skip
 # Keys that the settings decide too: they must agree.
@@ -41,6 +41,8 @@ REFUSED = {
     "managed_gradient_accumulation": "the recipe's loop counts on DeepSpeed to manage accumulation, which is the default",
     "weight_quantization": "it would change the weights",
     "hybrid_engine": "it is for reinforcement learning",
+    "communication_data_type": "it would round the gradients between ranks, so that the losses depend on their number",
+    "checkpoint": "the recipe does not load DeepSpeed checkpoints",
     "autotuning": "run DeepSpeed's autotuner on its own",
 }
 # Sections whose unknown keys DeepSpeed ignores, and the keys that it reads in them.
@@ -49,13 +51,13 @@ LOOSE_SECTIONS = {
     "scheduler": {"type", "params"},
     "data_types": {"grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"},
     "aio": {"block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events", "use_gds"},
-    "checkpoint": {"tag_validation", "load_universal", "use_node_local_storage", "parallel_write", "writer", "checkpoint_serialization"},
     "flops_profiler": {"enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed", "output_file"},
     "activation_checkpointing": {
         "partition_activations", "number_checkpoints", "contiguous_memory_optimization", "synchronize_checkpoint_boundary",
         "profile", "cpu_checkpointing",
     },
 }  # fmt: skip
+SECTIONS = {"zero_optimization", "bf16", "fp16", "tensorboard", "wandb", "csv_monitor", "comet", "comms_logger", "compile", "timers", *LOOSE_SECTIONS}
 # The HF Trainer derives these from the hidden size when they are "auto". They only change speed; here DeepSpeed's default stands.
 AUTO_BY_DEFAULT = {
     "reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold",
@@ -144,9 +146,11 @@ def _check_keys(config: dict[str, Any], name: str) -> None:
             raise UserError(f"{name}: '{key}' cannot be used here: {REFUSED[key]}")
         if key not in known:
             raise UserError(f"{name}: unknown key '{key}'{did_you_mean(key, known)}")
+        if key in SECTIONS and not isinstance(section, dict):
+            raise UserError(f"{name}: '{key}' must be an object, not {section!r}")
+        if key in ("optimizer", "scheduler") and not (isinstance(section.get("type"), str) and isinstance(section.get("params", {}), dict)):
+            raise UserError(f'{name}: \'{key}\' needs a "type" (text) and may have "params" (an object)')
         if key in LOOSE_SECTIONS:
-            if not isinstance(section, dict):
-                raise UserError(f"{name}: '{key}' must be an object, not {section!r}")
             for inner in section:
                 if inner not in LOOSE_SECTIONS[key]:
                     raise UserError(f"{name}: unknown key '{key}.{inner}'{did_you_mean(inner, LOOSE_SECTIONS[key])}")
@@ -221,11 +225,16 @@ def _check_precision(config: dict[str, Any], name: str, precision: str) -> None:
         if stated not in ("auto", precision == key):
             stated_as = f"{key}.enabled is {str(stated).lower()}"
             raise UserError(f'{name}: {stated_as}, but precision is {precision}; make them agree, or write "auto" in the JSON')
+        for inner in ("bf16_master_weights_and_grads", "bf16_optimizer_states", "fp16_master_weights_and_grads", "auto_cast"):
+            if section.get(inner):
+                raise UserError(f"{name}: {key}.{inner} would change the optimizer's precision, which is fp32 here; leave it out")
         if precision == key:
             config[key] = {**section, "enabled": True}
             _check_model(model, config[key], name, key)
         else:
             config.pop(key, None)
+    if stage_of(config) == 0 and config.get("data_types", {}).get("grad_accum_dtype", precision) != precision:
+        raise UserError(f"{name}: data_types.grad_accum_dtype must be {precision}, as precision is, at stage 0 (DeepSpeed 0.19.8 refuses others)")
     accelerator = get_accelerator()
     supported = {"fp32": True, "bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
     if accelerator.device_name() == "cpu":
@@ -269,7 +278,9 @@ def _check_optimizer(config: dict[str, Any], name: str, cfg: Any) -> None:
     if section is None:
         return
     if section.get("type") != "AdamW":
-        raise UserError(f"{name}: optimizer.type is {section.get('type')!r}, but the recipe trains with AdamW; change its make_optimizer instead")
+        raise UserError(
+            f"{name}: optimizer.type is {section.get('type')!r}, but the recipe trains with AdamW; change what make_adamw in lib/model.py returns instead"
+        )
     params = section.get("params", {})
     ours = {"lr": cfg.learning_rate, "weight_decay": cfg.weight_decay, "betas": [0.9, 0.999], "eps": 1e-8}
     without_effect = {"torch_adam", "adam_w_mode", "fused", "bias_correction"}

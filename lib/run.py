@@ -38,10 +38,12 @@ class Run:
         self.cfg, self.ds_config = cfg, ds_config
         self.started = time.time()
         self.folder = Path(ranks.on_rank0(lambda: self._make_folder(recipe)))
+        self.folder.mkdir(parents=True, exist_ok=True)  # on machines that do not share rank 0's disk
         self._send_chatter_to_log()
         for section in ("tensorboard", "csv_monitor"):
             if ds_config.get(section, {}).get("enabled"):
                 ds_config[section] = {"output_path": str(self.folder), "job_name": section, **ds_config[section]}
+        os.environ.setdefault("WANDB_DIR", str(self.folder))
         self.total_steps = 0
         self._pending: list[dict[str, Any]] = []  # one a step since the last flush, losses still on the device
         self._unseen: list[tuple[float, int, float]] = []  # (loss, tokens, seconds) of the steps since progress was last shown
@@ -142,12 +144,12 @@ class Run:
         for entry, loss, count in zip(pending, losses, tokens, strict=True):
             entry |= {"loss": loss, "tokens": int(count), "step_seconds": step_seconds}
             entry["grad_norm"] = None if entry["grad_norm"] is None else float(entry["grad_norm"])
+        self._write(pending)
+        for entry, loss in zip(pending, losses, strict=True):
             if not math.isfinite(loss):
-                self._write(pending)
                 raise UserError(
                     f"the loss is {loss} at step {entry['step']}; see {shown(self.folder / 'metrics.jsonl')}, and try a lower learning_rate or precision fp32"
                 )
-        self._write(pending)
         self._unseen += [(loss, count, step_seconds) for loss, count in zip(losses, tokens, strict=True)]
         self._show_progress(pending[-1]["step"], len(pending))
         self._flushed_at = time.perf_counter()
@@ -172,6 +174,8 @@ class Run:
     def _write(self, entries: list[dict[str, Any]]) -> None:
         if ranks.rank() != 0:
             return
+        for entry in entries:  # JSON has no NaN
+            entry |= {name: None for name, value in entry.items() if isinstance(value, float) and not math.isfinite(value)}
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(entry) + "\n" for entry in entries)
         if self._monitor is not None:

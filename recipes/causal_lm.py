@@ -24,13 +24,25 @@ import torch.nn.functional as F
 from datasets import Dataset
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from tokenizers import ByteLevelBPETokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, get_scheduler
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast, get_scheduler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
 from lib import evaluation, ranks
-from lib.config import UserError, cli
+from lib.config import Seed, Text, UserError, cli, did_you_mean
 from lib.data import IGNORED, Batch, Blocks, evaluation_batches, load_rows, token_stream, training_batches
-from lib.model import check_max_length, export, hub_errors, load_config, load_model, make_adamw, model_folder, true_stage0
+from lib.model import (
+    check_causal,
+    check_max_length,
+    export,
+    hub_errors,
+    load_config,
+    load_model,
+    load_tokenizer,
+    make_adamw,
+    model_folder,
+    set_dropout,
+    true_stage0,
+)  # fmt: skip
 from lib.run import Run, total_steps
 
 END_OF_TEXT = "<|endoftext|>"
@@ -52,7 +64,7 @@ class Config:
     run_dir: str | None  # where the run is written; null: runs/<recipe>-<config>-<time>
     overwrite: bool  # whether a run that is there already is deleted
     monitor: Literal["tensorboard", "wandb"] | None  # DeepSpeed's monitor to log to; metrics.jsonl is always written
-    seed: int  # of the weights, the order of the blocks and the samples
+    seed: Seed  # of the weights, the order of the blocks and the samples
     precision: Literal["fp32", "bf16", "fp16"]  # of the forward and backward pass; the optimizer's is always fp32
     batch_size: PositiveInt  # blocks an optimizer step, over all ranks
     max_steps: PositiveInt | None  # optimizer steps; null: epochs decide
@@ -65,35 +77,38 @@ class Config:
     gradient_clipping: NonNegativeFloat  # highest norm of the gradient; 0: no clipping
     eval_every: PositiveInt | None  # steps between scores on the validation documents; null: none
     log_every: PositiveInt  # steps between writes to metrics.jsonl, which has every step
-    prompt: str  # what the samples begin with
+    prompt: Text  # what the samples begin with
     samples: NonNegativeInt  # texts to generate in the end
     sample_tokens: PositiveInt  # tokens of each
 
 
-def train_tokenizer(texts: Dataset, vocab_size: int, folder: Path) -> None:
-    """Learn a byte-level BPE (any text encodes to it and back without loss) and save it to `folder`."""
+def train_tokenizer(texts: Dataset, vocab_size: int) -> PreTrainedTokenizerBase:
+    """Learn a byte-level BPE: any text encodes to it and back without loss."""
     if vocab_size < 257:
         raise UserError(f"vocab_size is {vocab_size}; it must hold 256 bytes and the end-of-text token: 257 or more")
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator((text for text in texts["text"]), vocab_size, special_tokens=[END_OF_TEXT], show_progress=False)
-    PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT).save_pretrained(folder)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
 
 
 def build_model(cfg: Config, vocab_size: int, end_of_text: int) -> torch.nn.Module:
     """The decoder, whole, in host memory: pre-trained, or at random."""
     if cfg.model is not None:
         with hub_errors(cfg.model):
-            return AutoModelForCausalLM.from_pretrained(model_folder(cfg.model), dtype=torch.float32)
+            return AutoModelForCausalLM.from_pretrained(
+                model_folder(cfg.model), config=load_config(cfg.model, dropout=0.0), dtype=torch.float32, trust_remote_code=False
+            )
+    if cfg.architecture not in CONFIG_MAPPING:
+        raise UserError(f"architecture '{cfg.architecture}' is none of transformers'{did_you_mean(cfg.architecture, CONFIG_MAPPING)}")
     if cfg.hidden_size % cfg.num_heads:
         raise UserError(f"hidden_size {cfg.hidden_size} is no multiple of num_heads {cfg.num_heads}")
-    with hub_errors(cfg.architecture):
-        config = AutoConfig.for_model(
-            cfg.architecture, vocab_size=vocab_size, hidden_size=cfg.hidden_size, intermediate_size=cfg.intermediate_size,
-            num_hidden_layers=cfg.num_layers, num_attention_heads=cfg.num_heads, num_key_value_heads=cfg.num_heads,
-            max_position_embeddings=cfg.max_length, tie_word_embeddings=cfg.tie_embeddings,
-            bos_token_id=end_of_text, eos_token_id=end_of_text, pad_token_id=None,
-        )  # fmt: skip
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    config = AutoConfig.for_model(
+        cfg.architecture, vocab_size=vocab_size, hidden_size=cfg.hidden_size, intermediate_size=cfg.intermediate_size,
+        num_hidden_layers=cfg.num_layers, num_attention_heads=cfg.num_heads, num_key_value_heads=cfg.num_heads,
+        max_position_embeddings=cfg.max_length, tie_word_embeddings=cfg.tie_embeddings,
+        bos_token_id=end_of_text, eos_token_id=end_of_text, pad_token_id=None,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(set_dropout(config, 0.0), dtype=torch.float32)
 
 
 def tokenize(rows: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Any]]:
@@ -130,6 +145,7 @@ def generate(engine: Any, tokenizer: PreTrainedTokenizerBase, cfg: Config) -> li
     """`samples` texts that go on from `prompt`. Every rank draws the same ones, as ZeRO-3 needs all of them for each token."""
     prompt = tokenizer([cfg.prompt] * cfg.samples, add_special_tokens=False, return_tensors="pt").to(engine.device)
     torch.manual_seed(cfg.seed)
+    engine.eval()
     tokens = engine.module.generate(
         input_ids=prompt["input_ids"], attention_mask=prompt["attention_mask"], do_sample=True, top_k=50, temperature=0.8,
         max_new_tokens=cfg.sample_tokens, pad_token_id=tokenizer.eos_token_id, synced_gpus=engine.zero_optimization_stage() == 3,
@@ -145,11 +161,10 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     # Data: documents to one stream of tokens a split, to blocks.
     splits = load_rows(cfg.dataset, cfg.max_rows, text={"text": cfg.text_column})
     if cfg.model is None:
-        ranks.on_rank0(lambda: train_tokenizer(splits["train"], cfg.vocab_size, run.folder / "model"))
-        tokenizer = AutoTokenizer.from_pretrained(run.folder / "model")
+        tokenizer = ranks.on_rank0(lambda: train_tokenizer(splits["train"], cfg.vocab_size))
     else:
-        check_max_length(cfg.max_length, ranks.rank0_first(lambda: load_config(cfg.model or "")))
-        tokenizer = AutoTokenizer.from_pretrained(model_folder(cfg.model))
+        check_max_length(cfg.max_length, ranks.rank0_first(lambda: load_config(cfg.model or "", dropout=0.0)))
+        tokenizer = ranks.rank0_first(lambda: load_tokenizer(cfg.model or ""))
     columns = splits["train"].column_names
     tokenized = ranks.rank0_first(
         lambda: {
@@ -166,7 +181,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     run.total_steps = total_steps(cfg.max_steps, cfg.epochs, len(train), cfg.batch_size)
 
     # Model, optimizer, engine.
-    model = load_model(lambda: build_model(cfg, len(tokenizer), tokenizer.eos_token_id), ds_config, cfg.seed)
+    model = load_model(lambda: check_causal(build_model(cfg, len(tokenizer), tokenizer.eos_token_id)), ds_config, cfg.seed)
     optimizer = make_adamw(model, ds_config, cfg.learning_rate, cfg.weight_decay)
     schedule = get_scheduler(cfg.lr_schedule, optimizer, cfg.warmup_steps, run.total_steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)

@@ -24,13 +24,13 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase, get_scheduler
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase, get_scheduler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
 from lib import evaluation, ranks
-from lib.config import cli
+from lib.config import Probability, Seed, UserError, cli
 from lib.data import Batch, evaluation_batches, label_ids, load_rows, training_batches
-from lib.model import check_max_length, export, hub_errors, load_config, load_model, make_adamw, model_folder, true_stage0
+from lib.model import check_max_length, export, hub_errors, load_config, load_model, load_tokenizer, make_adamw, model_folder, true_stage0
 from lib.run import Run, total_steps
 
 
@@ -44,7 +44,7 @@ class Config:
     run_dir: str | None  # where the run is written; null: runs/<recipe>-<config>-<time>
     overwrite: bool  # whether a run that is there already is deleted
     monitor: Literal["tensorboard", "wandb"] | None  # DeepSpeed's monitor to log to; metrics.jsonl is always written
-    seed: int  # of the new layer's weights, the order of the rows and the dropout
+    seed: Seed  # of the new layer's weights, the order of the rows and the dropout
     precision: Literal["fp32", "bf16", "fp16"]  # of the forward and backward pass; the optimizer's is always fp32
     batch_size: PositiveInt  # rows an optimizer step, over all ranks
     max_steps: PositiveInt | None  # optimizer steps; null: epochs decide
@@ -55,26 +55,30 @@ class Config:
     warmup_steps: NonNegativeInt  # optimizer steps over which the learning rate rises from 0
     weight_decay: NonNegativeFloat  # of matrices and embeddings, not of biases and norms
     gradient_clipping: NonNegativeFloat  # highest norm of the gradient; 0: no clipping
-    dropout: NonNegativeFloat  # probability; above 0, the losses depend on the number of ranks
+    dropout: Probability  # of every dropout in the model; above 0, the losses depend on the number of ranks
     num_layers: PositiveInt | None  # keep only the first layers of the encoder; null: all
     eval_every: PositiveInt | None  # steps between scores on the validation rows; null: none
     log_every: PositiveInt  # steps between writes to metrics.jsonl, which has every step
 
 
-def build_model(cfg: Config, label_names: list[str]) -> torch.nn.Module:
+def build_model(cfg: Config, label_names: list[str], pad_token_id: int) -> torch.nn.Module:
     """The encoder with a new linear layer on top, whole, in host memory."""
-    changes: dict[str, Any] = {} if cfg.num_layers is None else {"num_hidden_layers": cfg.num_layers}
     config = load_config(
         cfg.model,
+        cfg.dropout,
         num_labels=len(label_names),
         id2label=dict(enumerate(label_names)),
         label2id={name: number for number, name in enumerate(label_names)},
-        hidden_dropout_prob=cfg.dropout,
-        attention_probs_dropout_prob=cfg.dropout,
-        **changes,
+        pad_token_id=pad_token_id,
     )
+    if cfg.num_layers is not None:
+        if cfg.num_layers > config.num_hidden_layers:
+            raise UserError(f"num_layers is {cfg.num_layers}, but the model has {config.num_hidden_layers} layers; set --num_layers null to keep all")
+        config.num_hidden_layers = cfg.num_layers
     with hub_errors(cfg.model):
-        return AutoModelForSequenceClassification.from_pretrained(model_folder(cfg.model), config=config, dtype=torch.float32)
+        return AutoModelForSequenceClassification.from_pretrained(
+            model_folder(cfg.model), config=config, dtype=torch.float32, ignore_mismatched_sizes=True, trust_remote_code=False
+        )
 
 
 def tokenize(rows: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, label_names: list[str], max_length: int) -> dict[str, list[Any]]:
@@ -118,10 +122,10 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     micro_batch_size, accumulation_steps = ds_config["train_micro_batch_size_per_gpu"], ds_config["gradient_accumulation_steps"]
 
     # Data: texts and labels to token ids.
-    check_max_length(cfg.max_length, ranks.rank0_first(lambda: load_config(cfg.model)))
+    check_max_length(cfg.max_length, ranks.rank0_first(lambda: load_config(cfg.model, cfg.dropout)))
     splits = load_rows(cfg.dataset, cfg.max_rows, text={"text": cfg.text_column}, label={"label": cfg.label_column})
     label_names = label_ids(splits)
-    tokenizer = AutoTokenizer.from_pretrained(model_folder(cfg.model))
+    tokenizer = ranks.rank0_first(lambda: load_tokenizer(cfg.model))
     arguments = {"tokenizer": tokenizer, "label_names": label_names, "max_length": cfg.max_length}
     tokenized = ranks.rank0_first(lambda: {name: rows.map(tokenize, batched=True, fn_kwargs=arguments) for name, rows in splits.items()})
     train, validation, test = tokenized["train"], tokenized["validation"], tokenized["test"]
@@ -130,7 +134,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     run.total_steps = total_steps(cfg.max_steps, cfg.epochs, len(train), cfg.batch_size)
 
     # Model, optimizer, engine.
-    model = load_model(lambda: build_model(cfg, label_names), ds_config, cfg.seed)
+    model = load_model(lambda: build_model(cfg, label_names, tokenizer.pad_token_id), ds_config, cfg.seed)
     optimizer = make_adamw(model, ds_config, cfg.learning_rate, cfg.weight_decay)
     schedule = get_scheduler(cfg.lr_schedule, optimizer, cfg.warmup_steps, run.total_steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
@@ -146,11 +150,10 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     for step in run.steps():
         micro_batches = next(batches)  # this rank's share of one optimizer step
         learning_rate = schedule.get_last_lr()[0]
-        counts = torch.tensor([[len(batch["labels"]), batch["attention_mask"].sum()] for batch in micro_batches], device=device)
-        labels, tokens = ranks.all_sum(counts.sum(0))  # over every rank and micro-batch
+        tokens = ranks.all_sum(torch.stack([batch["attention_mask"].sum() for batch in micro_batches]).sum())  # of all ranks
         step_loss = torch.zeros((), device=device)
         for batch in micro_batches:
-            loss = F.cross_entropy(logits_of(engine, batch), batch["labels"], reduction="sum") / labels
+            loss = F.cross_entropy(logits_of(engine, batch), batch["labels"], reduction="sum") / cfg.batch_size
             engine.backward(loss * accumulation_steps * ranks.world_size())  # undoes DeepSpeed's two divisions
             engine.step()  # changes the weights after the last micro-batch only
             step_loss += loss.detach()

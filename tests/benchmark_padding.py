@@ -42,7 +42,7 @@ def prepare(task: str, folder: Path) -> None:
     lines = [line for text in load_sample("sotu")["train"]["text"][100:160] for line in text.split("\n") if line.strip()]
     for split, part in {"train": lines, "validation": lines[:4], "test": lines[:4]}.items():
         (folder / f"{split}.jsonl").write_text("".join(json.dumps({"text": line[:1200]}) + "\n" for line in part))
-    importlib.import_module("recipes.causal_lm").train_tokenizer({"text": lines}, MODEL["vocab_size"], folder / "model")
+    importlib.import_module("recipes.causal_lm").train_tokenizer({"text": lines}, MODEL["vocab_size"]).save_pretrained(folder / "model")
     LlamaForCausalLM(LlamaConfig(**MODEL, tie_word_embeddings=True, max_position_embeddings=512)).save_pretrained(folder / "model")
 
 
@@ -144,7 +144,7 @@ def main() -> None:
         recipe = ["recipes/causal_lm.py", *common, "--model", folder / "model", "--max_length", 256, "--samples", 0]
     ratios = []
     for series in range(options.series):
-        launch(*recipe)  # type: ignore[arg-type]
+        launch(*recipe)
         entries = [entry for entry in map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines()) if "loss" in entry][WARMUP:]
         ours = sum(entry["tokens"] for entry in entries) / sum(entry["step_seconds"] for entry in entries)
         launch("tests/benchmark_padding.py", options.task, "--trainer_in", folder, "--steps", options.steps)

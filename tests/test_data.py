@@ -23,6 +23,7 @@ def one_rank() -> Iterator[None]:
     ranks.init()
     yield
     torch.distributed.destroy_process_group()
+    ranks._patient_group.cache_clear()
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -58,6 +59,13 @@ def test_a_folder_with_a_file_for_each_split(tmp_path: Path, suffix: str) -> Non
         "test": [row["body"] for row in ROWS[90:]],
     }
     assert len(load(tmp_path, max_rows=7)["train"]) == 7
+
+
+def test_a_file_that_is_no_split_beside_files_that_are(tmp_path: Path) -> None:
+    for name in ("train", "values"):
+        write(tmp_path / f"{name}.jsonl", ROWS)
+    with pytest.raises(UserError, match=r"values.jsonl is named after no split"):
+        load(tmp_path)
 
 
 def test_numbers_as_labels(tmp_path: Path) -> None:

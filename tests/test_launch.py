@@ -55,6 +55,7 @@ def test_a_mistake_in_the_launch_is_refused(arguments: list[str], words: list[st
         (["--dataset", "nowhere.csv"], ["nowhere.csv", "no such file"]),
         (["--model", "nobody/nothing"], ["nobody/nothing", "hub"]),
         (["--max_length", "4096"], ["4096", "512"]),
+        (["--learning_rate", "1e30", "--log_every", "20"], ["the loss is nan at step", "metrics.jsonl"]),
     ],
 )
 def test_a_mistake_in_the_settings_ends_all_ranks_with_one_line(tmp_path: Path, arguments: list[str], words: list[str]) -> None:

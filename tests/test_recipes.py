@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import RECIPES, ROOT, deepspeed, read_losses
+from conftest import MEASURED, RECIPES, ROOT, deepspeed, read_losses
 from contract_worker import PROBE
 
 pytestmark = pytest.mark.slow
@@ -20,11 +20,6 @@ pytestmark = pytest.mark.slow
 BATCH, MICRO = 8, 2
 FP32, BF16 = f"precision=fp32,batch_size={BATCH}", f"precision=bf16,batch_size={BATCH}"
 CONFIGS = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
-
-
-def relative_difference(a: list[float], b: list[float]) -> float:
-    assert len(a) == len(b) == 20
-    return max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
 
 
 @pytest.fixture(scope="module", params=RECIPES)
@@ -56,23 +51,30 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return recipe, folder
 
 
+def difference(runs: tuple[str, Path], run: str, reference: str) -> float:
+    """The largest relative difference of any loss of two runs, also shown at the end of the tests."""
+    recipe, folder = runs
+    losses, expected = read_losses(folder / run), read_losses(folder / reference)
+    assert len(losses) == len(expected) == 20
+    largest = max(abs(x - y) / abs(y) for x, y in zip(losses, expected, strict=True))
+    MEASURED.append(f"{recipe:<24} {run:<24} {reference:<16} {largest:.1e}")
+    return largest
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_stage_trains_as_plain_torch_does(runs: tuple[str, Path], config: str) -> None:
-    _, folder = runs
-    assert relative_difference(read_losses(folder / f"{config}_fp32-2"), read_losses(folder / "plain-1")) < 1e-5
+    assert difference(runs, f"{config}_fp32-2", "plain-1") < 1e-5
 
 
 @pytest.mark.parametrize("world_size", [1, 4])
 @pytest.mark.parametrize("config", ["zero0", "zero2", "zero3"])
 def test_any_number_of_ranks_trains_alike(runs: tuple[str, Path], config: str, world_size: int) -> None:
-    _, folder = runs
-    assert relative_difference(read_losses(folder / f"{config}_fp32-{world_size}"), read_losses(folder / f"{config}_fp32-2")) < 1e-5
+    assert difference(runs, f"{config}_fp32-{world_size}", f"{config}_fp32-2") < 1e-5
 
 
 @pytest.mark.parametrize("config", ["zero0", "zero1", "zero3"])
 def test_stages_agree_in_bf16(runs: tuple[str, Path], config: str) -> None:
-    _, folder = runs
-    assert relative_difference(read_losses(folder / f"{config}_bf16-2"), read_losses(folder / "zero2_bf16-2")) < 2e-3
+    assert difference(runs, f"{config}_bf16-2", "zero2_bf16-2") < 2e-3
 
 
 def test_gradient_norms_are_logged_and_agree(runs: tuple[str, Path]) -> None:

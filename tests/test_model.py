@@ -1,0 +1,47 @@
+"""Models: dropout under each architecture's names, tokenizers and models that do not fit, training mode."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertLMHeadModel, DistilBertConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from lib import ranks
+from lib.config import UserError
+from lib.model import check_causal, load_model, load_tokenizer, set_dropout
+
+TINY_BERT = BertConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank() -> Iterator[None]:
+    ranks.init()
+    yield
+    torch.distributed.destroy_process_group()
+    ranks._patient_group.cache_clear()
+
+
+def test_dropout_is_set_under_each_architectures_own_names() -> None:
+    assert set_dropout(DistilBertConfig(), 0.3).dropout == set_dropout(DistilBertConfig(), 0.3).attention_dropout == 0.3
+    model = GPT2LMHeadModel(set_dropout(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2), 0.0))
+    assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
+
+
+def test_a_model_that_sees_the_future_is_refused() -> None:
+    with pytest.raises(UserError, match="decoder"):
+        check_causal(BertLMHeadModel(TINY_BERT))
+    check_causal(GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2)))
+
+
+def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
+    BertLMHeadModel(TINY_BERT).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="tokenizer"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_loaded_model_is_in_training_mode() -> None:
+    def build() -> PreTrainedModel:
+        return BertLMHeadModel(TINY_BERT).eval()  # as from_pretrained leaves it
+
+    assert load_model(build, {"zero_optimization": {"stage": 2}}, seed=0).training
