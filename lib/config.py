@@ -6,7 +6,6 @@ a key given twice are errors of one line that name the file and the key. Types a
 """
 
 import argparse
-import dataclasses
 import difflib
 import inspect
 import os
@@ -144,7 +143,7 @@ def parse(config_class: type[C], recipe: str, argv: list[str]) -> tuple[C, Path]
     parser.add_argument("--quick", action="store_true", help="overlay the YAML's 'quick:' section: a short run, to see that all works")
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)  # customary beside --deepspeed_config
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's
-    names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]  # any dataclass
+    names = list(typing.get_type_hints(config_class))
     group = parser.add_argument_group("settings (they win over the YAML)")
     for name in names:
         group.add_argument(f"--{name}", metavar="", help=help_texts.get(name, "").replace("%", "%%"))

@@ -87,7 +87,7 @@ def hf_trainer(task: str, folder: Path, steps: int) -> None:
         seen.append((time.perf_counter(), int(batch["attention_mask"].sum()), batch["attention_mask"].numel()))
         return batch
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
+    class Clock(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by mypy
         def __init__(self) -> None:
             self.times: list[float] = []
 

@@ -6,10 +6,12 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -26,6 +28,17 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.section("measured: largest relative difference of a loss over 20 steps")
         for line in MEASURED:
             terminalreporter.line(line)
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> Iterator[None]:
+    """This process as the only rank."""
+    from lib import ranks  # imports deepspeed, which the other tests of a quick run can do without
+
+    ranks.init()
+    yield
+    torch.distributed.destroy_process_group()
+    ranks._patient_group.cache_clear()
 
 
 def execute(command: list[Any], cwd: Path = ROOT, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,7 +1,6 @@
 """Data: own files with every fault a user meets, the order of rows, fillers, packing, baselines."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,7 @@ from lib.samples import LIBRARIES, load_sample, split_of
 ROWS = [{"body": f"row number {i}, NA", "kind": "even" if i % 2 == 0 else "odd"} for i in range(100)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_rank() -> Iterator[None]:
-    ranks.init()
-    yield
-    torch.distributed.destroy_process_group()
-    ranks._patient_group.cache_clear()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:

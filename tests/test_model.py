@@ -1,25 +1,18 @@
 """Models: dropout under each architecture's names, tokenizers and models that do not fit, training mode."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import BertConfig, BertLMHeadModel, DistilBertConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from lib import ranks
 from lib.config import UserError
 from lib.model import check_causal, load_model, load_tokenizer, set_dropout
 
 TINY_BERT = BertConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_rank() -> Iterator[None]:
-    ranks.init()
-    yield
-    torch.distributed.destroy_process_group()
-    ranks._patient_group.cache_clear()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 def test_dropout_is_set_under_each_architectures_own_names() -> None:
