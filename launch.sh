@@ -14,16 +14,22 @@ usage() {
 ./launch.sh <recipe> [options] [recipe settings]   train
 ./launch.sh <recipe> --help                        the recipe's settings
 ./launch.sh test [--quick] [pytest arguments]      linter, type checker, tests (--quick: those of under a minute)
+./launch.sh torture <recipe> [--help]              kill it, stop it, fill its disk, resume everything from everything (an hour)
 ./launch.sh --help                                 this text
 
 options:
   --stage 0|1|2|3    ZeRO stage: takes ds_configs/<recipe>/zero<stage>.json (default: 2)
   --ds_config FILE   any DeepSpeed JSON instead; also a name from ds_configs/<recipe>, such as zero3_offload
   --ranks N          processes, one a GPU (default: all GPUs, or 2 on a CPU)
+  --restarts N       after a fault (a killed rank, say), start again from the newest checkpoint, up to N times
   --dry_run          print the deepspeed command and stop
   --quick            a run of a few seconds, with the settings of the YAML's 'quick:' section
 
 recipe settings win over recipes/<recipe>.yaml, for example: --learning_rate 1e-4 --max_steps 100 --run_dir runs/try
+--run_dir runs/try --resume goes on with that run. Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and stop it; a second one ends it at once.
+
+exit codes: 0 finished; 75 stopped as asked, and saved; 2 a mistake, said in one line; 128 + signal: stopped before training;
+            else a fault, after which --resume goes on from the newest checkpoint
 
 recipes: $(recipes)
 EOF
@@ -98,23 +104,11 @@ run_tests() {
   "$python" -m pytest "$@"
 }
 
-# Runs "$@" in a session of its own and passes signals on to all of it: a signal to `deepspeed` alone would leave its ranks running.
-run_as_group() {
-  local status=0
-  setsid --wait "$@" &
-  local group=$!
-  trap 'kill -TERM -- -"$group" 2>/dev/null' INT TERM HUP
-  wait "$group" || status=$?
-  while kill -0 -- -"$group" 2>/dev/null; do # interrupted by a signal: until all of them are gone
-    sleep 0.2
-  done
-  return "$status"
-}
-
 main() {
   case "${1:-}" in
     --help | -h | "") usage; exit 0 ;;
     test) shift; environment; run_tests "$@"; exit 0 ;;
+    torture) shift; environment; exec "$python" "$root/tests/torture.py" "$@" ;;
     -*) fail "the recipe comes first: ./launch.sh <recipe> [options]; recipes: $(recipes)" ;;
   esac
   local recipe=${1%.py}
@@ -122,11 +116,11 @@ main() {
   shift
   [ -f "$root/recipes/$recipe.py" ] || fail "there is no recipes/$recipe.py; recipes: $(recipes)"
 
-  local stage="" ds_config="" ranks="" dry_run="" help="" settings=()
+  local stage="" ds_config="" ranks="" restarts=0 dry_run="" help="" settings=()
   while [ $# -gt 0 ]; do
     case "$1" in
-      --stage=* | --ds_config=* | --ranks=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
-      --stage | --ds_config | --ranks)
+      --stage=* | --ds_config=* | --ranks=* | --restarts=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
+      --stage | --ds_config | --ranks | --restarts)
         [ $# -ge 2 ] || fail "$1 needs a value"
         declare "${1#--}=$2"
         shift 2
@@ -161,19 +155,11 @@ main() {
     ranks=$((count > 0 ? count : 2))
   fi
   [[ $ranks =~ ^[1-9][0-9]*$ ]] || fail "--ranks is $ranks; it must be a whole number from 1 up"
+  [[ $restarts =~ ^[0-9]+$ ]] || fail "--restarts is $restarts; it must be a whole number"
   [ "$count" = 0 ] || [ "$ranks" -le "$count" ] || fail "--ranks is $ranks, but there are $count GPUs"
 
-  # A free port, so that two runs on one machine do not meet.
-  local port
-  port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-  local command=("$bin/deepspeed" --quiet --num_accelerators "$ranks" --master_port "$port"
-    "$root/recipes/$recipe.py" --deepspeed_config "$ds_config" ${settings[@]+"${settings[@]}"})
-  printf '%q ' "${command[@]/#"$PWD/"/}"
-  echo
-  if [ -n "$dry_run" ]; then
-    exit 0
-  fi
-  run_as_group "${command[@]}"
+  exec "$python" "$root/lib/supervise.py" "$recipe-$(basename "$ds_config" .json)" "$root/recipes/$recipe.yaml" "$restarts" "$dry_run" \
+    -- "$bin/deepspeed" --num_accelerators "$ranks" "$root/recipes/$recipe.py" --deepspeed_config "$ds_config" ${settings[@]+"${settings[@]}"}
 }
 
 main "$@"

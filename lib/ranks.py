@@ -1,12 +1,16 @@
-"""Ranks that act together: process groups, sums over ranks, and things that rank 0 does first."""
+"""Ranks that act together: process groups, sums over ranks, things that rank 0 does first, and ranks that stop answering."""
 
 import datetime
 import functools
+import itertools
 import os
+import threading
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import deepspeed
+import psutil
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -16,8 +20,12 @@ from lib.config import UserError
 T = TypeVar("T")
 
 
-def init() -> torch.device:
-    """Join the process groups that the launcher describes; without a launcher, be the only rank. Returns this rank's device."""
+def init(timeout_minutes: float) -> torch.device:
+    """Join the process groups that the launcher describes; without a launcher, be the only rank. Returns this rank's device.
+
+    timeout_minutes: how long a rank waits for another one before it gives up and ends the run. DeepSpeed makes groups of its own
+    later, with torch's 30 minutes: call set_timeout once more after deepspeed.initialize.
+    """
     for key, alone in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
         os.environ.setdefault(key, alone)
     # DeepSpeed's CPU collectives serve inference only, take half a minute to compile and leave 69 MB per rank in /dev/shm.
@@ -31,8 +39,39 @@ def init() -> torch.device:
             if wanted > there:
                 raise UserError(f"{wanted} ranks want a device each, but there are {there} on this machine; use --ranks {there}")
             accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-        deepspeed.init_distributed(verbose=False)
+        deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(minutes=timeout_minutes))
+        threading.Thread(target=_leave_with_the_launcher, daemon=True).start()
+    _cpu_group()
+    set_timeout(timeout_minutes)
     return device()
+
+
+def set_timeout(minutes: float) -> None:
+    """Let every process group that there is now give up after so many minutes without an answer."""
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(minutes=minutes), group)
+    _timeout_seconds.append(60 * minutes)
+
+
+_timeout_seconds: list[float] = []  # the last one is in force
+
+
+def _leave_with_the_launcher() -> None:
+    """End this process soon after a process that launched it: a launcher that is killed ends none of its ranks itself."""
+
+    def is_launcher(process: psutil.Process) -> bool:
+        return any(part.endswith(("deepspeed", "deepspeed.launcher.launch", "supervise.py")) for part in process.cmdline())
+
+    launchers = list(itertools.takewhile(is_launcher, psutil.Process().parents()))
+    while all(launcher.is_running() and launcher.status() != psutil.STATUS_ZOMBIE for launcher in launchers):
+        time.sleep(1)
+    os._exit(1)
+
+
+def lost_contact(error: BaseException) -> bool:
+    """Whether an error says that another rank has ended or does not answer, and not that this one has a fault."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe", "Application timeout")
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
 
 
 def rank() -> int:
@@ -50,23 +89,64 @@ def all_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @functools.lru_cache(1)
-def _patient_group() -> dist.ProcessGroup:
-    """For waiting while rank 0 downloads or tokenizes: on the CPU, and for longer than the 30 minutes of the default group."""
-    return dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
+def _cpu_group() -> dist.ProcessGroup:
+    """For what ranks tell each other beside training, so that no device has to be waited for."""
+    return dist.new_group(backend="gloo")
+
+
+def largest(values: list[float]) -> list[float]:
+    """The largest of each value over all ranks, the same on every rank. It waits for the ranks, but not for their devices."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_cpu_group())
+    return tensor.tolist()
 
 
 def on_rank0(do: Callable[[], T]) -> T:
-    """Rank 0 does it, all ranks get what it returned (pickled). A UserError there is raised on every rank."""
-    outcome: list[Any] = [None, None]
+    """Rank 0 does it, all ranks get what it returned (pickled). A UserError there is raised on every rank.
+
+    It may take longer than the timeout: rank 0 tells the others from time to time that it is still at it.
+    """
     if rank() == 0:
+        done = threading.Event()
+
+        def say_busy() -> None:
+            while not done.wait(_timeout_seconds[-1] / 4):
+                dist.broadcast_object_list([True, None, None], src=0, group=_cpu_group())
+
+        beat = threading.Thread(target=say_busy, daemon=True)
+        if world_size() > 1:
+            beat.start()
+        outcome: list[Any] = [False, None, None]  # still busy, result, what was wrong
         try:
-            outcome[0] = do()
+            outcome[1] = do()
         except UserError as error:
-            outcome[1] = str(error)
-    dist.broadcast_object_list(outcome, src=0, group=_patient_group())
-    if outcome[1] is not None:
-        raise UserError(outcome[1])
-    return outcome[0]
+            outcome[2] = str(error)
+        finally:
+            done.set()
+            if world_size() > 1:
+                beat.join()
+        dist.broadcast_object_list(outcome, src=0, group=_cpu_group())
+    else:
+        outcome = [True, None, None]
+        while outcome[0]:
+            dist.broadcast_object_list(outcome, src=0, group=_cpu_group())
+    if outcome[2] is not None:
+        raise UserError(outcome[2])
+    return outcome[1]
+
+
+def first_problem(problem: str | None) -> str | None:
+    """What the first rank that has a problem says, the same on every rank; None where no rank has one."""
+    problems: list[str | None] = [None] * world_size()
+    dist.all_gather_object(problems, problem, group=_cpu_group())
+    return next((f"rank {at}: {found}" for at, found in enumerate(problems) if found is not None), None)
+
+
+def gather_on_rank0(value: T) -> list[T]:
+    """The value (pickled) of each rank on rank 0, and an empty list elsewhere."""
+    values: list[Any] = [None] * world_size() if rank() == 0 else []
+    dist.gather_object(value, values or None, dst=0, group=_cpu_group())
+    return values
 
 
 def rank0_first(do: Callable[[], T]) -> T:
@@ -79,11 +159,9 @@ def rank0_first(do: Callable[[], T]) -> T:
             kept.append(do())
         except UserError as error:  # on another machine, say, where a file is missing
             problem = str(error)
-    problems: list[str | None] = [None] * world_size()
-    dist.all_gather_object(problems, problem, group=_patient_group())
-    for at, found in enumerate(problems):
-        if found is not None:
-            raise UserError(f"rank {at}: {found}")
+    problem = first_problem(problem)
+    if problem is not None:
+        raise UserError(problem)
     return kept[0]
 
 

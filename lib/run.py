@@ -1,10 +1,11 @@
 """The run: its folder, its log, what is seen on the console, and metrics.jsonl.
 
-A run folder holds config.yaml, ds_config.json, versions.json, log.txt (everything that libraries print), metrics.jsonl, monitor
-events if asked for, the exported model, and last result.json, which says that the run ended well and with what scores.
+A run folder holds config.yaml, ds_config.json, versions.json, log.txt (everything that libraries print), metrics.jsonl, checkpoints,
+monitor events if asked for, the exported model, and last result.json, which says that the run ended well and with what scores.
 """
 
 import dataclasses
+import fcntl
 import importlib.metadata
 import json
 import math
@@ -17,58 +18,165 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
+from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
-from lib import ranks
-from lib.config import UserError, shown
+from lib import checkpoint_files, ranks
+from lib.config import Stopped, UserError, did_you_mean, shown
 from lib.ds_config import offload_device, stage_of
 
 PLAIN_LINES = 10  # progress lines of a whole run where the output is no terminal
 VERSIONS_OF = ("deepspeed", "torch", "transformers", "datasets", "tokenizers", "accelerate", "numpy")
 
 
+# Settings that another start of the same run may change: none of them changes what a step does.
+MAY_CHANGE = {
+    "run_dir", "resume", "overwrite", "monitor", "max_steps", "epochs", "eval_every", "log_every", "save_every", "save_minutes",
+    "keep_checkpoints", "keep_best", "time_limit", "rank_timeout", "not_finite", "trust_remote_code",
+}  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """The versions of what a run's numbers depend on."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in VERSIONS_OF}
+
+
 class Run:
     """One training run. Made after ranks.init(); every rank makes it and calls the same methods in the same order."""
 
     def __init__(self, cfg: Any, ds_config: dict[str, Any], recipe: str):
-        self.cfg, self.ds_config = cfg, ds_config
+        self.cfg, self.ds_config, self.recipe = cfg, ds_config, Path(recipe).stem
         self.started = time.time()
-        self.folder = Path(ranks.on_rank0(lambda: self._make_folder(recipe)))
-        self.folder.mkdir(parents=True, exist_ok=True)  # on machines that do not share rank 0's disk
+        self._lock: Any = None
+        folder, token, finished = ranks.on_rank0(self._open_folder)
+        self.folder = Path(folder)
+        if finished:
+            raise Stopped(finished, 0)
+        seen = (self.folder / ".lock").read_text(encoding="utf-8") if (self.folder / ".lock").is_file() else ""
+        if ranks.first_problem(None if seen == token else "other"):
+            raise UserError(f"not every rank sees the same run_dir {shown(self.folder)}: it must be on a disk that all machines share")
+        self.notes: list[str] = []
+        self.checkpoint = self._find_checkpoint() if cfg.resume else None  # what --resume goes on from
+        self.seconds_before = self.checkpoint[1]["seconds"] if self.checkpoint else 0.0
+        ranks.on_rank0(self._write_facts)
         self._send_chatter_to_log()
         for section in ("tensorboard", "csv_monitor"):
             if ds_config.get(section, {}).get("enabled"):
                 ds_config[section] = {"output_path": str(self.folder), "job_name": section, **ds_config[section]}
         os.environ.setdefault("WANDB_DIR", str(self.folder))
         self.total_steps = 0
+        self.rows = 0  # of the training data
         self._pending: list[dict[str, Any]] = []  # one a step since the last flush, losses still on the device
         self._unseen: list[tuple[float, int, float]] = []  # (loss, tokens, seconds) of the steps since progress was last shown
         self._bar: tqdm[Any] | None = None
         self._monitor: Any = None
 
-    def _make_folder(self, recipe: str) -> str:
-        cfg, name = self.cfg, Path(recipe).stem
+    def _open_folder(self) -> tuple[str, str, str | None]:
+        """Make the run folder, or take the one that is there, and lock it. Returns (folder, what its lock says, why there is nothing to do)."""
+        cfg = self.cfg
+        if cfg.resume and cfg.overwrite:
+            raise UserError("resume and overwrite are both true: one keeps what is in run_dir, the other deletes it; set one of them")
+        if cfg.resume and not cfg.run_dir:
+            runs = sorted(Path("runs").glob(f"{self.recipe}-*"), key=lambda run: run.stat().st_mtime)
+            raise UserError(f"--resume needs --run_dir, the folder of the run to go on with{f'; the newest is {runs[-1]}' if runs else ''}")
         config_name = f"zero{stage_of(self.ds_config)}" + ("_offload" if offload_device(self.ds_config, "optimizer") != "none" else "")
-        folder = Path(cfg.run_dir or f"runs/{name}-{config_name}-{time.strftime('%Y%m%d-%H%M%S')}")
-        if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
-            if not cfg.overwrite:
-                raise UserError(f"run_dir {shown(folder)} exists already; give another --run_dir, or --overwrite true to delete what is there")
-            if not (folder / "config.yaml").is_file():
-                raise UserError(f"run_dir {shown(folder)} is not the folder of a run (it has no config.yaml); nothing was deleted")
-            shutil.rmtree(folder)
+        folder = Path(cfg.run_dir or f"runs/{self.recipe}-{config_name}-{time.strftime('%Y%m%d-%H%M%S')}")
         try:
+            there = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
+            if there and not (cfg.resume or cfg.overwrite):
+                raise UserError(
+                    f"run_dir {shown(folder)} exists already; give another --run_dir, --resume to go on with it, or --overwrite to delete what is there"
+                )
+            if there and not (folder / "config.yaml").is_file():
+                raise UserError(f"run_dir {shown(folder)} is not the folder of a run (it has no config.yaml); nothing was changed")
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False, allow_unicode=True), encoding="utf-8")
-            (folder / "ds_config.json").write_text(json.dumps(self.ds_config, indent=2) + "\n", encoding="utf-8")
-            versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in VERSIONS_OF}
-            (folder / "versions.json").write_text(json.dumps(versions, indent=2) + "\n", encoding="utf-8")
+            self._lock = (folder / ".lock").open("a+", encoding="utf-8")
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"run_dir {shown(folder)} is in use by another run; wait until it ends, or give another --run_dir") from None
+            if cfg.overwrite:
+                for path in there:
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            token = f"{platform.node()} {os.getpid()} {time.time()}"
+            self._lock.truncate(0)
+            self._lock.write(token)
+            self._lock.flush()
         except OSError as error:
             raise UserError(f"run_dir {shown(folder)} cannot be written: {error.strerror or error}") from None
-        return str(folder)
+        return str(folder), token, self._finished_before(folder) if cfg.resume else None
+
+    def _finished_before(self, folder: Path) -> str | None:
+        """Why there is nothing to go on with, if the run in the folder has ended well and is not asked for more steps."""
+        try:
+            result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+            before = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            return None
+        if any(before.get(name) != getattr(self.cfg, name) for name in ("max_steps", "epochs")):
+            return None
+        (folder / "result.json").touch()  # a start that found all done has succeeded too
+        return f"{shown(folder)} has finished already, after {result['steps']} steps; a larger --max_steps or --epochs would go on with it"
+
+    def _find_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest whole checkpoint of the run, checked against the settings."""
+        parent = self.folder / "checkpoints"
+        folder, manifest, notes = checkpoint_files.find_newest(parent)
+        self.notes += notes
+        if folder is None:
+            if (self.folder / "result.json").is_file():
+                raise UserError(f"{shown(self.folder)} has finished without a checkpoint to go on from; start a new run with another --run_dir")
+            self.notes.append(f"there is no checkpoint in {shown(parent)}: starting from the first step")
+            return None
+        if manifest["recipe"] != self.recipe:
+            raise UserError(f"{shown(folder)} was made by the recipe {manifest['recipe']}, not {self.recipe}; give that recipe's run another --run_dir")
+        here, there = dataclasses.asdict(self.cfg), manifest["settings"]
+        for name in [*there, *here]:
+            if name in here and name in there and here[name] != there[name]:
+                change = f"{name} was {there[name]!r} and is {here[name]!r}"
+                if name not in MAY_CHANGE:
+                    raise UserError(f"{shown(folder)}: {change}, which would change the result; set it back, or start a new run with another --run_dir")
+                if name in ("max_steps", "epochs"):
+                    self.notes.append(f"{change}: the learning-rate schedule is that of the new length from here on")
+            elif name not in MAY_CHANGE and name not in here:
+                raise UserError(
+                    f"{shown(folder)} has a setting '{name}' that this recipe does not have{did_you_mean(name, here)}; resume with the code that wrote it"
+                )
+            elif name not in MAY_CHANGE and name not in there:
+                raise UserError(f"{shown(folder)} lacks the setting '{name}'; resume with the code that wrote it")
+        for name, version in versions().items():
+            if manifest["versions"].get(name) != version:
+                self.notes.append(f"{name} was {manifest['versions'].get(name)} and is {version}: the numbers may differ slightly")
+        return folder, manifest
+
+    def _write_facts(self) -> None:
+        """config.yaml, ds_config.json, versions.json; and metrics.jsonl without the steps that are to be done again."""
+        facts = {
+            "config.yaml": yaml.safe_dump(dataclasses.asdict(self.cfg), sort_keys=False, allow_unicode=True),
+            "ds_config.json": json.dumps(self.ds_config, indent=2) + "\n",
+            "versions.json": json.dumps(versions(), indent=2) + "\n",
+        }
+        metrics = self.folder / "metrics.jsonl"
+        if metrics.exists():
+            done = self.checkpoint[1]["step"] if self.checkpoint else 0
+            facts["metrics.jsonl"] = "".join(line for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True) if _step_of(line) <= done)
+        for name, text in facts.items():
+            self._write_file(name, text)
+        (self.folder / "result.json").unlink(missing_ok=True)
+
+    def _write_file(self, name: str, text: str) -> None:
+        """Write a file of the run folder, whole or not at all."""
+        part = self.folder / f".{name}"
+        try:
+            part.write_text(text, encoding="utf-8")
+            part.replace(self.folder / name)
+        except OSError as error:
+            raise UserError(f"run_dir {shown(self.folder)} cannot be written: {error.strerror or error}") from None
 
     def _send_chatter_to_log(self) -> None:
         """From here on, what anything in this process prints goes to log.txt; the console is for `say` and the progress."""
@@ -104,22 +212,45 @@ class Run:
             "batch": f"{cfg.batch_size} = {micro} rows x {accumulation} accumulation steps x {world} ranks; {self.total_steps} steps",
             "run": shown(self.folder),
         }
+        if self.checkpoint is not None:
+            folder, manifest = self.checkpoint
+            by = f"written at ZeRO stage {manifest['stage']} by {manifest['world_size']} rank{'s' if manifest['world_size'] > 1 else ''}"
+            lines["resume"] = f"after step {manifest['step']} of {folder.name}, {by}"
         for name, value in lines.items():
             self.say(f"{name:<9}{value}")
-        for note in notes or []:
+        for note in [*self.notes, *(notes or [])]:
             self.say(f"note     {note}")
 
-    def attach(self, engine: Any) -> None:
-        """Let DeepSpeed's monitors (TensorBoard, W&B, CSV), where the JSON turns them on, receive what is logged."""
-        self._monitor = engine.monitor if engine.monitor.enabled else None
+    def plan(self, rows: int) -> None:
+        """Set total_steps to what the settings max_steps and epochs ask for on so many training rows; just one of them is given."""
+        max_steps, epochs = self.cfg.max_steps, self.cfg.epochs
+        if (max_steps is None) == (epochs is None):
+            raise UserError("set one of max_steps and epochs, and the other to null")
+        self.rows = rows
+        self.total_steps = max_steps if max_steps is not None else max(1, math.ceil(epochs * rows / self.cfg.batch_size))
 
-    def steps(self) -> Iterator[int]:
-        """1 ... total_steps, with a progress bar on a terminal, or a line every so often."""
+    def attach(self, engine: Any) -> None:
+        """Let DeepSpeed's monitors (TensorBoard, W&B, CSV), where the JSON turns them on, receive what is logged.
+
+        And let DeepSpeed's own process groups give up, as the others do, on a rank that does not answer.
+        """
+        self._monitor = engine.monitor if engine.monitor.enabled else None
+        ranks.set_timeout(self.cfg.rank_timeout)
+
+    def steps(self, done: int = 0) -> Iterator[int]:
+        """done + 1 ... total_steps, with a progress bar on a terminal, or a line every so often.
+
+        Before each step the random generators are seeded by the seed, the step and the rank. So what is random in a step, such as
+        dropout, does not depend on what ran before it, and a run that is resumed draws as one that was not interrupted.
+        """
         if ranks.rank() == 0 and self._console.isatty():
-            self._bar = tqdm(total=self.total_steps, file=self._console, unit="step", dynamic_ncols=True, leave=True)
-        self._loop_started = self._flushed_at = time.perf_counter()
-        yield from range(1, self.total_steps + 1)
-        self._flush()
+            self._bar = tqdm(total=self.total_steps, initial=done, file=self._console, unit="step", dynamic_ncols=True, leave=True)
+        self._done_before, self._loop_started = done, time.perf_counter()
+        self.restart_clock()
+        for step in range(done + 1, self.total_steps + 1):
+            set_seed(int(np.random.SeedSequence((self.cfg.seed, step, ranks.rank())).generate_state(1)[0]))
+            yield step
+        self.flush()
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -131,9 +262,25 @@ class Run:
         """
         self._pending.append({"step": step, "loss": loss, "tokens": tokens, "learning_rate": learning_rate, "grad_norm": grad_norm})
         if step % self.cfg.log_every == 0:
-            self._flush()
+            self.flush()
 
-    def _flush(self) -> None:
+    def loss_of(self, step: int) -> float:
+        """The loss of a step that was logged just now, summed over the ranks: every rank must call it. It waits for the device."""
+        self.flush()
+        last_step, loss = self._last_loss
+        assert last_step == step
+        return loss
+
+    def restart_clock(self) -> None:
+        """Leave what was done until now out of the time of the next step."""
+        self._flushed_at = time.perf_counter()
+
+    def seconds(self) -> float:
+        """How long the run has taken until now, earlier starts included as far as a checkpoint was resumed."""
+        return time.time() - self.started + float(self.seconds_before)
+
+    def flush(self) -> None:
+        """Write the steps since the last time to metrics.jsonl. Every rank must call it."""
         if not self._pending:
             return
         pending, self._pending = self._pending, []
@@ -144,12 +291,8 @@ class Run:
         for entry, loss, count in zip(pending, losses, tokens, strict=True):
             entry |= {"loss": loss, "tokens": int(count), "step_seconds": step_seconds}
             entry["grad_norm"] = None if entry["grad_norm"] is None else float(entry["grad_norm"])
+        self._last_loss = pending[-1]["step"], losses[-1]
         self._write(pending)
-        for entry, loss in zip(pending, losses, strict=True):
-            if not math.isfinite(loss):
-                raise UserError(
-                    f"the loss is {loss} at step {entry['step']}; see {shown(self.folder / 'metrics.jsonl')}, and try a lower learning_rate or precision fp32"
-                )
         self._unseen += [(loss, count, step_seconds) for loss, count in zip(losses, tokens, strict=True)]
         self._show_progress(pending[-1]["step"], len(pending))
         self._flushed_at = time.perf_counter()
@@ -161,14 +304,15 @@ class Run:
         next_line = step * PLAIN_LINES // self.total_steps > (step - since_last) * PLAIN_LINES // self.total_steps
         if self._bar is None and not next_line:
             return
-        losses, tokens, seconds = (sum(column) for column in zip(*self._unseen, strict=True))
-        shown_now = f"loss {losses / len(self._unseen):.4f}  {tokens / seconds:,.0f} tokens/s"
+        losses, tokens, seconds = zip(*self._unseen, strict=True)
+        finite = [loss for loss in losses if math.isfinite(loss)] or [math.nan]
+        shown_now = f"loss {sum(finite) / len(finite):.4f}  {sum(tokens) / sum(seconds):,.0f} tokens/s"
         self._unseen = []
         if self._bar is not None:
             self._bar.set_postfix_str(shown_now, refresh=False)
             self._bar.update(since_last)
         else:
-            left = int((time.perf_counter() - self._loop_started) / step * (self.total_steps - step))
+            left = int((time.perf_counter() - self._loop_started) / (step - self._done_before) * (self.total_steps - step))
             self.say(f"step {step}/{self.total_steps}  {shown_now}  {left // 60}:{left % 60:02d} left")
 
     def _write(self, entries: list[dict[str, Any]]) -> None:
@@ -176,8 +320,11 @@ class Run:
             return
         for entry in entries:  # JSON has no NaN
             entry |= {name: None for name, value in entry.items() if isinstance(value, float) and not math.isfinite(value)}
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(entry) + "\n" for entry in entries)
+        try:
+            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(entry) + "\n" for entry in entries)
+        except OSError as error:
+            raise UserError(f"run_dir {shown(self.folder)} cannot be written: {error.strerror or error}; --resume goes on from the newest checkpoint") from None
         if self._monitor is not None:
             self._monitor.write_events([
                 (name, value, entry["step"]) for entry in entries for name, value in entry.items() if isinstance(value, float)
@@ -189,10 +336,10 @@ class Run:
 
     def log_evaluation(self, step: int, split: str, scores: dict[str, float]) -> None:
         """Note the scores of an evaluation, the same on all ranks, and say them."""
-        self._flush()
+        self.flush()
         self._write([{"step": step} | {f"{split}_{name}": value for name, value in scores.items()}])
         self.say(f"step {step}/{self.total_steps}  {split}: " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
-        self._flushed_at = time.perf_counter()  # an evaluation is not part of a step's time
+        self.restart_clock()  # an evaluation is not part of a step's time
 
     def finish(self, scores: dict[str, dict[str, float]]) -> None:
         """Say the scores as a table, and write result.json, last: {name of the model or baseline: {score: value}}."""
@@ -202,14 +349,12 @@ class Run:
         self.say(f"{'':<{width}}  " + "  ".join(f"{name:>14}" for name in names))
         for row, values in scores.items():
             self.say(f"{row:<{width}}  " + "  ".join(f"{values[name]:>14.4f}" for name in names))
-        seconds = time.time() - self.started
         self.say()
-        self.say(f"{shown(self.folder)}: the model in model/, every step in metrics.jsonl; {int(seconds) // 60} min {int(seconds) % 60} s")
+        seconds = int(self.seconds())
+        self.say(f"{shown(self.folder)}: the model in model/, every step in metrics.jsonl; {seconds // 60} min {seconds % 60} s")
         if ranks.rank() == 0:
-            result = {"finished": True, "steps": self.total_steps, "seconds": round(seconds, 1), "scores": scores}
-            part = self.folder / ".result.json"
-            part.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-            part.replace(self.folder / "result.json")
+            result = {"finished": True, "steps": self.total_steps, "seconds": round(self.seconds(), 1), "scores": scores}
+            self._write_file("result.json", json.dumps(result, indent=2) + "\n")
         self.close()
 
     def close(self) -> None:
@@ -221,10 +366,13 @@ class Run:
         for descriptor in (self._stdout, self._stderr, self._log):
             os.close(descriptor)
         self._console.close()
+        if self._lock is not None:
+            self._lock.close()
 
 
-def total_steps(max_steps: int | None, epochs: float | None, rows: int, batch_size: int) -> int:
-    """The number of optimizer steps that the settings `max_steps` and `epochs` ask for; just one of them is given."""
-    if (max_steps is None) == (epochs is None):
-        raise UserError("set one of max_steps and epochs, and the other to null")
-    return max_steps if max_steps is not None else max(1, math.ceil((epochs or 0) * rows / batch_size))
+def _step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinity where a run was killed in the middle of it."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -28,22 +28,23 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
 from lib import evaluation, ranks
+from lib.checkpoints import Checkpoints
 from lib.config import Seed, Text, UserError, cli, did_you_mean
 from lib.data import IGNORED, Batch, Blocks, evaluation_batches, load_rows, token_stream, training_batches
 from lib.model import (
     check_causal,
     check_max_length,
     export,
-    hub_errors,
     load_config,
     load_model,
     load_tokenizer,
+    load_weights,
     make_adamw,
-    model_folder,
     set_dropout,
     true_stage0,
+    veto_if_not_finite,
 )  # fmt: skip
-from lib.run import Run, total_steps
+from lib.run import Run
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -51,6 +52,7 @@ END_OF_TEXT = "<|endoftext|>"
 @dataclass
 class Config:
     model: str | None  # a folder or hub id to go on training; null: from scratch, as the next seven settings say
+    trust_remote_code: bool  # whether code and pickled weights that come with the model may run; only for sources that you trust
     architecture: str  # transformers' name for it: llama, gpt2, qwen3, ...
     vocab_size: PositiveInt  # tokens of the byte-level BPE; at least 257
     hidden_size: PositiveInt  # width of the residual stream; a multiple of num_heads
@@ -62,6 +64,7 @@ class Config:
     text_column: str  # the column to read, one document a row
     max_rows: PositiveInt | None  # rows to take of each split, drawn at random; null: all
     run_dir: str | None  # where the run is written; null: runs/<recipe>-<config>-<time>
+    resume: bool  # whether to go on with the run in run_dir, from its newest checkpoint
     overwrite: bool  # whether a run that is there already is deleted
     monitor: Literal["tensorboard", "wandb"] | None  # DeepSpeed's monitor to log to; metrics.jsonl is always written
     seed: Seed  # of the weights, the order of the blocks and the samples
@@ -77,6 +80,13 @@ class Config:
     gradient_clipping: NonNegativeFloat  # highest norm of the gradient; 0: no clipping
     eval_every: PositiveInt | None  # steps between scores on the validation documents; null: none
     log_every: PositiveInt  # steps between writes to metrics.jsonl, which has every step
+    save_every: PositiveInt | None  # steps between checkpoints; null: none by steps
+    save_minutes: PositiveFloat | None  # minutes between checkpoints; null: none by time
+    keep_checkpoints: PositiveInt  # how many of the newest are kept
+    keep_best: bool  # whether the one with the best validation perplexity is made, kept, and in the end exported and tested
+    time_limit: PositiveFloat | None  # minutes from the start after which the run saves and stops; null: none
+    rank_timeout: PositiveFloat  # minutes that a rank waits for another before the run ends
+    not_finite: Literal["stop", "skip"]  # what to do at a step whose loss or gradient is not finite
     prompt: Text  # what the samples begin with
     samples: NonNegativeInt  # texts to generate in the end
     sample_tokens: PositiveInt  # tokens of each
@@ -94,10 +104,8 @@ def train_tokenizer(texts: Dataset, vocab_size: int) -> PreTrainedTokenizerBase:
 def build_model(cfg: Config, vocab_size: int, end_of_text: int) -> torch.nn.Module:
     """The decoder, whole, in host memory: pre-trained, or at random."""
     if cfg.model is not None:
-        with hub_errors(cfg.model):
-            return AutoModelForCausalLM.from_pretrained(
-                model_folder(cfg.model), config=load_config(cfg.model, dropout=0.0), dtype=torch.float32, trust_remote_code=False
-            )
+        config = load_config(cfg.model, 0.0, cfg.trust_remote_code)
+        return load_weights(AutoModelForCausalLM, cfg.model, config, cfg.trust_remote_code)
     if cfg.architecture not in CONFIG_MAPPING:
         raise UserError(f"architecture '{cfg.architecture}' is none of transformers'{did_you_mean(cfg.architecture, CONFIG_MAPPING)}")
     if cfg.hidden_size % cfg.num_heads:
@@ -154,7 +162,7 @@ def generate(engine: Any, tokenizer: PreTrainedTokenizerBase, cfg: Config) -> li
 
 
 def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
-    device = ranks.init()
+    device = ranks.init(cfg.rank_timeout)
     run = Run(cfg, ds_config, __file__)
     micro_batch_size, accumulation_steps = ds_config["train_micro_batch_size_per_gpu"], ds_config["gradient_accumulation_steps"]
 
@@ -163,8 +171,8 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     if cfg.model is None:
         tokenizer = ranks.on_rank0(lambda: train_tokenizer(splits["train"], cfg.vocab_size))
     else:
-        check_max_length(cfg.max_length, ranks.rank0_first(lambda: load_config(cfg.model or "", dropout=0.0)))
-        tokenizer = ranks.rank0_first(lambda: load_tokenizer(cfg.model or ""))
+        check_max_length(cfg.max_length, ranks.rank0_first(lambda: load_config(cfg.model or "", 0.0, cfg.trust_remote_code)))
+        tokenizer = ranks.rank0_first(lambda: load_tokenizer(cfg.model or "", cfg.trust_remote_code))
     columns = splits["train"].column_names
     tokenized = ranks.rank0_first(
         lambda: {
@@ -177,8 +185,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     validation, test = (Blocks(streams[name], cfg.max_length, drop_last=False) for name in ("validation", "test"))
     if len(train) == 0:
         raise UserError(f"dataset {cfg.dataset}: its {len(streams['train'])} training tokens do not fill one block; set a smaller --max_length")
-    batches = training_batches(train, collate, cfg.batch_size, micro_batch_size, cfg.seed, device)
-    run.total_steps = total_steps(cfg.max_steps, cfg.epochs, len(train), cfg.batch_size)
+    run.plan(len(train))
 
     # Model, optimizer, engine.
     model = load_model(lambda: check_causal(build_model(cfg, len(tokenizer), tokenizer.eos_token_id)), ds_config, cfg.seed)
@@ -189,20 +196,27 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     run.attach(engine)
     run.header(model, {f"{name} tokens": len(stream) for name, stream in streams.items()})
 
-    for step in run.steps():
+    checkpoints = Checkpoints(run, engine, schedule)
+    done = checkpoints.restore()  # optimizer steps: 0, or those of the checkpoint that --resume found
+    batches = training_batches(train, collate, cfg.batch_size, micro_batch_size, cfg.seed, device, start=done)
+    for step in run.steps(done):
         micro_batches = next(batches)  # this rank's share of one optimizer step
         learning_rate = schedule.get_last_lr()[0]
         labels = ranks.all_sum(torch.stack([(batch["labels"] != IGNORED).sum() for batch in micro_batches]).sum())  # over every rank and micro-batch
         step_loss = torch.zeros((), device=device)
         for batch in micro_batches:
             loss = loss_sum(engine, batch) / labels
-            engine.backward(loss * accumulation_steps * ranks.world_size())  # undoes DeepSpeed's two divisions
+            engine.backward(veto_if_not_finite(loss) * accumulation_steps * ranks.world_size())  # undoes DeepSpeed's two divisions
             engine.step()  # changes the weights after the last micro-batch only
             step_loss += loss.detach()
         run.log_step(step, step_loss, labels, learning_rate, engine.get_global_grad_norm())
         if run.due(step, cfg.eval_every):
-            run.log_evaluation(step, "validation", evaluate(engine, validation, text_bytes["validation"], micro_batch_size))
+            scores = evaluate(engine, validation, text_bytes["validation"], micro_batch_size)
+            run.log_evaluation(step, "validation", scores)
+            checkpoints.score(step, -scores["perplexity"])
+        checkpoints.end_step(step, micro_batches)  # saves when due, or asked to stop; a loss that is not finite has changed no weight
 
+    checkpoints.take_best()
     export(engine, tokenizer, run.folder / "model")
     scores = evaluate(engine, test, text_bytes["test"], micro_batch_size)
     run.log_evaluation(run.total_steps, "test", scores)

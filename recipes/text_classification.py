@@ -28,20 +28,33 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
 from lib import evaluation, ranks
+from lib.checkpoints import Checkpoints
 from lib.config import Probability, Seed, UserError, cli
 from lib.data import Batch, evaluation_batches, label_ids, load_rows, training_batches
-from lib.model import check_max_length, export, hub_errors, load_config, load_model, load_tokenizer, make_adamw, model_folder, true_stage0
-from lib.run import Run, total_steps
+from lib.model import (
+    check_max_length,
+    export,
+    load_config,
+    load_model,
+    load_tokenizer,
+    load_weights,
+    make_adamw,
+    true_stage0,
+    veto_if_not_finite,
+)  # fmt: skip
+from lib.run import Run
 
 
 @dataclass
 class Config:
     model: str  # "minilm" (installed with the requirements), a folder, or a Hugging Face hub id
+    trust_remote_code: bool  # whether code and pickled weights that come with the model may run; only for sources that you trust
     dataset: str  # "docstrings" (built in), a .jsonl, .csv or .parquet file, a folder of them, or a hub id
     text_column: str  # the column to read
     label_column: str  # the column to predict; text or whole numbers
     max_rows: PositiveInt | None  # rows to take of each split, drawn at random; null: all
     run_dir: str | None  # where the run is written; null: runs/<recipe>-<config>-<time>
+    resume: bool  # whether to go on with the run in run_dir, from its newest checkpoint
     overwrite: bool  # whether a run that is there already is deleted
     monitor: Literal["tensorboard", "wandb"] | None  # DeepSpeed's monitor to log to; metrics.jsonl is always written
     seed: Seed  # of the new layer's weights, the order of the rows and the dropout
@@ -59,6 +72,13 @@ class Config:
     num_layers: PositiveInt | None  # keep only the first layers of the encoder; null: all
     eval_every: PositiveInt | None  # steps between scores on the validation rows; null: none
     log_every: PositiveInt  # steps between writes to metrics.jsonl, which has every step
+    save_every: PositiveInt | None  # steps between checkpoints; null: none by steps
+    save_minutes: PositiveFloat | None  # minutes between checkpoints; null: none by time
+    keep_checkpoints: PositiveInt  # how many of the newest are kept
+    keep_best: bool  # whether the one with the best validation macro-F1 is made, kept, and in the end exported and tested
+    time_limit: PositiveFloat | None  # minutes from the start after which the run saves and stops; null: none
+    rank_timeout: PositiveFloat  # minutes that a rank waits for another before the run ends
+    not_finite: Literal["stop", "skip"]  # what to do at a step whose loss or gradient is not finite
 
 
 def build_model(cfg: Config, label_names: list[str], pad_token_id: int) -> torch.nn.Module:
@@ -66,6 +86,7 @@ def build_model(cfg: Config, label_names: list[str], pad_token_id: int) -> torch
     config = load_config(
         cfg.model,
         cfg.dropout,
+        cfg.trust_remote_code,
         num_labels=len(label_names),
         id2label=dict(enumerate(label_names)),
         label2id={name: number for number, name in enumerate(label_names)},
@@ -75,10 +96,7 @@ def build_model(cfg: Config, label_names: list[str], pad_token_id: int) -> torch
         if cfg.num_layers > config.num_hidden_layers:
             raise UserError(f"num_layers is {cfg.num_layers}, but the model has {config.num_hidden_layers} layers; set --num_layers null to keep all")
         config.num_hidden_layers = cfg.num_layers
-    with hub_errors(cfg.model):
-        return AutoModelForSequenceClassification.from_pretrained(
-            model_folder(cfg.model), config=config, dtype=torch.float32, ignore_mismatched_sizes=True, trust_remote_code=False
-        )
+    return load_weights(AutoModelForSequenceClassification, cfg.model, config, cfg.trust_remote_code, ignore_mismatched_sizes=True)
 
 
 def tokenize(rows: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, label_names: list[str], max_length: int) -> dict[str, list[Any]]:
@@ -117,21 +135,20 @@ def evaluate(engine: Any, rows: Dataset, collate_rows: Any, batch_size: int) -> 
 
 
 def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
-    device = ranks.init()
+    device = ranks.init(cfg.rank_timeout)
     run = Run(cfg, ds_config, __file__)
     micro_batch_size, accumulation_steps = ds_config["train_micro_batch_size_per_gpu"], ds_config["gradient_accumulation_steps"]
 
     # Data: texts and labels to token ids.
-    check_max_length(cfg.max_length, ranks.rank0_first(lambda: load_config(cfg.model, cfg.dropout)))
+    check_max_length(cfg.max_length, ranks.rank0_first(lambda: load_config(cfg.model, cfg.dropout, cfg.trust_remote_code)))
     splits = load_rows(cfg.dataset, cfg.max_rows, text={"text": cfg.text_column}, label={"label": cfg.label_column})
     label_names = label_ids(splits)
-    tokenizer = ranks.rank0_first(lambda: load_tokenizer(cfg.model))
+    tokenizer = ranks.rank0_first(lambda: load_tokenizer(cfg.model, cfg.trust_remote_code))
     arguments = {"tokenizer": tokenizer, "label_names": label_names, "max_length": cfg.max_length}
     tokenized = ranks.rank0_first(lambda: {name: rows.map(tokenize, batched=True, fn_kwargs=arguments) for name, rows in splits.items()})
     train, validation, test = tokenized["train"], tokenized["validation"], tokenized["test"]
     collate_rows = functools.partial(collate, tokenizer=tokenizer)
-    batches = training_batches(train, collate_rows, cfg.batch_size, micro_batch_size, cfg.seed, device, train["length"])
-    run.total_steps = total_steps(cfg.max_steps, cfg.epochs, len(train), cfg.batch_size)
+    run.plan(len(train))
 
     # Model, optimizer, engine.
     model = load_model(lambda: build_model(cfg, label_names, tokenizer.pad_token_id), ds_config, cfg.seed)
@@ -147,20 +164,27 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
         [f"{truncated:,} training texts truncated to {cfg.max_length} tokens"] if truncated else [],
     )
 
-    for step in run.steps():
+    checkpoints = Checkpoints(run, engine, schedule)
+    done = checkpoints.restore()  # optimizer steps: 0, or those of the checkpoint that --resume found
+    batches = training_batches(train, collate_rows, cfg.batch_size, micro_batch_size, cfg.seed, device, train["length"], start=done)
+    for step in run.steps(done):
         micro_batches = next(batches)  # this rank's share of one optimizer step
         learning_rate = schedule.get_last_lr()[0]
         tokens = ranks.all_sum(torch.stack([batch["attention_mask"].sum() for batch in micro_batches]).sum())  # of all ranks
         step_loss = torch.zeros((), device=device)
         for batch in micro_batches:
             loss = F.cross_entropy(logits_of(engine, batch), batch["labels"], reduction="sum") / cfg.batch_size
-            engine.backward(loss * accumulation_steps * ranks.world_size())  # undoes DeepSpeed's two divisions
+            engine.backward(veto_if_not_finite(loss) * accumulation_steps * ranks.world_size())  # undoes DeepSpeed's two divisions
             engine.step()  # changes the weights after the last micro-batch only
             step_loss += loss.detach()
         run.log_step(step, step_loss, tokens, learning_rate, engine.get_global_grad_norm())
         if run.due(step, cfg.eval_every):
-            run.log_evaluation(step, "validation", evaluate(engine, validation, collate_rows, micro_batch_size))
+            scores = evaluate(engine, validation, collate_rows, micro_batch_size)
+            run.log_evaluation(step, "validation", scores)
+            checkpoints.score(step, scores["macro_f1"])
+        checkpoints.end_step(step, micro_batches)  # saves when due, or asked to stop; a loss that is not finite has changed no weight
 
+    checkpoints.take_best()
     export(engine, tokenizer, run.folder / "model")
     scores = evaluate(engine, test, collate_rows, micro_batch_size)
     run.log_evaluation(run.total_steps, "test", scores)

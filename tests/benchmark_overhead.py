@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--local_rank")
     options = parser.parse_args()
-    device = ranks.init()
+    device = ranks.init(timeout_minutes=10)
     folder = ranks.on_rank0(tempfile.mkdtemp)
     given = {"run_dir": f"{folder}/run"}
     cfg: Any = config.load(causal_lm.Config, ROOT / "recipes" / "causal_lm.yaml", given)

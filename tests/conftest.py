@@ -35,10 +35,10 @@ def one_rank() -> Iterator[None]:
     """This process as the only rank."""
     from lib import ranks  # imports deepspeed, which the other tests of a quick run can do without
 
-    ranks.init()
+    ranks.init(timeout_minutes=10)
     yield
     torch.distributed.destroy_process_group()
-    ranks._patient_group.cache_clear()
+    ranks._cpu_group.cache_clear()
 
 
 def execute(command: list[Any], cwd: Path = ROOT, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess[str]:

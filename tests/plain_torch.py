@@ -32,6 +32,9 @@ class PlainEngine:
     def get_global_grad_norm(self) -> torch.Tensor | None:
         return self.norm
 
+    def was_step_applied(self) -> bool:
+        return True
+
     def zero_optimization(self) -> bool:
         return True  # there is no wrapper of stage 0 to mend
 

@@ -1,0 +1,285 @@
+"""One checkpoint on disk: written beside, checked, flushed and moved into place; found again, and read at any stage on any number of ranks.
+
+  step-00000120/
+    rank-00000-of-00002.safetensors   the pieces (lib/zero_state.py) that rank 0 answers for, as <kind>/<parameter>@<first element>
+    rank-00001-of-00002.safetensors   those of rank 1
+    checkpoint.json                   the manifest: step, settings, versions, size and checksum of each file, which pieces are where
+
+Each rank writes what it holds and reads what it needs; nothing is gathered. The manifest is written last and a folder gets its name
+only when all of it is on the disk, so whatever ends a run leaves complete checkpoints and one folder `.writing-...` that the next
+run removes. safetensors and JSON hold numbers and text alone: loading runs no code. Why a format of its own: docs/checkpoints.md.
+"""
+
+import functools
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lib import ranks
+from lib.config import UserError, shown
+from lib.zero_state import WEIGHT, buffers, make_optimizer_state, optimizer_state, owned_pieces, pieces, refresh_model, shapes
+
+FORMAT = 1
+MANIFEST = "checkpoint.json"
+Manifest = dict[str, Any]
+
+
+def folder_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+# --- writing ------------------------------------------------------------------------------------------------------------
+
+
+def write(parent: Path, engine: Any, facts: Manifest) -> str | None:
+    """Write the checkpoint of the engine's present state. Every rank must call it. Returns what went wrong, the same on all ranks.
+
+    facts: what to keep beside the weights, as JSON; its "step" names the folder. A failure removes what was written of it, and
+    touches no other checkpoint.
+    """
+    unfinished = parent / f".writing-{folder_of(facts['step'])}"
+
+    def begin() -> None:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+
+    kinds, scalars = optimizer_state(engine)
+    written: list[Manifest] = []
+    problem = ranks.on_rank0(lambda: _problem_of(begin))
+    if problem is None:
+        problem = _problem_of(lambda: written.append(_write_pieces(unfinished, engine, kinds)))
+        problem = ranks.first_problem(problem)
+    files = ranks.gather_on_rank0(written)
+
+    def publish() -> None:
+        manifest = facts | {"format": FORMAT, "world_size": ranks.world_size(), "shapes": shapes(engine), "kinds": kinds, "scalars": scalars}
+        manifest["files"] = {file.pop("name"): file for (file,) in files}
+        with (unfinished / MANIFEST).open("w", encoding="utf-8") as out:
+            json.dump(manifest | {"checksum": _checksum_of(manifest)}, out)
+            _flush(out.fileno())
+        _flush_folder(unfinished)
+        unfinished.rename(parent / folder_of(facts["step"]))
+        _flush_folder(parent)
+
+    if problem is None:
+        problem = ranks.on_rank0(lambda: _problem_of(publish))
+    if problem is not None:
+        ranks.on_rank0(lambda: shutil.rmtree(unfinished, ignore_errors=True))
+    return problem
+
+
+def _problem_of(do: Callable[[], None]) -> str | None:
+    """What kept `do` from writing, or None: the caller tells all ranks."""
+    try:
+        do()
+    except OSError as error:
+        return f"{error.strerror or error}"
+    except SafetensorError as error:  # it wraps errors of the file system
+        found = re.search(r"(No space left on device|Disk quota exceeded|Read-only file system|Input/output error)", str(error))
+        return found.group(1) if found else " ".join(str(error).split())
+    return None
+
+
+def _write_pieces(folder: Path, engine: Any, kinds: list[str]) -> Manifest:
+    """Write this rank's file. Returns what the manifest says of it."""
+    owned = owned_pieces(engine)
+    tensors = {f"{kind}/{piece.name}@{piece.start}": piece.view(kind, engine.basic_optimizer) for piece in owned for kind in [WEIGHT, *kinds]}
+    if ranks.rank() == 0:
+        tensors |= {f"buffer/{name}": buffer.contiguous() for name, buffer in buffers(engine).items()}
+    file = folder / f"rank-{ranks.rank():05d}-of-{ranks.world_size():05d}.safetensors"
+    save_file(tensors, file)
+    with file.open("rb+") as written:
+        _flush(written.fileno())
+    places = [[piece.name, piece.start, piece.size] for piece in owned]
+    return {"name": file.name, "bytes": file.stat().st_size, "xxh3_128": _checksum_of_file(file), "pieces": places}
+
+
+def _flush(descriptor: int) -> None:
+    os.fsync(descriptor)
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _flush(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _checksum_of_file(file: Path) -> str:
+    state = xxhash.xxh3_128()
+    with file.open("rb") as data:
+        while chunk := data.read(2**23):
+            state.update(chunk)
+    return state.hexdigest()
+
+
+def _checksum_of(manifest: Manifest) -> str:
+    kept = {key: value for key, value in manifest.items() if key != "checksum"}
+    return xxhash.xxh3_128_hexdigest(json.dumps(kept, sort_keys=True).encode())
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint. It loses its name first, so that a half deleted one is never taken for one."""
+    if folder.exists():
+        doomed = folder.with_name(f".deleting-{folder.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Delete what a run that was killed left half written or half deleted."""
+    for folder in [*parent.glob(".writing-*"), *parent.glob(".deleting-*")]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# --- finding ------------------------------------------------------------------------------------------------------------
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint. Raises ValueError with what is wrong with it, UserError where it is newer than this code."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"it has no {MANIFEST}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{MANIFEST} cannot be read ({type(error).__name__})") from None
+    if not isinstance(manifest, dict) or manifest.get("checksum") != _checksum_of(manifest):
+        raise ValueError(f"{MANIFEST} is damaged: its checksum differs")
+    if manifest["format"] > FORMAT:
+        raise UserError(f"{shown(folder)} has format {manifest['format']}, but this code reads up to {FORMAT}: resume it with the newer code that wrote it")
+    return manifest
+
+
+def list_complete(parent: Path) -> list[tuple[Path, Manifest]]:
+    """The checkpoints whose manifest is whole, newest first; their files are not read."""
+    complete = []
+    for folder in sorted(parent.glob("step-*"), reverse=True):
+        try:
+            complete.append((folder, read_manifest(folder)))
+        except ValueError:
+            continue
+    return complete
+
+
+def find_newest(parent: Path) -> tuple[Path | None, Manifest, list[str]]:
+    """(folder, manifest) of the newest checkpoint of which every byte is as it was written, the same on all ranks, and notes.
+
+    The ranks share the reading of its files. Each newer one that is incomplete or damaged is renamed to damaged-..., so that it is
+    not counted among the good ones from then on, and named in a note. Raises UserError where some are there but none is whole.
+    """
+    notes: list[str] = []
+    folders = ranks.on_rank0(lambda: sorted(parent.glob("step-*"), reverse=True))
+    for folder in folders:
+        problem, manifest = ranks.on_rank0(functools.partial(_whole_manifest, folder))
+        problem = problem or damage(folder, manifest)
+        if problem is None:
+            ranks.on_rank0(functools.partial(_put_aside, folders[: len(notes)]))
+            return folder, manifest, [f"{note}: passed over, and renamed to damaged-..." for note in notes]
+        notes.append(f"{folder.name} is damaged ({problem})")
+    if notes:
+        raise UserError(f"no checkpoint in {shown(parent)} is whole: {', '.join(notes)}; restore one from a backup, or start anew with another --run_dir")
+    return None, {}, []
+
+
+def _put_aside(folders: list[Path]) -> None:
+    for folder in folders:
+        aside = folder.with_name(f"damaged-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)  # an earlier one of the same step
+        folder.rename(aside)
+
+
+def damage(folder: Path, manifest: Manifest) -> str | None:
+    """What is wrong with a checkpoint's files, the same on all ranks, or None. The ranks share the reading of them."""
+    files = list(manifest["files"].items())[ranks.rank() :: ranks.world_size()]
+    return ranks.first_problem(next((found for name, facts in files if (found := _file_problem(folder / name, facts))), None))
+
+
+def _whole_manifest(folder: Path) -> tuple[str | None, Manifest]:
+    """(what is wrong, manifest)"""
+    try:
+        return None, read_manifest(folder)
+    except ValueError as error:
+        return str(error), {}
+
+
+def _file_problem(file: Path, facts: Manifest) -> str | None:
+    """What is wrong with a file of a checkpoint, given what the manifest says of it."""
+    try:
+        if not re.fullmatch(r"rank-\d+-of-\d+\.safetensors", file.name):
+            return f"'{file.name}' is no name of a checkpoint's file"
+        if not file.is_file():
+            return f"{file.name} is missing"
+        if file.stat().st_size != facts["bytes"]:
+            return f"{file.name} has {file.stat().st_size:,} bytes instead of {facts['bytes']:,}"
+        if _checksum_of_file(file) != facts["xxh3_128"]:
+            return f"the checksum of {file.name} differs"
+    except OSError as error:
+        return f"{file.name} cannot be read: {error.strerror or error}"
+    return None
+
+
+# --- reading ------------------------------------------------------------------------------------------------------------
+
+
+def read(folder: Path, manifest: Manifest, engine: Any) -> None:
+    """Bring the engine's weights and optimizer states to those of a checkpoint, whatever stage and number of ranks wrote it.
+
+    Every rank must call it. Raises UserError, on all ranks, where the checkpoint is another model's or cannot be read.
+    """
+    here, there = shapes(engine), manifest["shapes"]
+    for name in [*here, *there]:
+        if here.get(name) != there.get(name):
+            raise UserError(
+                f"{shown(folder)} is another model's: parameter {name} is {there.get(name, 'not')} there and {here.get(name, 'not')} here; "
+                "resume with the model and data that it was trained with, or start a new run"
+            )
+    make_optimizer_state(engine, manifest["kinds"], manifest["scalars"])
+    places: dict[str, list[tuple[int, int, str]]] = {}  # parameter -> (start, size, file)
+    for file, facts in manifest["files"].items():
+        for name, start, size in facts["pieces"]:
+            places.setdefault(name, []).append((start, size, file))
+    problem = None
+    try:
+        _read_pieces(folder, manifest, places, engine)
+    except (OSError, SafetensorError) as error:
+        problem = f"{shown(folder)} cannot be read: {' '.join(str(error).split())}"
+    problem = ranks.first_problem(problem)
+    if problem is not None:
+        raise UserError(problem)
+    refresh_model(engine)
+
+
+def _read_pieces(folder: Path, manifest: Manifest, places: dict[str, list[tuple[int, int, str]]], engine: Any) -> None:
+    opened: dict[str, Any] = {}
+
+    def open_file(file: str) -> Any:
+        if file not in opened:
+            opened[file] = safe_open(folder / file, framework="pt")
+        return opened[file]
+
+    with torch.no_grad():
+        for piece in pieces(engine):
+            left = piece.size
+            for start, size, file in places[piece.name]:
+                begin, end = max(start, piece.start), min(start + size, piece.start + piece.size)
+                if begin >= end:
+                    continue
+                for kind in [WEIGHT, *manifest["kinds"]]:
+                    source = open_file(file).get_slice(f"{kind}/{piece.name}@{start}")[begin - start : end - start]
+                    piece.view(kind, engine.basic_optimizer)[begin - piece.start : end - piece.start].copy_(source)
+                left -= end - begin
+            assert left == 0, f"{piece.name}: {left} elements are in no file of {folder}"
+        first = next(iter(manifest["files"]))  # rank 0's
+        for name, buffer in buffers(engine).items():
+            buffer.copy_(open_file(first).get_tensor(f"buffer/{name}"))

@@ -1,0 +1,200 @@
+"""What happens between two steps: a step that is not finite, a signal to stop, a checkpoint that is due; and going on from one.
+
+All ranks decide together: what one rank notices (a signal, the time) is told to all before any of them acts.
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from lib import checkpoint_files, ranks
+from lib.config import STOPPED, Stopped, UserError, shown
+from lib.ds_config import offload_device, stage_of
+from lib.run import Run, versions
+from lib.zero_state import loss_scaler, shapes
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SIGUSR1: Slurm's warning, with --signal
+TIME_LIMIT = 1000.0  # in the place of a signal's number
+LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what fp16's loss scaler changes
+
+
+class Checkpoints:
+    """The checkpoints of one run, in <run folder>/checkpoints. Made after deepspeed.initialize, by every rank."""
+
+    def __init__(self, run: Run, engine: Any, schedule: Any):
+        self.run, self.cfg, self.engine, self.schedule = run, run.cfg, engine, schedule
+        self.folder = run.folder / "checkpoints"
+        self.saved_at = time.monotonic()  # the clock of rank 0 decides
+        self.stop = 0.0  # the number of the signal that came to this rank
+        self.skipped = 0
+        self.step_score: tuple[int, float] = (0, -math.inf)  # (step, score) of the last evaluation
+        self.best_score = -math.inf
+        self.saves = self.cfg.save_every is not None or self.cfg.save_minutes is not None
+        if any(offload_device(run.ds_config, what) == "nvme" for what in ("optimizer", "param")):
+            raise UserError('checkpoints of states offloaded to NVMe are not supported; offload to "cpu"')
+        ranks.on_rank0(self._check_disk)
+        for number in SIGNALS:
+            signal.signal(number, self._note_signal)
+
+    def _note_signal(self, number: int, _: Any) -> None:
+        self.stop = float(number)
+
+    def _check_disk(self) -> None:
+        checkpoint_files.remove_leftovers(self.folder)
+        needed = sum(3 * 4 * math.prod(shape) for shape in shapes(self.engine).values())  # fp32 weights and Adam's two states
+        free = shutil.disk_usage(self.run.folder).free
+        if self.saves and free < needed:
+            raise UserError(
+                f"a checkpoint takes about {needed / 1e9:,.2f} GB, but {shown(self.run.folder)} is on a disk with {free / 1e9:,.2f} GB free; "
+                "free some, or give a --run_dir elsewhere"
+            )
+
+    def restore(self) -> int:
+        """Go on from the checkpoint that --resume found, if there is one. Returns the number of steps done before."""
+        if self.run.checkpoint is None:
+            return 0
+        folder, manifest = self.run.checkpoint
+        if manifest["rows"] != self.run.rows:
+            raise UserError(
+                f"{shown(folder)} was trained on {manifest['rows']:,} rows, but dataset {self.cfg.dataset} now gives {self.run.rows:,}; "
+                "resume with the same data, or start a new run"
+            )
+        self._load(folder, manifest)
+        self.skipped = manifest["skipped_steps"]
+        scores = [m["score"] for _, m in ranks.on_rank0(lambda: checkpoint_files.list_complete(self.folder)) if m["score"] is not None]
+        self.best_score = max(scores, default=-math.inf)
+        return int(manifest["samples"]) // int(self.cfg.batch_size)
+
+    def _load(self, folder: Path, manifest: dict[str, Any]) -> None:
+        checkpoint_files.read(folder, manifest, self.engine)
+        self.schedule.load_state_dict(manifest["schedule"])
+        for group, learning_rate in zip(self.engine.basic_optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
+            group["lr"] = learning_rate
+        scaler = loss_scaler(self.engine)
+        for name, value in manifest["loss_scale"].items():
+            if hasattr(scaler, name):
+                setattr(scaler, name, value)
+        self.engine.global_steps = manifest["step"]
+        self.engine.global_samples = manifest["samples"]
+        self.engine.micro_steps = manifest["step"] * self.engine.gradient_accumulation_steps()
+        self.engine.skipped_steps = manifest["skipped_steps"]
+
+    def score(self, step: int, value: float) -> None:
+        """Note what the model scored after `step` on the validation rows; higher is better."""
+        self.step_score = (step, value)
+
+    def end_step(self, step: int, micro_batches: list[dict[str, torch.Tensor]]) -> None:
+        """After each step, by every rank. Saves when it is due.
+
+        Raises UserError at a step whose loss or gradient is not finite (DeepSpeed has then left the weights as they were), unless
+        such steps are skipped, and Stopped after a signal or at the time limit; the state is saved before either.
+        """
+        if not self.engine.was_step_applied():
+            self._not_applied(step, micro_batches)
+        minutes = (time.monotonic() - self.saved_at) / 60
+        due = self.cfg.save_minutes is not None and minutes >= self.cfg.save_minutes and ranks.rank() == 0
+        if self.cfg.time_limit is not None and (time.time() - self.run.started) / 60 >= self.cfg.time_limit:
+            self.stop = self.stop or TIME_LIMIT
+        stop, due_now = ranks.largest([self.stop, float(due)])
+        last = step == self.run.total_steps
+        best = self.cfg.keep_best and self.step_score[0] == step and self.step_score[1] > self.best_score
+        by_steps = self.cfg.save_every is not None and step % self.cfg.save_every == 0
+        saved = True
+        if due_now or by_steps or best or (stop and not last) or (last and self.saves):
+            saved = self.save(step)
+        if stop and not last:
+            why = "the time limit" if stop == TIME_LIMIT else signal.Signals(int(stop)).name
+            kept = "saved; the same command with --resume goes on" if saved else "NOT saved; --resume goes on from an earlier checkpoint"
+            self.run.close()
+            raise Stopped(f"stopped by {why} after step {step}/{self.run.total_steps}: {kept} ({shown(self.run.folder)})", STOPPED)
+
+    def save(self, step: int) -> bool:
+        """Write a checkpoint of the state after `step` and delete those that are no longer to be kept. False if it did not succeed."""
+        self.run.flush()
+        started = time.monotonic()
+        scaler = loss_scaler(self.engine)
+        facts = {
+            "recipe": self.run.recipe,
+            "step": step,
+            "samples": step * self.cfg.batch_size,  # the position in the data, whatever the number of ranks
+            "rows": self.run.rows,
+            "skipped_steps": self.skipped,
+            "score": self.step_score[1] if self.step_score[0] == step else None,
+            "seconds": round(self.run.seconds(), 1),
+            "stage": stage_of(self.run.ds_config),
+            "schedule": self.schedule.state_dict(),
+            "loss_scale": {name: getattr(scaler, name) for name in LOSS_SCALE if hasattr(scaler, name)},
+            "settings": dataclasses.asdict(self.cfg),
+            "versions": versions(),
+        }
+        problem = checkpoint_files.write(self.folder, self.engine, facts)
+        self.saved_at = time.monotonic()
+        if problem is not None:
+            kept = ranks.on_rank0(lambda: [folder.name for folder, _ in checkpoint_files.list_complete(self.folder)])
+            newest = f"the newest is {kept[0]}" if kept else "there is none yet"
+            self.run.say(f"warning: no checkpoint of step {step}: {problem}; {newest}, training goes on")
+            return False
+        if self.step_score[0] == step:
+            self.best_score = max(self.best_score, self.step_score[1])
+        ranks.on_rank0(self._delete_old)
+        self.run.say(f"step {step}/{self.run.total_steps}  saved in {self.saved_at - started:.1f} s")
+        self.run.restart_clock()
+        return True
+
+    def _delete_old(self) -> None:
+        complete = checkpoint_files.list_complete(self.folder)
+        keep = {folder for folder, _ in complete[: self.cfg.keep_checkpoints]}
+        best = self._best_of(complete)
+        for folder, _ in complete:
+            if folder not in keep and folder != best:
+                checkpoint_files.remove(folder)
+
+    def _best_of(self, complete: list[tuple[Path, dict[str, Any]]]) -> Path | None:
+        scored = [(manifest["score"], folder) for folder, manifest in complete if manifest["score"] is not None]
+        return max(scored)[1] if scored and self.cfg.keep_best else None
+
+    def take_best(self) -> None:
+        """With keep_best, bring the engine to the checkpoint with the best score, for the export and the test. Every rank must call it."""
+        complete = ranks.on_rank0(lambda: checkpoint_files.list_complete(self.folder)) if self.cfg.keep_best else []
+        best = self._best_of(complete)
+        if best is None:
+            return
+        manifest = dict(complete)[best]
+        problem = checkpoint_files.damage(best, manifest)
+        if problem is not None:
+            raise UserError(f"the best checkpoint, {shown(best)}, is damaged: {problem}; --keep_best false --resume exports the last weights")
+        self._load(best, manifest)
+        self.run.say(f"best     {best.name}, validation score {manifest['score']:.4f}")
+
+    def _not_applied(self, step: int, micro_batches: list[dict[str, torch.Tensor]]) -> None:
+        """DeepSpeed found a gradient that is not finite and left the weights alone: skip the step, or stop and keep the evidence."""
+        loss = self.run.loss_of(step)
+        if math.isfinite(loss) and self.cfg.precision == "fp16":
+            self.skipped += 1  # how the loss scale is found
+            return
+        what = f"the loss is {loss}" if not math.isfinite(loss) else "the norm of the gradient is not finite"
+        if self.cfg.not_finite == "skip":
+            self.skipped += 1
+            self.run.say(f"step {step}/{self.run.total_steps}  skipped: {what} ({self.skipped} skipped so far)")
+            return
+        evidence = self.run.folder / f"not_finite-step-{step:08d}"
+        ranks.on_rank0(lambda: evidence.mkdir(exist_ok=True))
+        tensors = {f"{number}/{name}": tensor.contiguous() for number, batch in enumerate(micro_batches) for name, tensor in batch.items()}
+        save_file(tensors, evidence / f"batch-rank-{ranks.rank():05d}.safetensors")
+        before = self.folder / checkpoint_files.folder_of(step - 1)
+        saved = step == 1 or ranks.on_rank0(before.exists) or self.save(step - 1)  # the weights as they were before this step, and are
+        if ranks.rank() == 0:
+            facts = {"step": step, "what": what, "learning_rate": self.schedule.get_last_lr()[0], "state_before": saved}
+            (evidence / "report.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        raise UserError(
+            f"{what} at step {step}; the weights are those of step {step - 1}, the batch is in {shown(evidence)}; try a lower learning_rate, "
+            "--precision fp32, or --not_finite skip; --resume goes on from before the step"
+        )
