@@ -1,6 +1,7 @@
 """Models at every ZeRO stage: the same starting weights, the optimizer that the JSON asks for, a true stage 0, the export."""
 
 import contextlib
+import functools
 import math
 import os
 import time
@@ -198,6 +199,7 @@ def true_stage0(engine: deepspeed.DeepSpeedEngine) -> None:
         return
     step = optimizer.step
 
+    @functools.wraps(step)  # by which the learning-rate schedule recognises it
     def clip_and_step() -> None:
         optimizer._global_grad_norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping() or math.inf)
         optimizer.overflow = not math.isfinite(optimizer._global_grad_norm)

@@ -124,7 +124,7 @@ def main() -> int:
     for attempt in range(int(restarts) + 1):
         again = ["--resume", "true", "--overwrite", "false"] if attempt else []
         command = [launcher, "--quiet", "--master_port", str(free_port()), *arguments, *again]
-        print(shlex.join([os.path.relpath(part) if part.startswith(os.getcwd() + "/") else part for part in command]), flush=True)
+        print(shlex.join([part.removeprefix(f"{Path.cwd()}/") for part in command]), flush=True)
         if dry_run:
             return 0
         before = end_marker(run_dir)

@@ -1,0 +1,120 @@
+"""Resumes every checkpoint under every config in one launch, for tests/test_checkpoints.py. Arguments: write|read, folder, precision.
+
+A small model with tied weights, odd sizes (nothing divides evenly) and a buffer is trained on made-up batches that depend on the step
+alone. `write` trains STEPS steps under each config and saves after half of them; `read` goes on from each checkpoint in the folder
+under each config, also those that another number of ranks wrote. Losses are left in <what>.json.
+"""
+
+import functools
+import importlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import deepspeed
+from transformers import LlamaConfig, LlamaForCausalLM, get_scheduler
+
+from lib import checkpoint_files, ranks
+from lib import config as settings
+from lib.checkpoints import Checkpoints
+from lib.ds_config import load_ds_config
+from lib.model import load_model, make_adamw, true_stage0
+from lib.run import Run
+
+causal_lm: Any = importlib.import_module("recipes.causal_lm")
+STEPS, BATCH = 8, 4
+CONFIGS = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
+KNOBS = ["stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size"]
+
+
+class Model(LlamaForCausalLM):  # type: ignore[misc]  # transformers is not followed by mypy
+    def __init__(self, config: LlamaConfig):
+        super().__init__(config)
+        self.register_buffer("seen", torch.zeros(()))  # a buffer that training changes, and a checkpoint must hold
+
+    def forward(self, **inputs: Any) -> Any:
+        self.seen += 1
+        return super().forward(**inputs)
+
+
+def build() -> Model:
+    sizes = {"vocab_size": 67, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return Model(LlamaConfig(**sizes, tie_word_embeddings=True, max_position_embeddings=16))
+
+
+def train(config: str, folder: Path, precision: str, resume: bool) -> list[float]:
+    """The losses of the steps after the checkpoint in the folder, or of all."""
+    own = {"vocab_size": "257", "learning_rate": "1e-2", "gradient_clipping": "0.5", "warmup_steps": "2", "batch_size": str(BATCH), "max_steps": str(STEPS)}
+    saving = {"save_every": str(STEPS // 2), "save_minutes": "null", "keep_checkpoints": "9", "rank_timeout": "2", "log_every": "1"}
+    given = {"run_dir": str(folder), "resume": str(resume), "precision": precision, **own, **saving}
+    cfg: Any = settings.load(causal_lm.Config, ROOT / "recipes" / "causal_lm.yaml", given)
+    section = json.loads((ROOT / "ds_configs" / "causal_lm" / f"{config}.json").read_text()) | {"train_micro_batch_size_per_gpu": 1}
+    if config == "zero3":  # so that a small model is partitioned as a large one is; zero3_offload keeps small parameters whole
+        section["zero_optimization"] |= dict.fromkeys(KNOBS, 0)
+    path = folder.with_suffix(".json")
+    ranks.on_rank0(lambda: path.write_text(json.dumps(section)))
+    ds_config = load_ds_config(path, cfg, ranks.world_size())
+    run = Run(cfg, ds_config, causal_lm.__file__)
+    run.plan(rows=100)
+    model = load_model(build, ds_config, cfg.seed)
+    optimizer = make_adamw(model, ds_config, cfg.learning_rate, cfg.weight_decay)
+    schedule = get_scheduler(cfg.lr_schedule, optimizer, cfg.warmup_steps, STEPS)
+    engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
+    true_stage0(engine)
+    run.attach(engine)
+    checkpoints = Checkpoints(run, engine, schedule)
+    done = checkpoints.restore()
+    accumulation = engine.gradient_accumulation_steps()
+    losses = []
+    for step in run.steps(done):
+        rows = torch.randint(0, 67, (BATCH, 16), generator=torch.Generator().manual_seed(step % 2))  # few rows: it learns them, so that any lost state shows
+        total = torch.zeros(())
+        for row in rows[ranks.rank() :: ranks.world_size()]:
+            logits = engine(input_ids=row[None, :-1]).logits.float()
+            loss = F.cross_entropy(logits.flatten(0, 1), row[1:], reduction="sum") / (BATCH * 15)
+            engine.backward(loss * accumulation * ranks.world_size())
+            engine.step()
+            total += loss.detach()
+        losses.append(float(ranks.all_sum(total)))
+        checkpoints.end_step(step, [])
+    forwards_before = done * BATCH // run.checkpoint[1]["world_size"] if run.checkpoint else 0
+    assert float(engine.module.seen) == forwards_before + (STEPS - done) * BATCH // ranks.world_size()  # the buffer was restored too
+    run.close()
+    engine.destroy()
+    return losses
+
+
+def copy_half(source: Path, target: Path) -> None:
+    """The run folder as it was after half of the steps."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(checkpoint_files.folder_of(STEPS), ".lock"))
+
+
+def main(what: str, folder: Path, precision: str) -> None:
+    ranks.init(timeout_minutes=2)
+    world_size, result = ranks.world_size(), {}
+    if what == "write":
+        for config in CONFIGS:
+            result[config] = train(config, folder / f"{config}-{world_size}", precision, resume=False)
+    else:
+        for config in CONFIGS:
+            for source in ranks.on_rank0(lambda: sorted(path for path in folder.glob("zero*-[0-9]"))):
+                target = folder / "resumed" / f"{source.name}-to-{config}-{world_size}"
+                ranks.on_rank0(functools.partial(copy_half, source, target))
+                result[f"{source.name} {config}"] = train(config, target, precision, resume=True)
+    if ranks.rank() == 0:
+        (folder / f"{what}-{world_size}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+    main(arguments[0], Path(arguments[1]), arguments[2])
