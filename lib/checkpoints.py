@@ -34,7 +34,6 @@ class Checkpoints:
         self.folder = run.folder / "checkpoints"
         self.saved_at = time.monotonic()  # the clock of rank 0 decides
         self.stop = 0.0  # the number of the signal that came to this rank
-        self.skipped = 0
         self.step_score: tuple[int, float] = (0, -math.inf)  # (step, score) of the last evaluation
         self.best_score = -math.inf
         self.saves = self.cfg.save_every is not None or self.cfg.save_minutes is not None
@@ -68,7 +67,7 @@ class Checkpoints:
                 "resume with the same data, or start a new run"
             )
         self._load(folder, manifest)
-        self.skipped = manifest["skipped_steps"]
+        self.run.skipped_steps = manifest["skipped_steps"]
         scores = [m["score"] for _, m in ranks.on_rank0(lambda: checkpoint_files.list_complete(self.folder)) if m["score"] is not None]
         self.best_score = max(scores, default=-math.inf)
         return int(manifest["samples"]) // int(self.cfg.batch_size)
@@ -126,7 +125,7 @@ class Checkpoints:
             "step": step,
             "samples": step * self.cfg.batch_size,  # the position in the data, whatever the number of ranks
             "rows": self.run.rows,
-            "skipped_steps": self.skipped,
+            "skipped_steps": self.run.skipped_steps,
             "score": self.step_score[1] if self.step_score[0] == step else None,
             "seconds": round(self.run.seconds(), 1),
             "stage": stage_of(self.run.ds_config),
@@ -178,12 +177,12 @@ class Checkpoints:
         """DeepSpeed found a gradient that is not finite and left the weights alone: skip the step, or stop and keep the evidence."""
         loss = self.run.loss_of(step)
         if math.isfinite(loss) and self.cfg.precision == "fp16":
-            self.skipped += 1  # how the loss scale is found
+            self.run.skipped_steps += 1  # how the loss scale is found
             return
         what = f"the loss is {loss}" if not math.isfinite(loss) else "the norm of the gradient is not finite"
         if self.cfg.not_finite == "skip":
-            self.skipped += 1
-            self.run.say(f"step {step}/{self.run.total_steps}  skipped: {what} ({self.skipped} skipped so far)")
+            self.run.skipped_steps += 1
+            self.run.say(f"step {step}/{self.run.total_steps}  skipped: {what} ({self.run.skipped_steps} skipped so far)")
             return
         evidence = self.run.folder / f"not_finite-step-{step:08d}"
         ranks.on_rank0(lambda: evidence.mkdir(exist_ok=True))
@@ -195,6 +194,6 @@ class Checkpoints:
             facts = {"step": step, "what": what, "learning_rate": self.schedule.get_last_lr()[0], "state_before": saved}
             (evidence / "report.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         raise UserError(
-            f"{what} at step {step}; the weights are those of step {step - 1}, the batch is in {shown(evidence)}; try a lower learning_rate, "
-            "--precision fp32, or --not_finite skip; --resume goes on from before the step"
+            f"{what} at step {step}; the weights are still those of step {step - 1}, the batch is in {shown(evidence)}; go on from before it with "
+            "--resume --not_finite skip, or start anew with a lower learning_rate or --precision fp32"
         )

@@ -6,6 +6,7 @@ a key given twice are errors of one line that name the file and the key. Types a
 """
 
 import argparse
+import atexit
 import difflib
 import errno
 import inspect
@@ -191,33 +192,35 @@ def cli(main: Callable[..., Any], config_class: type[Any]) -> None:
         cfg, ds_path = parse(config_class, recipe, sys.argv[1:])
         main(cfg, load_ds_config(ds_path, cfg, world_size))
         torch.distributed.destroy_process_group()
+        atexit._run_exitfuncs()  # where monitors end their uploads
     except Stopped as stopped:
         if rank == 0:
             print(stopped, file=console, flush=True)
-        _leave(stopped.code)
+        leave(stopped.code)
     except UserError as error:
         if rank == 0:
             print(f"error: {' '.join(str(error).split())}", file=console, flush=True)
-        _leave(2)
+        leave(2)
     except KeyboardInterrupt:  # before training; from then on it saves and stops
-        _leave(130)
+        leave(130)
     except Exception as error:
-        if ranks.lost_contact(error):
+        lost = ranks.lost_contact(error)
+        if lost:
             if rank < 2:  # one of them is not the one that was lost
-                print(f"error: rank {rank} lost contact with another rank, which has ended or does not answer ({_first_line(error)})", file=console, flush=True)
+                print(f"error: rank {rank} lost contact with another rank ({lost}), which has ended or does not answer", file=console, flush=True)
         elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             print(f"error: rank {rank}: {error.strerror}: {error.filename or 'the disk is full'}; free some and --resume", file=console, flush=True)
         else:
             print(traceback.format_exc(), file=console, flush=True)
-        _leave(1)
+        leave(1)
+    leave(0)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200]
+def leave(code: int) -> NoReturn:
+    """End this process now, without the interpreter's own shutdown.
 
-
-def _leave(code: int) -> NoReturn:
-    """End now. Without the interpreter's own shutdown, which waits for process groups that other ranks have left."""
+    It waits for process groups that other ranks have left, and aborts (exit code -6) where a thread of gloo drops a tensor meanwhile.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -68,10 +68,11 @@ def _leave_with_the_launcher() -> None:
     os._exit(1)
 
 
-def lost_contact(error: BaseException) -> bool:
-    """Whether an error says that another rank has ended or does not answer, and not that this one has a fault."""
-    signs = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe", "Application timeout")
-    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
+def lost_contact(error: BaseException) -> str | None:
+    """How another rank was lost, if that is what an error says; None for a fault of this rank."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "Timed out", "Broken pipe")
+    found = next((sign for sign in signs if sign.lower() in str(error).lower()), None)
+    return found or (type(error).__name__ if isinstance(error, dist.DistError) else None)
 
 
 def rank() -> int:

@@ -56,6 +56,8 @@ class Run:
         folder, token, finished = ranks.on_rank0(self._open_folder)
         self.folder = Path(folder)
         if finished:
+            if self._lock is not None:
+                self._lock.close()
             raise Stopped(finished, 0)
         seen = (self.folder / ".lock").read_text(encoding="utf-8") if (self.folder / ".lock").is_file() else ""
         if ranks.first_problem(None if seen == token else "other"):
@@ -71,6 +73,7 @@ class Run:
         os.environ.setdefault("WANDB_DIR", str(self.folder))
         self.total_steps = 0
         self.rows = 0  # of the training data
+        self.skipped_steps = 0  # which changed no weight, because a loss or gradient was not finite
         self._pending: list[dict[str, Any]] = []  # one a step since the last flush, losses still on the device
         self._unseen: list[tuple[float, int, float]] = []  # (loss, tokens, seconds) of the steps since progress was last shown
         self._bar: tqdm[Any] | None = None
@@ -350,10 +353,12 @@ class Run:
         for row, values in scores.items():
             self.say(f"{row:<{width}}  " + "  ".join(f"{values[name]:>14.4f}" for name in names))
         self.say()
+        if self.skipped_steps:
+            self.say(f"{self.skipped_steps} of {self.total_steps} steps were skipped: their loss or gradient was not finite")
         seconds = int(self.seconds())
         self.say(f"{shown(self.folder)}: the model in model/, every step in metrics.jsonl; {seconds // 60} min {seconds % 60} s")
         if ranks.rank() == 0:
-            result = {"finished": True, "steps": self.total_steps, "seconds": round(self.seconds(), 1), "scores": scores}
+            result = {"finished": True, "steps": self.total_steps, "skipped_steps": self.skipped_steps, "seconds": round(self.seconds(), 1), "scores": scores}
             self._write_file("result.json", json.dumps(result, indent=2) + "\n")
         self.close()
 

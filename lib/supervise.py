@@ -123,7 +123,7 @@ def main() -> int:
     status = 1
     for attempt in range(int(restarts) + 1):
         again = ["--resume", "true", "--overwrite", "false"] if attempt else []
-        command = [launcher, "--quiet", "--master_port", str(free_port()), *arguments, *again]
+        command = [launcher, "--log_level", "critical", "--master_port", str(free_port()), *arguments, *again]
         print(shlex.join([part.removeprefix(f"{Path.cwd()}/") for part in command]), flush=True)
         if dry_run:
             return 0

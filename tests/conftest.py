@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # these tests run on the CPU, with or without a GPU
 os.environ["HF_HUB_OFFLINE"] = "1"  # and need no network
 
+CONFIGS = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]  # that every recipe has
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
 SCRIPTS = Path(sys.executable).parent
 MEASURED: list[str] = []  # figures that tests found, shown at the end
@@ -61,6 +62,11 @@ def deepspeed(world_size: int, script: str | Path, *arguments: Any, **options: A
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     return execute([SCRIPTS / "deepspeed", "--quiet", "--num_accelerators", world_size, "--master_port", port, script, *arguments], **options)
+
+
+def launch(*arguments: Any, cwd: Path = ROOT, **options: Any) -> subprocess.CompletedProcess[str]:
+    """launch.sh, with the environment that runs the tests."""
+    return execute([cwd / "launch.sh", *arguments], cwd=cwd, PATH=f"{SCRIPTS}:{os.environ['PATH']}", **options)
 
 
 def read_losses(run: Path) -> list[float]:

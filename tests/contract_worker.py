@@ -56,3 +56,4 @@ def main(recipe_name: str, folder: Path, cases: list[str]) -> None:
 if __name__ == "__main__":
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
     main(arguments[0], Path(arguments[1]), arguments[2:])
+    config.leave(0)

@@ -1,13 +1,15 @@
-"""Resumes every checkpoint under every config in one launch, for tests/test_checkpoints.py. Arguments: write|read, folder, precision.
+"""Resumes every checkpoint under every config in one launch, for tests/test_checkpoints.py. Arguments: what, folder, precision, configs.
 
 A small model with tied weights, odd sizes (nothing divides evenly) and a buffer is trained on made-up batches that depend on the step
 alone. `write` trains STEPS steps under each config and saves after half of them; `read` goes on from each checkpoint in the folder
-under each config, also those that another number of ranks wrote. Losses are left in <what>.json.
+under each config, also those that another number of ranks wrote; `poison` gives one rank an infinite loss with finite gradients
+at one step. What they found is left in <what>-<world size>.json.
 """
 
 import functools
 import importlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -26,13 +28,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, get_scheduler
 from lib import checkpoint_files, ranks
 from lib import config as settings
 from lib.checkpoints import Checkpoints
+from lib.config import UserError
 from lib.ds_config import load_ds_config
-from lib.model import load_model, make_adamw, true_stage0
+from lib.model import load_model, make_adamw, true_stage0, veto_if_not_finite
 from lib.run import Run
 
 causal_lm: Any = importlib.import_module("recipes.causal_lm")
 STEPS, BATCH = 8, 4
-CONFIGS = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
 KNOBS = ["stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size"]
 
 
@@ -51,11 +53,11 @@ def build() -> Model:
     return Model(LlamaConfig(**sizes, tie_word_embeddings=True, max_position_embeddings=16))
 
 
-def train(config: str, folder: Path, precision: str, resume: bool) -> list[float]:
+def train(config: str, folder: Path, precision: str, resume: bool, poisoned_step: int = 0, not_finite: str = "stop") -> list[float]:
     """The losses of the steps after the checkpoint in the folder, or of all."""
     own = {"vocab_size": "257", "learning_rate": "1e-2", "gradient_clipping": "0.5", "warmup_steps": "2", "batch_size": str(BATCH), "max_steps": str(STEPS)}
     saving = {"save_every": str(STEPS // 2), "save_minutes": "null", "keep_checkpoints": "9", "rank_timeout": "2", "log_every": "1"}
-    given = {"run_dir": str(folder), "resume": str(resume), "precision": precision, **own, **saving}
+    given = {"run_dir": str(folder), "resume": str(resume), "precision": precision, "not_finite": not_finite, **own, **saving}
     cfg: Any = settings.load(causal_lm.Config, ROOT / "recipes" / "causal_lm.yaml", given)
     section = json.loads((ROOT / "ds_configs" / "causal_lm" / f"{config}.json").read_text()) | {"train_micro_batch_size_per_gpu": 1}
     if config == "zero3":  # so that a small model is partitioned as a large one is; zero3_offload keeps small parameters whole
@@ -81,11 +83,16 @@ def train(config: str, folder: Path, precision: str, resume: bool) -> list[float
         for row in rows[ranks.rank() :: ranks.world_size()]:
             logits = engine(input_ids=row[None, :-1]).logits.float()
             loss = F.cross_entropy(logits.flatten(0, 1), row[1:], reduction="sum") / (BATCH * 15)
-            engine.backward(loss * accumulation * ranks.world_size())
+            if step == poisoned_step and ranks.rank() == ranks.world_size() - 1:
+                loss = loss + math.inf  # its gradients are as before
+            engine.backward(veto_if_not_finite(loss) * accumulation * ranks.world_size())
             engine.step()
             total += loss.detach()
-        losses.append(float(ranks.all_sum(total)))
-        checkpoints.end_step(step, [])
+        run.log_step(step, total, torch.tensor(BATCH * 15), schedule.get_last_lr()[0], engine.get_global_grad_norm())
+        losses.append(run.loss_of(step))
+        checkpoints.end_step(step, [{"input_ids": rows}])
+    if poisoned_step:
+        assert run.skipped_steps == 1
     forwards_before = done * BATCH // run.checkpoint[1]["world_size"] if run.checkpoint else 0
     assert float(engine.module.seen) == forwards_before + (STEPS - done) * BATCH // ranks.world_size()  # the buffer was restored too
     run.close()
@@ -98,14 +105,30 @@ def copy_half(source: Path, target: Path) -> None:
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(checkpoint_files.folder_of(STEPS), ".lock"))
 
 
-def main(what: str, folder: Path, precision: str) -> None:
+def poison(config: str, folder: Path, precision: str) -> dict[str, Any]:
+    """What happens at a step whose loss is infinite: the error, the checkpoint of the weights before it, and the losses when it is skipped."""
+    try:
+        train(config, folder, precision, resume=False, poisoned_step=3)
+        error = "there was none"
+    except UserError as found:
+        error = str(found)
+    evidence = sorted(path.name for path in (folder / "not_finite-step-00000003").iterdir())
+    skipping = train(config, folder.with_name(f"{folder.name}-skip"), precision, resume=False, poisoned_step=3, not_finite="skip")
+    return {"error": error, "evidence": evidence, "skipping": skipping}
+
+
+def main(what: str, folder: Path, precision: str, configs: list[str]) -> None:
     ranks.init(timeout_minutes=2)
-    world_size, result = ranks.world_size(), {}
+    world_size = ranks.world_size()
+    result: dict[str, Any] = {}
     if what == "write":
-        for config in CONFIGS:
+        for config in configs:
             result[config] = train(config, folder / f"{config}-{world_size}", precision, resume=False)
+    elif what == "poison":
+        for config in configs:
+            result[config] = poison(config, folder / f"{config}-{world_size}", precision)
     else:
-        for config in CONFIGS:
+        for config in configs:
             for source in ranks.on_rank0(lambda: sorted(path for path in folder.glob("zero*-[0-9]"))):
                 target = folder / "resumed" / f"{source.name}-to-{config}-{world_size}"
                 ranks.on_rank0(functools.partial(copy_half, source, target))
@@ -117,4 +140,5 @@ def main(what: str, folder: Path, precision: str) -> None:
 if __name__ == "__main__":
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
-    main(arguments[0], Path(arguments[1]), arguments[2])
+    main(arguments[0], Path(arguments[1]), arguments[2], arguments[3:])
+    settings.leave(0)

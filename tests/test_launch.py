@@ -10,11 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SCRIPTS, deepspeed, execute, read_losses
-
-
-def launch(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return execute([cwd / "launch.sh", *arguments], cwd=cwd, PATH=f"{SCRIPTS}:{os.environ['PATH']}")
+from conftest import ROOT, SCRIPTS, deepspeed, execute, launch, read_losses
 
 
 def test_help_and_dry_run() -> None:

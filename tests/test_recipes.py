@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import MEASURED, RECIPES, ROOT, deepspeed, read_losses
+from conftest import CONFIGS, MEASURED, RECIPES, ROOT, deepspeed, read_losses
 from contract_worker import PROBE
 
 pytestmark = pytest.mark.slow
@@ -19,7 +19,6 @@ pytestmark = pytest.mark.slow
 # 8 rows a step in micro-batches of 2: 4 accumulation steps on 1 rank, 2 on 2 ranks, 1 on 4 ranks.
 BATCH, MICRO = 8, 2
 FP32, BF16 = f"precision=fp32,batch_size={BATCH}", f"precision=bf16,batch_size={BATCH}"
-CONFIGS = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
 
 
 @pytest.fixture(scope="module", params=RECIPES)

@@ -1,0 +1,231 @@
+"""Everything that can happen to a long run, done to a short one. Run by hand, an hour on 2 cores:
+
+    ./launch.sh torture causal_lm
+    ./launch.sh torture causal_lm --only kills --kills 30
+
+It prints what it measured; docs/checkpoints.md keeps the figures. Real launches, real ranks, real signals.
+"""
+
+import argparse
+import functools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # launch.sh takes the environment that runs this
+
+from conftest import CONFIGS, deepspeed
+
+from lib.checkpoint_files import folder_of, list_complete
+
+INTERVAL = 10  # steps between checkpoints
+
+
+def start(recipe: str, run_dir: Path, *settings: object) -> subprocess.Popen[bytes]:
+    command = [ROOT / "launch.sh", recipe, "--quick", "--log_every", 1, "--run_dir", run_dir, *settings]
+    with run_dir.with_suffix(".log").open("ab") as log:
+        return subprocess.Popen([str(part) for part in command], cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+
+
+def processes_of(run_dir: Path) -> list[psutil.Process]:
+    """All processes of a launch: launch.sh (as supervise.py), deepspeed, its launcher, the ranks."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if str(run_dir) in (process.info["cmdline"] or []) and process.pid != os.getpid():
+            found.append(process)
+    return found
+
+
+def kind_of(process: psutil.Process) -> str:
+    words = " ".join(process.info["cmdline"])
+    if "--local_rank=" in words:
+        return f"rank {words.split('--local_rank=')[1][0]}"
+    return "launch.sh" if "supervise.py" in words or "launch.sh" in words else "deepspeed.launcher.launch" if "launcher.launch" in words else "deepspeed"
+
+
+def wait_for(condition: Callable[[], object], seconds: float, poll: float = 0.02) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(poll)
+    return False
+
+
+def wait_for_step(run_dir: Path, after: int, launch: "subprocess.Popen[bytes]") -> None:
+    """Until the run has logged a step beyond `after`. Raises SystemExit where it does not come, or the run ends."""
+    if not wait_for(lambda: last_step(run_dir) > after or launch.poll() is not None, 120) or launch.poll() is not None:
+        raise SystemExit(f"no step after {after}: {run_dir.with_suffix('.log').read_text()[-3000:]}")
+
+
+def losses_of(run_dir: Path) -> list[float]:
+    entries = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [entry["loss"] for entry in entries if "loss" in entry]
+
+
+def last_step(run_dir: Path) -> int:
+    """The last step whose line in metrics.jsonl is whole."""
+    try:
+        lines = (run_dir / "metrics.jsonl").read_text().split("\n")[:-1]
+    except OSError:
+        return 0
+    return max((json.loads(line)["step"] for line in lines), default=0)
+
+
+def exported(run_dir: Path) -> list[bytes]:
+    return [file.read_bytes() for file in sorted((run_dir / "model").glob("*.safetensors"))]
+
+
+def kills(recipe: str, folder: Path, count: int, steps: int) -> None:
+    """SIGKILL at random moments, of a random process of the launch, a third of them while a checkpoint is being written."""
+    draw = random.Random(0)
+    whole, cut = folder / "whole", folder / "cut"
+    settings = ("--max_steps", steps, "--eval_every", "null")
+    assert start(recipe, whole, *settings, "--save_minutes", "null").wait() == 0, whole.with_suffix(".log").read_text()[-3000:]
+    killed: Counter[str] = Counter()
+    in_write = lost_most = starting = 0
+    slowest_end = 0.0
+    for number in range(count):
+        launch = start(recipe, cut, *settings, "--save_every", INTERVAL, "--resume")
+        aim = ("write", "training", "anywhere")[number % 3]
+        before = last_step(cut)
+        if aim == "anywhere":
+            time.sleep(draw.uniform(0, 12))
+        else:
+            wait_for_step(cut, before, launch)
+        if aim == "training":
+            time.sleep(draw.uniform(0, 1))
+        target = draw.choice(processes_of(cut))
+        kind = kind_of(target)
+        if aim == "write":  # while its folder has not got its name yet; the target was found before, because there are milliseconds
+            wait_for(lambda: list((cut / "checkpoints").glob(".writing-*")), 10, poll=0.0005)
+        if launch.poll() is not None:
+            raise SystemExit(f"it ended by itself: {cut.with_suffix('.log').read_text()[-3000:]}")
+        target.kill()
+        killed[kind] += 1
+        at = time.monotonic()
+        if not wait_for(lambda: not processes_of(cut), 60):
+            raise SystemExit(f"left behind after the SIGKILL of {kind}: {processes_of(cut)}")
+        launch.wait()
+        slowest_end = max(slowest_end, time.monotonic() - at)
+        in_write += bool(list((cut / "checkpoints").glob(".writing-*")))
+        complete = list_complete(cut / "checkpoints")
+        newest = complete[0][1]["step"] if complete else 0
+        reached = last_step(cut)
+        starting += reached <= before
+        lost = reached - newest
+        lost_most = max(lost_most, lost)
+        if lost > INTERVAL:
+            raise SystemExit(f"kill {number + 1} lost {lost} steps, more than the interval of {INTERVAL}")
+        print(f"kill {number + 1}/{count}: {kind}, {aim}; step {reached}, newest checkpoint {newest}", flush=True)
+    assert start(recipe, cut, *settings, "--save_every", INTERVAL, "--resume").wait() == 0, cut.with_suffix(".log").read_text()[-3000:]
+    left = [path.name for path in (cut / "checkpoints").iterdir() if not path.name.startswith("step-")]
+    print(
+        f"\nkills: {count} ({', '.join(f'{kind} {n}' for kind, n in sorted(killed.items()))}); {in_write} left a checkpoint half written, {starting} before a step"
+    )
+    print(
+        f"  steps lost at most: {lost_most} (interval {INTERVAL}); all processes gone after at most {slowest_end:.1f} s; temporary folders left: {left or 'none'}"
+    )
+    print(
+        f"  losses of all {steps} steps equal the uninterrupted run's: {losses_of(cut) == losses_of(whole)}; exported weights equal: {exported(cut) == exported(whole)}"
+    )
+
+
+def resumes(recipe: str, folder: Path) -> None:
+    """Every ordered pair of configs and numbers of ranks, 10 steps under the one and 10 under the other, through the recipe's own main()."""
+
+    def case(name: str, config: str, *settings: str) -> str:
+        path = folder / f"{config}.json"
+        path.write_text(json.dumps(json.loads((ROOT / "ds_configs" / recipe / f"{config}.json").read_text()) | {"train_micro_batch_size_per_gpu": 2}))
+        return f"{name}:{path}:precision=fp32,batch_size=8,save_every=10,keep_checkpoints=9,{','.join(settings)}"
+
+    def launch(world_size: int, cases: list[str]) -> None:
+        done = deepspeed(world_size, "tests/contract_worker.py", recipe, folder, *cases, OMP_NUM_THREADS="1", timeout=7200)
+        assert done.returncode == 0, f"{done.stdout[-1000:]}\n{done.stderr[-4000:]}"
+
+    for world_size in (1, 2):
+        launch(world_size, [case(config, config, "resume=false") for config in CONFIGS])
+    differences: dict[str, float] = {}
+    exact = 0
+    for world_size in (1, 2):
+        for config in CONFIGS:  # a launch each, so that only a few copies of the checkpoints are on the disk
+            names = {f"{source}-{ranks}": f"{source}_{ranks}_to_{config}" for source in CONFIGS for ranks in (1, 2)}
+            for source, name in names.items():
+                shutil.copytree(folder / source, folder / f"{name}-{world_size}", ignore=shutil.ignore_patterns(folder_of(20), "result.json", "model"))
+            launch(world_size, [case(name, config, "resume=true") for name in names.values()])
+            for source, name in names.items():
+                losses, expected = losses_of(folder / f"{name}-{world_size}"), losses_of(folder / source)
+                assert len(losses) == len(expected) == 20
+                differences[f"{source} -> {config}-{world_size}"] = max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True))
+                exact += source == f"{config}-{world_size}" and losses == expected
+                shutil.rmtree(folder / f"{name}-{world_size}")
+            print(f"resumed under {config} on {world_size} rank(s)", flush=True)
+    worst = max(differences, key=lambda pair: differences[pair])
+    print(f"\nresumes: {len(differences)} ordered pairs, largest relative difference of a loss {differences[worst]:.1e} ({worst})")
+    print(f"  same config and ranks: {exact} of 12 bit for bit")
+
+
+def silence(recipe: str, folder: Path) -> None:
+    """A rank under SIGSTOP, at a timeout of 30 s."""
+    for stage, rank in ((0, 1), (2, 0), (3, 1)):
+        run = folder / f"silent-{stage}-{rank}"
+        launch = start(recipe, run, "--max_steps", 100000, "--rank_timeout", 0.5, "--stage", stage)
+        wait_for_step(run, 5, launch)
+        target = next(process for process in processes_of(run) if kind_of(process) == f"rank {rank}")
+        target.send_signal(signal.SIGSTOP)
+        at = time.monotonic()
+        code = launch.wait(timeout=120)
+        print(f"silence: rank {rank} stopped at stage {stage}: the run ended after {time.monotonic() - at:.0f} s (timeout 30 s), exit code {code}")
+        assert not processes_of(run)
+
+
+def faults(recipe: str, folder: Path) -> None:
+    """The generated faulty inputs, and the disk and damage tests, of the test suite."""
+    tests = ["tests/test_faults.py", "tests/test_checkpoints.py"]
+    done = subprocess.run([sys.executable, "-m", "pytest", "-o", "addopts=", "-q", *tests], cwd=ROOT, text=True, capture_output=True, check=False)
+    print(f"faults: {done.stdout.strip().splitlines()[-1]}")
+    if done.returncode:
+        raise SystemExit(done.stdout[-5000:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="./launch.sh torture", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", choices=sorted(path.stem for path in (ROOT / "recipes").glob("*.py")))
+    parser.add_argument("--only", choices=["kills", "resumes", "silence", "faults"], help="one part of it")
+    parser.add_argument("--kills", type=int, default=100, help="how many (default 100)")
+    parser.add_argument("--steps", type=int, default=4000, help="of the run that is killed; more than those between all kills (default 4000)")
+    options = parser.parse_args()
+    parts: dict[str, Callable[[str, Path], None]] = {
+        "kills": functools.partial(kills, count=options.kills, steps=options.steps),
+        "resumes": resumes,
+        "silence": silence,
+        "faults": faults,
+    }
+    folder = Path(tempfile.mkdtemp(prefix="torture-"))
+    started = time.monotonic()
+    for name in [options.only] if options.only else parts:
+        part = folder / name
+        part.mkdir()
+        parts[name](options.recipe, part)
+        shutil.rmtree(part)
+    shutil.rmtree(folder)
+    print(f"\n{options.recipe}: all done in {(time.monotonic() - started) / 60:.0f} min")
+
+
+if __name__ == "__main__":
+    main()
