@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute
 import pyarrow.parquet
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, concatenate_datasets, load_dataset
@@ -119,7 +120,9 @@ def _load_files(files: dict[str, list[Path]], columns: dict[str, str], text_colu
         for rows in loaded.values():
             rows.data.validate(full=True)  # pyarrow reads bytes that are not UTF-8 without a word
         wrong = any(
-            rows.data.column(column).null_count or (column in text_columns and rows.features[column] != Value("string"))
+            rows.data.column(column).null_count
+            or (column in text_columns and rows.features[column] != Value("string"))
+            or (kind == "csv" and pyarrow.compute.any(pyarrow.compute.equal(rows.data.column(column), "")).as_py())  # an empty cell, or a missing one
             for rows in loaded.values()
             for column in columns.values()
             if column in rows.column_names

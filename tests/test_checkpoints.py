@@ -128,7 +128,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "a truncated manifest": lambda last: os.truncate(last / "checkpoint.json", 100),
     "a missing shard": lambda last: (last / "rank-00001-of-00002.safetensors").rename(last.parent.parent / "elsewhere"),
     "a missing manifest": lambda last: (last / "checkpoint.json").rename(last.parent.parent / "elsewhere"),
-    "an empty folder": lambda last: (shutil.rmtree(last), last.mkdir()),
+    "an empty folder": lambda last: [file.rename(last.parent.parent / file.name) for file in list(last.iterdir())],
 }
 
 
