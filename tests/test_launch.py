@@ -17,8 +17,9 @@ def test_help_and_dry_run() -> None:
     out = launch("--help").stdout
     assert "text_classification" in out and "causal_lm" in out
     dry = launch("causal_lm", "--stage", "3", "--ranks", "4", "--dry_run", "--max_steps", "3").stdout
-    assert dry.splitlines()[-1].split("--quiet ")[1].startswith("--num_accelerators 4 --master_port ")
-    assert dry.strip().endswith("recipes/causal_lm.py --deepspeed_config ds_configs/causal_lm/zero3.json --max_steps 3")
+    assert "deepspeed --log_level critical --master_port " in dry
+    command = "--num_accelerators 4 recipes/causal_lm.py --deepspeed_config ds_configs/causal_lm/zero3.json --max_steps 3 --run_dir runs/causal_lm-zero3-"
+    assert command in dry.splitlines()[-1]
     assert "ds_configs/causal_lm/zero3_offload.json" in launch("causal_lm", "--ds_config", "zero3_offload", "--dry_run").stdout
 
 
@@ -51,7 +52,7 @@ def test_a_mistake_in_the_launch_is_refused(arguments: list[str], words: list[st
         (["--dataset", "nowhere.csv"], ["nowhere.csv", "no such file"]),
         (["--model", "nobody/nothing"], ["nobody/nothing", "hub"]),
         (["--max_length", "4096"], ["4096", "512"]),
-        (["--learning_rate", "1e30", "--log_every", "20"], ["the loss is nan at step", "metrics.jsonl"]),
+        (["--learning_rate", "1e30", "--log_every", "20"], ["the loss is nan at step", "--not_finite skip"]),
     ],
 )
 def test_a_mistake_in_the_settings_ends_all_ranks_with_one_line(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
@@ -94,17 +95,101 @@ def readable(path: Path) -> bool:
     return True
 
 
-@pytest.mark.slow
-def test_sigterm_to_launch_sh_ends_every_rank(tmp_path: Path) -> None:
+LONG = ["causal_lm", "--quick", "--max_steps", 200, "--log_every", 1, "--samples", 0]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of LONG, undisturbed."""
+    run = tmp_path_factory.mktemp("uninterrupted") / "run"
+    done = launch(*LONG, "--run_dir", run)
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def start(run_dir: Path, *settings: object, steps: int) -> subprocess.Popen[str]:
+    """Start LONG and return when it has done so many steps."""
     environment = os.environ | {"PATH": f"{SCRIPTS}:{os.environ['PATH']}"}
-    command = [str(ROOT / "launch.sh"), "causal_lm", "--quick", "--max_steps", "100000", "--run_dir", str(tmp_path / "run")]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    while not (tmp_path / "run" / "metrics.jsonl").exists():
-        assert process.poll() is None
-        time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) != 0
-    assert not any(str(tmp_path).encode() in path.read_bytes() for path in command_lines())
+    command = [str(part) for part in (ROOT / "launch.sh", *LONG, "--run_dir", run_dir, *settings)]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (run_dir / "metrics.jsonl").exists() or len(read_losses(run_dir)) < steps:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    return process
+
+
+def end(process: subprocess.Popen[str], run_dir: Path, seconds: float = 120) -> str:
+    """What it printed, when it has ended and left no process behind."""
+    output, _ = process.communicate(timeout=seconds)
+    assert not any(str(run_dir).encode() in path.read_bytes() for path in command_lines())
+    return output
+
+
+def same_result(run_dir: Path, expected: Path) -> bool:
+    weights = [[file.read_bytes() for file in sorted((run / "model").glob("*.safetensors"))] for run in (run_dir, expected)]
+    return weights[0] == weights[1] and read_losses(run_dir) == read_losses(expected)
+
+
+def rank_of(run_dir: Path, rank: int) -> int:
+    """The process id of a rank of a run."""
+    (found,) = [path for path in command_lines() if f"--local_rank={rank}".encode() in path.read_bytes() and str(run_dir).encode() in path.read_bytes()]
+    return int(found.parent.name)
+
+
+@pytest.mark.slow
+def test_signals_save_and_stop_and_the_run_goes_on_as_if_nothing_had_been(tmp_path: Path, uninterrupted: Path) -> None:
+    run = tmp_path / "run"
+    for steps, number in ((5, signal.SIGTERM), (60, signal.SIGUSR1), (120, signal.SIGINT)):
+        process = start(run, "--resume", steps=steps)
+        process.send_signal(number)
+        output = end(process, run)
+        assert process.returncode == 75 and "saved; the same command with --resume goes on" in output and "Traceback" not in output
+        assert ("there is no checkpoint" if steps == 5 else "resume   after step") in output
+    assert launch(*LONG, "--run_dir", run, "--resume").returncode == 0
+    assert same_result(run, uninterrupted)
+    done = launch(*LONG, "--run_dir", run, "--resume")
+    assert done.returncode == 0 and "finished already" in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_time_limit_saves_and_stops(tmp_path: Path) -> None:
+    done = launch(*LONG, "--run_dir", tmp_path / "run", "--time_limit", 0.01, "--max_steps", 100000)
+    assert done.returncode == 75 and "stopped by the time limit after step" in done.stderr
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_restarted(tmp_path: Path, uninterrupted: Path) -> None:
+    run = tmp_path / "run"
+    process = start(run, "--restarts", 2, "--save_every", 10, steps=25)
+    os.kill(rank_of(run, 1), signal.SIGKILL)
+    output = end(process, run)
+    assert process.returncode == 0 and "restart  exit code" in output and "lost contact with another rank" in output
+    assert "Traceback" not in output
+    assert same_result(run, uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_killed_launcher_is_no_success_and_leaves_no_rank(tmp_path: Path) -> None:
+    """DeepSpeed ends with exit code 0 then, while the ranks train on."""
+    run = tmp_path / "run"
+    process = start(run, "--max_steps", 100000, "--save_every", 10, steps=15)
+    (launcher,) = [path for path in command_lines() if b"deepspeed.launcher.launch" in path.read_bytes() and str(run).encode() in path.read_bytes()]
+    os.kill(int(launcher.parent.name), signal.SIGKILL)
+    output = end(process, run)
+    assert process.returncode not in (0, 2, 75) and "--resume goes on" in output
+
+
+@pytest.mark.slow
+def test_a_silent_rank_ends_the_run(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(run, "--max_steps", 100000, "--rank_timeout", 0.1, "--stage", 3, steps=5)
+    os.kill(rank_of(run, 1), signal.SIGSTOP)
+    stopped_at = time.monotonic()
+    output = end(process, run)
+    assert time.monotonic() - stopped_at < 6 + 60
+    assert process.returncode == 1 and "rank 0 lost contact with another rank (Timed out)" in output and "Traceback" not in output
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ All configs of one number of ranks share one launch, because the launch is what 
 
 import importlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ import transformers
 from conftest import CONFIGS, MEASURED, RECIPES, ROOT, deepspeed, read_losses
 from contract_worker import PROBE
 
+from lib.checkpoint_files import folder_of
+
 pytestmark = pytest.mark.slow
 
 # 8 rows a step in micro-batches of 2: 4 accumulation steps on 1 rank, 2 on 2 ranks, 1 on 4 ranks.
 BATCH, MICRO = 8, 2
+SAVING = "save_every=10,keep_checkpoints=9"
 FP32, BF16 = f"precision=fp32,batch_size={BATCH}", f"precision=bf16,batch_size={BATCH}"
 
 
@@ -35,19 +39,37 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         path.write_text(json.dumps(config))
         return path
 
+    def resumed(source: str, config: str, world_size: int, settings: str) -> str:
+        """The case that goes on under `config` from the checkpoint that the run `source` wrote after 10 of its 20 steps."""
+        name = f"{source}_to_{config}"
+        left_out = shutil.ignore_patterns(folder_of(20), "result.json", "model")
+        shutil.copytree(folder / source, folder / f"{name}-{world_size}", ignore=left_out)
+        return f"{name}:{with_micro_batch(config, MICRO)}:{settings},resume=true,{SAVING}"
+
     fp32 = {name: f"{name}_fp32:{with_micro_batch(name, MICRO)}:{FP32}" for name in CONFIGS}
+    for name in ("zero2", "zero3"):
+        fp32[name] += f",{SAVING}"
     bf16 = [f"{name}_bf16:{with_micro_batch(name, MICRO)}:{BF16}" for name in CONFIGS[:4]]
     plain = f"plain:{with_micro_batch('zero0', BATCH)}:{FP32}"
     learn = f"learn:{with_micro_batch('zero2', 4)}:lr_schedule=constant,max_steps=60"
-    launches = {
-        1: [plain, fp32["zero0"], fp32["zero2"], fp32["zero3"]],
-        2: [*fp32.values(), *bf16, learn],
-        4: [fp32["zero0"], fp32["zero2"], fp32["zero3"]],
-    }
-    for world_size, cases in launches.items():
+    random = f"random:{with_micro_batch('zero2', MICRO)}:{random_settings(recipe)},{SAVING}"
+
+    def launch_cases(world_size: int, cases: list[str]) -> None:
         done = deepspeed(world_size, "tests/contract_worker.py", recipe, folder, *cases, OMP_NUM_THREADS="1")
         assert done.returncode == 0, f"{done.stdout[-1000:]}\n{done.stderr[-4000:]}"
+
+    launch_cases(2, [*fp32.values(), *bf16, learn, random])
+    launch_cases(1, [plain, fp32["zero0"], fp32["zero2"], fp32["zero3"], resumed("zero3_fp32-2", "zero0", 1, FP32)])
+    launch_cases(4, [fp32["zero0"], fp32["zero2"], fp32["zero3"], resumed("zero2_fp32-2", "zero3", 4, FP32)])
+    same = [resumed("zero2_fp32-2", "zero2", 2, FP32), resumed("zero3_fp32-2", "zero3", 2, FP32), resumed("random-2", "zero2", 2, random_settings(recipe))]
+    launch_cases(2, same)
     return recipe, folder
+
+
+def random_settings(recipe: str) -> str:
+    """What the recipe can be set to draw at random in a step: dropout, where it has one."""
+    kinds = importlib.import_module(f"recipes.{recipe}").Config.__annotations__
+    return f"{FP32},dropout=0.2" if "dropout" in kinds else FP32
 
 
 def difference(runs: tuple[str, Path], run: str, reference: str) -> float:
@@ -74,6 +96,22 @@ def test_any_number_of_ranks_trains_alike(runs: tuple[str, Path], config: str, w
 @pytest.mark.parametrize("config", ["zero0", "zero1", "zero3"])
 def test_stages_agree_in_bf16(runs: tuple[str, Path], config: str) -> None:
     assert difference(runs, f"{config}_bf16-2", "zero2_bf16-2") < 2e-3
+
+
+@pytest.mark.parametrize("run", ["zero2_fp32-2_to_zero2-2", "zero3_fp32-2_to_zero3-2", "random-2_to_zero2-2"])
+def test_interrupted_and_resumed_equals_uninterrupted(runs: tuple[str, Path], run: str) -> None:
+    """Bit for bit: every loss, and the weights in the end."""
+    _, folder = runs
+    whole, cut = folder / run.split("_to_")[0], folder / run
+    assert read_losses(cut) == read_losses(whole) and len(read_losses(whole)) == 20
+    assert not list((cut / "checkpoints").glob("damaged-*"))
+    for file in (whole / "model").glob("*.safetensors"):
+        assert file.read_bytes() == (cut / "model" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("run", ["zero3_fp32-2_to_zero0-1", "zero2_fp32-2_to_zero3-4"])
+def test_another_stage_and_number_of_ranks_resumes(runs: tuple[str, Path], run: str) -> None:
+    assert difference(runs, run, run.split("_to_")[0]) < 1e-5
 
 
 def test_gradient_norms_are_logged_and_agree(runs: tuple[str, Path]) -> None:
