@@ -1,4 +1,4 @@
-"""One checkpoint on disk: written beside, checked, flushed and moved into place; found again, and read at any stage on any number of ranks.
+"""One checkpoint on disk: written beside, moved into place and flushed; found again, and read at any stage on any number of ranks.
 
   step-00000120/
     rank-00000-of-00002.safetensors   the pieces (lib/zero_state.py) that rank 0 answers for, as <kind>/<parameter>@<first element>
@@ -6,15 +6,19 @@
     checkpoint.json                   the manifest: step, settings, versions, size and checksum of each file, which pieces are where
 
 Each rank writes what it holds and reads what it needs; nothing is gathered. The manifest is written last and a folder gets its name
-only when all of it is on the disk, so whatever ends a run leaves complete checkpoints and one folder `.writing-...` that the next
-run removes. safetensors and JSON hold numbers and text alone: loading runs no code. Why a format of its own: docs/checkpoints.md.
+only when all of it is written, so whatever kills a run leaves complete checkpoints, and perhaps one folder `.writing-...` that the next
+run removes. The disk itself takes longer, and training does not wait for it: a flush runs beside (`Flush`), and until it is done no
+older checkpoint may be deleted. A power cut before that can damage the newest one, which its checksums show; the older one is there.
+safetensors and JSON hold numbers and text alone: loading runs no code. Why a format of its own: docs/checkpoints.md.
 """
 
 import functools
 import json
+import mmap
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,11 +44,38 @@ def folder_of(step: int) -> str:
 # --- writing ------------------------------------------------------------------------------------------------------------
 
 
+class Flush(threading.Thread):
+    """Brings what this rank wrote of a checkpoint from the memory of the operating system to the disk, beside training."""
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        mine = [folder / file_name()]
+        self.paths = mine if ranks.rank() else [*mine, folder / MANIFEST, folder, folder.parent]
+        self.problem: str | None = None
+        self.start()
+
+    def run(self) -> None:
+        self.problem = _problem_of(self._flush)
+
+    def _flush(self) -> None:
+        for path in self.paths:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def file_name() -> str:
+    """Of this rank's file in a checkpoint that it writes."""
+    return f"rank-{ranks.rank():05d}-of-{ranks.world_size():05d}.safetensors"
+
+
 def write(parent: Path, engine: Any, facts: Manifest) -> str | None:
     """Write the checkpoint of the engine's present state. Every rank must call it. Returns what went wrong, the same on all ranks.
 
     facts: what to keep beside the weights, as JSON; its "step" names the folder. A failure removes what was written of it, and
-    touches no other checkpoint.
+    touches no other checkpoint. A Flush is still to be made.
     """
     unfinished = parent / f".writing-{folder_of(facts['step'])}"
 
@@ -63,12 +94,8 @@ def write(parent: Path, engine: Any, facts: Manifest) -> str | None:
     def publish() -> None:
         manifest = facts | {"format": FORMAT, "world_size": ranks.world_size(), "shapes": shapes(engine), "kinds": kinds, "scalars": scalars}
         manifest["files"] = {file.pop("name"): file for (file,) in files}
-        with (unfinished / MANIFEST).open("w", encoding="utf-8") as out:
-            json.dump(manifest | {"checksum": _checksum_of(manifest)}, out)
-            _flush(out.fileno())
-        _flush_folder(unfinished)
+        (unfinished / MANIFEST).write_text(json.dumps(manifest | {"checksum": _checksum_of(manifest)}), encoding="utf-8")
         unfinished.rename(parent / folder_of(facts["step"]))
-        _flush_folder(parent)
 
     if problem is None:
         problem = ranks.on_rank0(lambda: _problem_of(publish))
@@ -77,7 +104,7 @@ def write(parent: Path, engine: Any, facts: Manifest) -> str | None:
     return problem
 
 
-def _problem_of(do: Callable[[], None]) -> str | None:
+def _problem_of(do: Callable[[], object]) -> str | None:
     """What kept `do` from writing, or None: the caller tells all ranks."""
     try:
         do()
@@ -95,31 +122,18 @@ def _write_pieces(folder: Path, engine: Any, kinds: list[str]) -> Manifest:
     tensors = {f"{kind}/{piece.name}@{piece.start}": piece.view(kind, engine.basic_optimizer) for piece in owned for kind in [WEIGHT, *kinds]}
     if ranks.rank() == 0:
         tensors |= {f"buffer/{name}": buffer.contiguous() for name, buffer in buffers(engine).items()}
-    file = folder / f"rank-{ranks.rank():05d}-of-{ranks.world_size():05d}.safetensors"
+    file = folder / file_name()
     save_file(tensors, file)
-    with file.open("rb+") as written:
-        _flush(written.fileno())
     places = [[piece.name, piece.start, piece.size] for piece in owned]
     return {"name": file.name, "bytes": file.stat().st_size, "xxh3_128": _checksum_of_file(file), "pieces": places}
 
 
-def _flush(descriptor: int) -> None:
-    os.fsync(descriptor)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        _flush(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _checksum_of_file(file: Path) -> str:
-    state = xxhash.xxh3_128()
+    state, window = xxhash.xxh3_128(), 2**26
     with file.open("rb") as data:
-        while chunk := data.read(2**23):
-            state.update(chunk)
+        for start in range(0, file.stat().st_size, window):  # mapped, not read: without a copy, and never all of it in memory
+            with mmap.mmap(data.fileno(), min(window, file.stat().st_size - start), prot=mmap.PROT_READ, offset=start) as part:
+                state.update(part)
     return state.hexdigest()
 
 
@@ -184,7 +198,7 @@ def find_newest(parent: Path) -> tuple[Path | None, Manifest, list[str]]:
         problem, manifest = ranks.on_rank0(functools.partial(_whole_manifest, folder))
         problem = problem or damage(folder, manifest)
         if problem is None:
-            ranks.on_rank0(functools.partial(_put_aside, folders[: len(notes)]))
+            ranks.on_rank0(functools.partial(put_aside, folders[: len(notes)]))
             return folder, manifest, [f"{note}: passed over, and renamed to damaged-..." for note in notes]
         notes.append(f"{folder.name} is damaged ({problem})")
     if notes:
@@ -192,7 +206,8 @@ def find_newest(parent: Path) -> tuple[Path | None, Manifest, list[str]]:
     return None, {}, []
 
 
-def _put_aside(folders: list[Path]) -> None:
+def put_aside(folders: list[Path]) -> None:
+    """Rename checkpoints that are not whole, so that they are no longer counted as such."""
     for folder in folders:
         aside = folder.with_name(f"damaged-{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)  # an earlier one of the same step

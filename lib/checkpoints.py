@@ -4,6 +4,7 @@ All ranks decide together: what one rank notices (a signal, the time) is told to
 """
 
 import dataclasses
+import functools
 import json
 import math
 import shutil
@@ -33,6 +34,7 @@ class Checkpoints:
         self.run, self.cfg, self.engine, self.schedule = run, run.cfg, engine, schedule
         self.folder = run.folder / "checkpoints"
         self.saved_at = time.monotonic()  # the clock of rank 0 decides
+        self.flush: checkpoint_files.Flush | None = None  # of the newest checkpoint, until it is on the disk
         self.stop = 0.0  # the number of the signal that came to this rank
         self.step_score: tuple[int, float] = (0, -math.inf)  # (step, score) of the last evaluation
         self.best_score = -math.inf
@@ -102,13 +104,18 @@ class Checkpoints:
         due = self.cfg.save_minutes is not None and minutes >= self.cfg.save_minutes and ranks.rank() == 0
         if self.cfg.time_limit is not None and (time.time() - self.run.started) / 60 >= self.cfg.time_limit:
             self.stop = self.stop or TIME_LIMIT
-        stop, due_now = ranks.largest([self.stop, float(due)])
+        flushing = self.flush is not None and self.flush.is_alive()
+        stop, due_now, flushing_somewhere = ranks.largest([self.stop, float(due), float(flushing)])
+        if not flushing_somewhere:
+            self.wait_for_flush()
         last = step == self.run.total_steps
         best = self.cfg.keep_best and self.step_score[0] == step and self.step_score[1] > self.best_score
         by_steps = self.cfg.save_every is not None and step % self.cfg.save_every == 0
         saved = True
         if due_now or by_steps or best or (stop and not last) or (last and self.saves):
             saved = self.save(step)
+        if stop or last:
+            self.wait_for_flush()
         if stop and not last:
             why = "the time limit" if stop == TIME_LIMIT else signal.Signals(int(stop)).name
             kept = "saved; the same command with --resume goes on" if saved else "NOT saved; --resume goes on from an earlier checkpoint"
@@ -116,7 +123,8 @@ class Checkpoints:
             raise Stopped(f"stopped by {why} after step {step}/{self.run.total_steps}: {kept} ({shown(self.run.folder)})", STOPPED)
 
     def save(self, step: int) -> bool:
-        """Write a checkpoint of the state after `step` and delete those that are no longer to be kept. False if it did not succeed."""
+        """Write a checkpoint of the state after `step`. False if it did not succeed."""
+        self.wait_for_flush()
         self.run.flush()
         started = time.monotonic()
         scaler = loss_scaler(self.engine)
@@ -143,10 +151,24 @@ class Checkpoints:
             return False
         if self.step_score[0] == step:
             self.best_score = max(self.best_score, self.step_score[1])
-        ranks.on_rank0(self._delete_old)
+        self.flush = checkpoint_files.Flush(self.folder / checkpoint_files.folder_of(step))
         self.run.say(f"step {step}/{self.run.total_steps}  saved in {self.saved_at - started:.1f} s")
         self.run.restart_clock()
         return True
+
+    def wait_for_flush(self) -> None:
+        """Until the newest checkpoint is on the disk; then delete those that are no longer to be kept. Every rank must call it."""
+        if self.flush is None:
+            return
+        flush, self.flush = self.flush, None
+        flush.join()
+        problem = ranks.first_problem(flush.problem)
+        if problem is None:
+            ranks.on_rank0(self._delete_old)
+        else:
+            folder = flush.paths[0].parent
+            ranks.on_rank0(functools.partial(checkpoint_files.put_aside, [folder]))
+            self.run.say(f"warning: {folder.name} did not reach the disk: {problem}; it is now damaged-{folder.name}, the older ones stay")
 
     def _delete_old(self) -> None:
         complete = checkpoint_files.list_complete(self.folder)
@@ -190,6 +212,7 @@ class Checkpoints:
         save_file(tensors, evidence / f"batch-rank-{ranks.rank():05d}.safetensors")
         before = self.folder / checkpoint_files.folder_of(step - 1)
         saved = step == 1 or ranks.on_rank0(before.exists) or self.save(step - 1)  # the weights as they were before this step, and are
+        self.wait_for_flush()
         if ranks.rank() == 0:
             facts = {"step": step, "what": what, "learning_rate": self.schedule.get_last_lr()[0], "state_before": saved}
             (evidence / "report.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
