@@ -68,10 +68,12 @@ class Checkpoints:
                 f"{shown(folder)} was trained on {manifest['rows']:,} rows, but dataset {self.cfg.dataset} now gives {self.run.rows:,}; "
                 "resume with the same data, or start a new run"
             )
+        if manifest["step"] > self.run.total_steps:
+            raise UserError(f"{shown(folder)} is beyond the {self.run.total_steps} steps that this run is to have; give a larger --max_steps or --epochs")
         self._load(folder, manifest)
         self.run.skipped_steps = manifest["skipped_steps"]
-        scores = [m["score"] for _, m in ranks.on_rank0(lambda: checkpoint_files.list_complete(self.folder)) if m["score"] is not None]
-        self.best_score = max(scores, default=-math.inf)
+        best = ranks.on_rank0(self._find_best)
+        self.best_score = best[1]["score"] if best else -math.inf
         return int(manifest["samples"]) // int(self.cfg.batch_size)
 
     def _load(self, folder: Path, manifest: dict[str, Any]) -> None:
@@ -172,28 +174,27 @@ class Checkpoints:
 
     def _delete_old(self) -> None:
         complete = checkpoint_files.list_complete(self.folder)
-        keep = {folder for folder, _ in complete[: self.cfg.keep_checkpoints]}
-        best = self._best_of(complete)
-        for folder, _ in complete:
-            if folder not in keep and folder != best:
+        best = self._find_best()
+        for folder, _ in complete[self.cfg.keep_checkpoints :]:
+            if best is None or folder != best[0]:
                 checkpoint_files.remove(folder)
 
-    def _best_of(self, complete: list[tuple[Path, dict[str, Any]]]) -> Path | None:
-        scored = [(manifest["score"], folder) for folder, manifest in complete if manifest["score"] is not None]
-        return max(scored)[1] if scored and self.cfg.keep_best else None
+    def _find_best(self) -> tuple[Path, dict[str, Any]] | None:
+        """With keep_best, the checkpoint with the best score, if any has one."""
+        scored = [(folder, manifest) for folder, manifest in checkpoint_files.list_complete(self.folder) if manifest["score"] is not None]
+        return max(scored, key=lambda found: found[1]["score"]) if scored and self.cfg.keep_best else None
 
     def take_best(self) -> None:
         """With keep_best, bring the engine to the checkpoint with the best score, for the export and the test. Every rank must call it."""
-        complete = ranks.on_rank0(lambda: checkpoint_files.list_complete(self.folder)) if self.cfg.keep_best else []
-        best = self._best_of(complete)
+        best = ranks.on_rank0(self._find_best)
         if best is None:
             return
-        manifest = dict(complete)[best]
-        problem = checkpoint_files.damage(best, manifest)
+        folder, manifest = best
+        problem = checkpoint_files.damage(folder, manifest)
         if problem is not None:
-            raise UserError(f"the best checkpoint, {shown(best)}, is damaged: {problem}; --keep_best false --resume exports the last weights")
-        self._load(best, manifest)
-        self.run.say(f"best     {best.name}, validation score {manifest['score']:.4f}")
+            raise UserError(f"the best checkpoint, {shown(folder)}, is damaged: {problem}; --resume --keep_best false exports the last weights")
+        self._load(folder, manifest)
+        self.run.say(f"best     {folder.name}, validation score {manifest['score']:.4f}")
 
     def _not_applied(self, step: int, micro_batches: list[dict[str, torch.Tensor]]) -> None:
         """DeepSpeed found a gradient that is not finite and left the weights alone: skip the step, or stop and keep the evidence."""

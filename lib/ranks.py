@@ -60,12 +60,23 @@ def _leave_with_the_launcher() -> None:
     """End this process soon after a process that launched it: a launcher that is killed ends none of its ranks itself."""
 
     def is_launcher(process: psutil.Process) -> bool:
-        return any(part.endswith(("deepspeed", "deepspeed.launcher.launch", "supervise.py")) for part in process.cmdline())
+        try:
+            return any(part.endswith(("deepspeed", "deepspeed.launcher.launch")) for part in process.cmdline())
+        except psutil.Error:  # another user's, or ended
+            return False
 
     launchers = list(itertools.takewhile(is_launcher, psutil.Process().parents()))
-    while all(launcher.is_running() and launcher.status() != psutil.STATUS_ZOMBIE for launcher in launchers):
+    supervisor = int(os.environ.get("SUPERVISED_BY", "0"))  # lib/supervise.py, which may have ended before this process asks
+    while all(map(_is_alive, launchers)) and (not supervisor or psutil.pid_exists(supervisor)):
         time.sleep(1)
     os._exit(1)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def lost_contact(error: BaseException) -> str | None:

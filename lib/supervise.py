@@ -57,7 +57,8 @@ def run_once(command: list[str]) -> int:
     def ignore_warning_signal() -> None:  # Slurm sends it to all processes, and DeepSpeed's launcher would die of it
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
-    launcher = subprocess.Popen(command, start_new_session=True, preexec_fn=ignore_warning_signal)
+    environment = os.environ | {"SUPERVISED_BY": str(os.getpid())}  # the ranks leave when this process is gone
+    launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=ignore_warning_signal)
 
     def pass_on(number: int, _: Any) -> None:
         stop_signals.append(number)

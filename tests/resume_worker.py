@@ -59,7 +59,10 @@ def train(config: str, folder: Path, precision: str, resume: bool, poisoned_step
     saving = {"save_every": str(STEPS // 2), "save_minutes": "null", "keep_checkpoints": "9", "rank_timeout": "2", "log_every": "1"}
     given = {"run_dir": str(folder), "resume": str(resume), "precision": precision, "not_finite": not_finite, **own, **saving}
     cfg: Any = settings.load(causal_lm.Config, ROOT / "recipes" / "causal_lm.yaml", given)
-    section = json.loads((ROOT / "ds_configs" / "causal_lm" / f"{config}.json").read_text()) | {"train_micro_batch_size_per_gpu": 1}
+    name, _, fp32_grads = config.partition("+")
+    section = json.loads((ROOT / "ds_configs" / "causal_lm" / f"{name}.json").read_text()) | {"train_micro_batch_size_per_gpu": 1}
+    if fp32_grads:  # with stage 1 and bf16, another class of DeepSpeed
+        section["data_types"] = {"grad_accum_dtype": "fp32"}
     if config == "zero3":  # so that a small model is partitioned as a large one is; zero3_offload keeps small parameters whole
         section["zero_optimization"] |= dict.fromkeys(KNOBS, 0)
     path = folder.with_suffix(".json")
