@@ -46,7 +46,7 @@ def processes_of(run_dir: Path) -> list[psutil.Process]:
     """All processes of a launch: launch.sh (as supervise.py), deepspeed, its launcher, the ranks."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
-        if str(run_dir) in (process.info["cmdline"] or []) and process.pid != os.getpid():
+        if any(argument.startswith(str(run_dir)) for argument in process.info["cmdline"] or []) and process.pid != os.getpid():
             found.append(process)
     return found
 
@@ -218,11 +218,15 @@ def main() -> None:
     }
     folder = Path(tempfile.mkdtemp(prefix="torture-"))
     started = time.monotonic()
-    for name in [options.only] if options.only else parts:
-        part = folder / name
-        part.mkdir()
-        parts[name](options.recipe, part)
-        shutil.rmtree(part)
+    try:
+        for name in [options.only] if options.only else parts:
+            part = folder / name
+            part.mkdir()
+            parts[name](options.recipe, part)
+            shutil.rmtree(part)
+    finally:
+        for process in processes_of(folder):  # where it failed
+            process.kill()
     shutil.rmtree(folder)
     print(f"\n{options.recipe}: all done in {(time.monotonic() - started) / 60:.0f} min")
 
