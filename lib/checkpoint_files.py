@@ -12,9 +12,9 @@ older checkpoint may be deleted. A power cut before that can damage the newest o
 safetensors and JSON hold numbers and text alone: loading runs no code. Why a format of its own: docs/checkpoints.md.
 """
 
+import errno
 import functools
 import json
-import mmap
 import os
 import re
 import shutil
@@ -62,6 +62,9 @@ class Flush(threading.Thread):
             descriptor = os.open(path, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():  # some file systems cannot flush a folder
+                    raise
             finally:
                 os.close(descriptor)
 
@@ -129,11 +132,10 @@ def _write_pieces(folder: Path, engine: Any, kinds: list[str]) -> Manifest:
 
 
 def _checksum_of_file(file: Path) -> str:
-    state, window = xxhash.xxh3_128(), 2**26
-    with file.open("rb") as data:
-        for start in range(0, file.stat().st_size, window):  # mapped, not read: without a copy, and never all of it in memory
-            with mmap.mmap(data.fileno(), min(window, file.stat().st_size - start), prot=mmap.PROT_READ, offset=start) as part:
-                state.update(part)
+    state, buffer = xxhash.xxh3_128(), memoryview(bytearray(2**24))
+    with file.open("rb", buffering=0) as data:
+        while count := data.readinto(buffer):
+            state.update(buffer[:count])
     return state.hexdigest()
 
 

@@ -3,8 +3,8 @@
 All ranks decide together: what one rank notices (a signal, the time) is told to all before any of them acts.
 """
 
+import contextlib
 import dataclasses
-import functools
 import json
 import math
 import shutil
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from lib import checkpoint_files, ranks
@@ -72,15 +73,19 @@ class Checkpoints:
             raise UserError(f"{shown(folder)} is beyond the {self.run.total_steps} steps that this run is to have; give a larger --max_steps or --epochs")
         self._load(folder, manifest)
         self.run.skipped_steps = manifest["skipped_steps"]
+        ranks.on_rank0(self.run.write_facts)
         best = ranks.on_rank0(self._find_best)
         self.best_score = best[1]["score"] if best else -math.inf
         return int(manifest["samples"]) // int(self.cfg.batch_size)
 
     def _load(self, folder: Path, manifest: dict[str, Any]) -> None:
         checkpoint_files.read(folder, manifest, self.engine)
-        self.schedule.load_state_dict(manifest["schedule"])
-        for group, learning_rate in zip(self.engine.basic_optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
-            group["lr"] = learning_rate
+        schedule = self.schedule
+        schedule.load_state_dict(manifest["schedule"])
+        # The rate of the next step, computed anew: with another max_steps the schedule is another one.
+        schedule._last_lr = [rate * factor(schedule.last_epoch) for rate, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        for group, rate in zip(self.engine.basic_optimizer.param_groups, schedule.get_last_lr(), strict=True):
+            group["lr"] = rate
         scaler = loss_scaler(self.engine)
         for name, value in manifest["loss_scale"].items():
             if hasattr(scaler, name):
@@ -92,7 +97,7 @@ class Checkpoints:
 
     def score(self, step: int, value: float) -> None:
         """Note what the model scored after `step` on the validation rows; higher is better."""
-        self.step_score = (step, value)
+        self.step_score = (step, value if math.isfinite(value) else -math.inf)
 
     def end_step(self, step: int, micro_batches: list[dict[str, torch.Tensor]]) -> None:
         """After each step, by every rank. Saves when it is due.
@@ -120,9 +125,10 @@ class Checkpoints:
             self.wait_for_flush()
         if stop and not last:
             why = "the time limit" if stop == TIME_LIMIT else signal.Signals(int(stop)).name
-            kept = "saved; the same command with --resume goes on" if saved else "NOT saved; --resume goes on from an earlier checkpoint"
+            how = f"--run_dir {shown(self.run.folder)} --resume goes on"
+            kept = f"saved; {how}" if saved else f"NOT saved; {how} from an earlier checkpoint, if there is one"
             self.run.close()
-            raise Stopped(f"stopped by {why} after step {step}/{self.run.total_steps}: {kept} ({shown(self.run.folder)})", STOPPED)
+            raise Stopped(f"stopped by {why} after step {step}/{self.run.total_steps}: {kept}", STOPPED if saved else 1)
 
     def save(self, step: int) -> bool:
         """Write a checkpoint of the state after `step`. False if it did not succeed."""
@@ -136,7 +142,7 @@ class Checkpoints:
             "samples": step * self.cfg.batch_size,  # the position in the data, whatever the number of ranks
             "rows": self.run.rows,
             "skipped_steps": self.run.skipped_steps,
-            "score": self.step_score[1] if self.step_score[0] == step else None,
+            "score": self.step_score[1] if self.step_score[0] == step and math.isfinite(self.step_score[1]) else None,
             "seconds": round(self.run.seconds(), 1),
             "stage": stage_of(self.run.ds_config),
             "schedule": self.schedule.state_dict(),
@@ -167,10 +173,8 @@ class Checkpoints:
         problem = ranks.first_problem(flush.problem)
         if problem is None:
             ranks.on_rank0(self._delete_old)
-        else:
-            folder = flush.paths[0].parent
-            ranks.on_rank0(functools.partial(checkpoint_files.put_aside, [folder]))
-            self.run.say(f"warning: {folder.name} did not reach the disk: {problem}; it is now damaged-{folder.name}, the older ones stay")
+        else:  # its checksums will tell whether it is whole; until then nothing older is deleted
+            self.run.say(f"warning: {flush.paths[0].parent.name} may not have reached the disk: {problem}; the older checkpoints stay")
 
     def _delete_old(self) -> None:
         complete = checkpoint_files.list_complete(self.folder)
@@ -208,15 +212,17 @@ class Checkpoints:
             self.run.say(f"step {step}/{self.run.total_steps}  skipped: {what} ({self.run.skipped_steps} skipped so far)")
             return
         evidence = self.run.folder / f"not_finite-step-{step:08d}"
-        ranks.on_rank0(lambda: evidence.mkdir(exist_ok=True))
-        tensors = {f"{number}/{name}": tensor.contiguous() for number, batch in enumerate(micro_batches) for name, tensor in batch.items()}
-        save_file(tensors, evidence / f"batch-rank-{ranks.rank():05d}.safetensors")
+        tensors = {f"{number}/{name}": tensor.clone() for number, batch in enumerate(micro_batches) for name, tensor in batch.items()}
+        with contextlib.suppress(OSError, SafetensorError):  # a full disk must not hide what the matter is
+            evidence.mkdir(exist_ok=True)
+            save_file(tensors, evidence / f"batch-rank-{ranks.rank():05d}.safetensors")
         before = self.folder / checkpoint_files.folder_of(step - 1)
         saved = step == 1 or ranks.on_rank0(before.exists) or self.save(step - 1)  # the weights as they were before this step, and are
         self.wait_for_flush()
         if ranks.rank() == 0:
             facts = {"step": step, "what": what, "learning_rate": self.schedule.get_last_lr()[0], "state_before": saved}
-            (evidence / "report.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            with contextlib.suppress(OSError):
+                (evidence / "report.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         raise UserError(
             f"{what} at step {step}; the weights are still those of step {step - 1}, the batch is in {shown(evidence)}; go on from before it with "
             "--resume --not_finite skip, or start anew with a lower learning_rate or --precision fp32"

@@ -7,8 +7,8 @@ a key given twice are errors of one line that name the file and the key. Types a
 
 import argparse
 import atexit
+import contextlib
 import difflib
-import errno
 import inspect
 import os
 import re
@@ -26,6 +26,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 ROOT = Path(__file__).resolve().parents[1]
 Seed = typing.Annotated[int, Field(ge=0, lt=2**32)]
 Probability = typing.Annotated[float, Field(ge=0, lt=1)]
+Minutes = typing.Annotated[float, Field(gt=0, lt=1e6)]
 Text = typing.Annotated[str, Field(min_length=1)]
 C = TypeVar("C")  # a recipe's Config
 
@@ -208,8 +209,8 @@ def cli(main: Callable[..., Any], config_class: type[Any]) -> None:
         if lost:
             if rank < 2:  # one of them is not the one that was lost
                 print(f"error: rank {rank} lost contact with another rank ({lost}), which has ended or does not answer", file=console, flush=True)
-        elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            print(f"error: rank {rank}: {error.strerror}: {error.filename or 'the disk is full'}; free some and --resume", file=console, flush=True)
+        elif any(reason in str(error) for reason in ("No space left on device", "Disk quota exceeded")):
+            print(f"error: rank {rank}: {' '.join(str(error).split())}; make room, then --resume goes on", file=console, flush=True)
         else:
             print(traceback.format_exc(), file=console, flush=True)
         leave(1)
@@ -221,6 +222,7 @@ def leave(code: int) -> NoReturn:
 
     It waits for process groups that other ranks have left, and aborts (exit code -6) where a thread of gloo drops a tensor meanwhile.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # a full disk
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)

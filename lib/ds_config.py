@@ -207,6 +207,10 @@ def _check_zero(config: dict[str, Any], name: str) -> None:
         raise UserError(f"{name}: zero_optimization.offload_optimizer has no effect at stage 0; it needs stage 1, 2 or 3")
     if zero.get("zero_quantized_gradients") and stage < 3:
         raise UserError(f"{name}: zero_optimization.zero_quantized_gradients has no effect at stage {stage}; it needs stage 3")
+    if (zero.get("offload_optimizer") or {}).get("ratio", 1) != 1 or (zero.get("offload_optimizer") or {}).get("super_offload"):
+        raise UserError(f"{name}: offload_optimizer.ratio below 1 and super_offload step in a second optimizer, which checkpoints do not hold; leave them out")
+    if zero.get("compute_grad_norm") is False:
+        raise UserError(f"{name}: zero_optimization.compute_grad_norm false would let a gradient that is not finite change the weights; leave it out")
     if zero.get("zenflow"):
         raise UserError(f"{name}: zero_optimization.zenflow changes the weights when it starts (DeepSpeed 0.19.8); leave it out")
 
@@ -228,6 +232,8 @@ def _check_precision(config: dict[str, Any], name: str, precision: str) -> None:
         for inner in ("bf16_master_weights_and_grads", "bf16_optimizer_states", "fp16_master_weights_and_grads", "auto_cast"):
             if section.get(inner):
                 raise UserError(f"{name}: {key}.{inner} would change the optimizer's precision, which is fp32 here; leave it out")
+        if section.get("check_grad_overflow") is False:
+            raise UserError(f"{name}: {key}.check_grad_overflow false would let a gradient that is not finite change the weights; leave it out")
         if precision == key:
             config[key] = {**section, "enabled": True}
             _check_model(model, config[key], name, key)

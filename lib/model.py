@@ -153,7 +153,7 @@ def make_adamw(model: torch.nn.Module, ds_config: dict[str, Any], learning_rate:
     ]
     groups = [group for group in groups if group["params"]]
     if offload_device(ds_config, "optimizer") != "none" and ds_config.get("zero_force_ds_cpu_optimizer", True):
-        check_compilation("cpu_adam")
+        ranks.rank0_first(lambda: check_compilation("cpu_adam"))
         return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, lr=learning_rate)
     return torch.optim.AdamW(groups, lr=learning_rate)
 
@@ -165,7 +165,7 @@ def check_compilation(operator: str) -> None:
     """
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     for lock in root.glob(f"**/{operator}/lock"):
-        if time.time() - lock.stat().st_mtime > 60 and not any(_works_in(process, lock.parent) for process in psutil.process_iter()):
+        if lock.exists() and time.time() - lock.stat().st_mtime > 60 and not any(_works_in(process, lock.parent) for process in psutil.process_iter()):
             raise UserError(
                 f"{lock} was left by a compilation of {operator} that was killed, and this run would wait for it for ever: delete the file "
                 "(unless another machine that shares it is compiling now)"

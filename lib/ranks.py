@@ -39,7 +39,7 @@ def init(timeout_minutes: float) -> torch.device:
             if wanted > there:
                 raise UserError(f"{wanted} ranks want a device each, but there are {there} on this machine; use --ranks {there}")
             accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-        deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(minutes=timeout_minutes))
+        deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(minutes=max(timeout_minutes, 10)))  # until all have started
         threading.Thread(target=_leave_with_the_launcher, daemon=True).start()
     _cpu_group()
     set_timeout(timeout_minutes)

@@ -4,6 +4,7 @@ A run folder holds config.yaml, ds_config.json, versions.json, log.txt (everythi
 monitor events if asked for, the exported model, and last result.json, which says that the run ended well and with what scores.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import importlib.metadata
@@ -65,7 +66,8 @@ class Run:
         self.notes: list[str] = []
         self.checkpoint = self._find_checkpoint() if cfg.resume else None  # what --resume goes on from
         self.seconds_before = self.checkpoint[1]["seconds"] if self.checkpoint else 0.0
-        ranks.on_rank0(self._write_facts)
+        if self.checkpoint is None:  # else when it is restored: a resume that is refused changes nothing
+            ranks.on_rank0(self.write_facts)
         self._send_chatter_to_log()
         for section in ("tensorboard", "csv_monitor"):
             if ds_config.get(section, {}).get("enabled"):
@@ -75,6 +77,7 @@ class Run:
         self.rows = 0  # of the training data
         self.skipped_steps = 0  # which changed no weight, because a loss or gradient was not finite
         self._pending: list[dict[str, Any]] = []  # one a step since the last flush, losses still on the device
+        self._unwritten: list[str] = []  # lines of metrics.jsonl for which there was no room
         self._unseen: list[tuple[float, int, float]] = []  # (loss, tokens, seconds) of the steps since progress was last shown
         self._bar: tqdm[Any] | None = None
         self._monitor: Any = None
@@ -82,6 +85,8 @@ class Run:
     def _open_folder(self) -> tuple[str, str, str | None]:
         """Make the run folder, or take the one that is there, and lock it. Returns (folder, what its lock says, why there is nothing to do)."""
         cfg = self.cfg
+        if cfg.keep_best and cfg.eval_every is None:
+            raise UserError("keep_best is true, but eval_every is null, so nothing would be scored; set --eval_every")
         if cfg.resume and cfg.overwrite:
             raise UserError("resume and overwrite are both true: one keeps what is in run_dir, the other deletes it; set one of them")
         if cfg.resume and not cfg.run_dir:
@@ -103,6 +108,8 @@ class Run:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"run_dir {shown(folder)} is in use by another run; wait until it ends, or give another --run_dir") from None
+            except OSError:  # a file system without locks
+                pass
             if cfg.overwrite:
                 for path in there:
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -110,6 +117,7 @@ class Run:
             self._lock.truncate(0)
             self._lock.write(token)
             self._lock.flush()
+            os.fsync(self._lock.fileno())  # for the ranks on other machines
         except OSError as error:
             raise UserError(f"run_dir {shown(folder)} cannot be written: {error.strerror or error}") from None
         return str(folder), token, self._finished_before(folder) if cfg.resume else None
@@ -157,7 +165,7 @@ class Run:
                 self.notes.append(f"{name} was {manifest['versions'].get(name)} and is {version}: the numbers may differ slightly")
         return folder, manifest
 
-    def _write_facts(self) -> None:
+    def write_facts(self) -> None:
         """config.yaml, ds_config.json, versions.json; and metrics.jsonl without the steps that are to be done again."""
         facts = {
             "config.yaml": yaml.safe_dump(dataclasses.asdict(self.cfg), sort_keys=False, allow_unicode=True),
@@ -323,19 +331,27 @@ class Run:
             return
         for entry in entries:  # JSON has no NaN
             entry |= {name: None for name, value in entry.items() if isinstance(value, float) and not math.isfinite(value)}
+        self._unwritten += [json.dumps(entry) + "\n" for entry in entries]
+        metrics = self.folder / "metrics.jsonl"
+        size = metrics.stat().st_size if metrics.exists() else 0
         try:
-            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(entry) + "\n" for entry in entries)
-        except OSError as error:
-            raise UserError(f"run_dir {shown(self.folder)} cannot be written: {error.strerror or error}; --resume goes on from the newest checkpoint") from None
+            with metrics.open("a", encoding="utf-8") as file:
+                file.writelines(self._unwritten)
+            self._unwritten = []
+        except OSError as error:  # training goes on, and they are written when there is room
+            self.say(f"warning: metrics.jsonl cannot be written now: {error.strerror or error}")
+            if metrics.exists():
+                os.truncate(metrics, size)
         if self._monitor is not None:
             self._monitor.write_events([
                 (name, value, entry["step"]) for entry in entries for name, value in entry.items() if isinstance(value, float)
             ])  # fmt: skip
 
     def due(self, step: int, every: int | None) -> bool:
-        """Whether something that is done every so many steps is due. What is due at the last step is left to the end of the run."""
-        return bool(every) and step % (every or 1) == 0 and step < self.total_steps
+        """Whether an evaluation every so many steps is due: not at the last step, which is tested, unless the best one is looked for."""
+        if every is None:
+            return False
+        return self.cfg.keep_best if step == self.total_steps else step % every == 0
 
     def log_evaluation(self, step: int, split: str, scores: dict[str, float]) -> None:
         """Note the scores of an evaluation, the same on all ranks, and say them."""
@@ -364,8 +380,9 @@ class Run:
 
     def close(self) -> None:
         """Give the process its own output back."""
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # a full disk
+            sys.stdout.flush()
+            sys.stderr.flush()
         os.dup2(self._stdout, 1)
         os.dup2(self._stderr, 2)
         for descriptor in (self._stdout, self._stderr, self._log):

@@ -9,6 +9,8 @@ on, and when its own child is killed it ends with exit code 0 (DeepSpeed 0.19.8)
 of the launch are in one session that is ended as a whole, and a run has succeeded if its own result.json says so.
 """
 
+import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -24,7 +26,7 @@ import psutil
 import yaml
 
 USER_ERROR, STOPPED = 2, 75  # exit codes of lib/config.py, after which another start would not help, or is not wanted
-stop_signals: list[int] = []
+stop_signals: list[tuple[int, float]] = []  # (number, when), of those that came
 
 
 def session_of(leader: int) -> list[psutil.Process]:
@@ -53,29 +55,33 @@ def ranks_of(processes: list[psutil.Process]) -> list[psutil.Process]:
 
 def run_once(command: list[str]) -> int:
     """Run the command in a session of its own. Returns its exit code, when no process of the session is left."""
+    launcher: subprocess.Popen[bytes] | None = None
+
+    def pass_on(number: int, _: Any) -> None:
+        """The first signal lets the ranks save and stop, or ends them where they are still starting; a second one ends everything."""
+        stop_signals.append((number, time.monotonic()))
+        again = stop_signals[-1][1] - stop_signals[0][1] > 1  # a terminal that closes sends two at once
+        processes = session_of(launcher.pid) if launcher else []
+        for process in processes if again else ranks_of(processes) or processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL if again else signal.SIGTERM)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, pass_on)
 
     def ignore_warning_signal() -> None:  # Slurm sends it to all processes, and DeepSpeed's launcher would die of it
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
     environment = os.environ | {"SUPERVISED_BY": str(os.getpid())}  # the ranks leave when this process is gone
     launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=ignore_warning_signal)
-
-    def pass_on(number: int, _: Any) -> None:
-        stop_signals.append(number)
-        processes = session_of(launcher.pid)
-        if len(stop_signals) > 1:  # the second one ends everything at once
-            for process in processes:
-                process.kill()
-        # A rank that is still starting has no handler: SIGTERM ends it without the traceback that SIGINT would leave.
-        for process in ranks_of(processes) or processes:
-            process.send_signal(signal.SIGUSR1 if number == signal.SIGUSR1 and process in ranks_of(processes) else signal.SIGTERM)
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, pass_on)
+    if stop_signals:  # it came before there was anything to pass it on to
+        launcher.terminate()
     status = launcher.wait()
     while left := session_of(launcher.pid):  # the launcher was killed, and its ranks train on
         for process in left:
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         time.sleep(0.05)
     return status
 
@@ -90,20 +96,24 @@ def end_marker(run_dir: str | None) -> tuple[int, int] | None:
         return None
 
 
-def value_of(setting: str, arguments: list[str], yaml_path: Path) -> str | None:
-    """A setting's value as the recipe will see it: on the command line, else in the YAML."""
-    for at, argument in enumerate(arguments):
-        if argument == f"--{setting}":
-            return arguments[at + 1] if at + 1 < len(arguments) else None
-        if argument.startswith(f"--{setting}="):
-            return argument.split("=", 1)[1]
-        if argument == "--config" and at + 1 < len(arguments):
-            yaml_path = Path(arguments[at + 1])
+def resolve(arguments: list[str], yaml_path: str) -> tuple[str | None, bool]:
+    """(run_dir, resume) as the recipe will see them: the last ones on the command line, else those of the YAML."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--run_dir")
+    parser.add_argument("--resume", nargs="?", const="true")
+    parser.add_argument("--config", default=yaml_path)
+    parser.add_argument("--quick", action="store_true")
     try:
-        value = yaml.safe_load(yaml_path.read_text(encoding="utf-8"))[setting]
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):  # the recipe will say what is wrong
-        return None
-    return None if value is None else str(value)
+        given, _ = parser.parse_known_args(arguments)
+    except argparse.ArgumentError:  # the recipe will say what is wrong
+        return None, True
+    try:
+        values = yaml.safe_load(Path(given.config).read_text(encoding="utf-8"))
+        values |= values.pop("quick", {}) if given.quick else {}
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError):  # likewise
+        values = {}
+    run_dir, resume = (values.get(name) if getattr(given, name) is None else getattr(given, name) for name in ("run_dir", "resume"))
+    return None if str(run_dir).lower() in ("none", "null") else str(run_dir), str(resume).lower() not in ("none", "false")
 
 
 def free_port() -> int:
@@ -117,8 +127,8 @@ def main() -> int:
     split = sys.argv.index("--")
     run_name, yaml_path, restarts, dry_run = sys.argv[1:split]
     launcher, *arguments = sys.argv[split + 1 :]
-    run_dir = value_of("run_dir", arguments, Path(yaml_path))
-    if run_dir is None and not any(argument == "--resume" or argument.startswith("--resume=") for argument in arguments):
+    run_dir, resume = resolve(arguments, yaml_path)
+    if run_dir is None and not resume:
         run_dir = f"runs/{run_name}-{time.strftime('%Y%m%d-%H%M%S')}"
         arguments += ["--run_dir", run_dir]
     status = 1
@@ -133,7 +143,7 @@ def main() -> int:
         if end_marker(run_dir) not in (None, before):
             return 0
         if stop_signals:
-            return status if status == STOPPED else 128 + stop_signals[0]
+            return status if 0 < status < 128 else 128 + stop_signals[0][0]
         if status in (USER_ERROR, STOPPED):
             return status
         status = status % 256 or 1  # a launcher whose child was killed ends with 0

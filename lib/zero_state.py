@@ -1,6 +1,6 @@
 """What ZeRO holds on this rank, at any stage, as pieces of named parameters: the fp32 weights and the optimizer's states.
 
-Every stage keeps the same numbers, cut differently. A checkpoint (lib/checkpoint.py) stores pieces by the parameter's name and their
+Every stage keeps the same numbers, cut differently. A checkpoint (lib/checkpoint_files.py) stores pieces by the parameter's name and their
 place in it, so whoever reads it can cut them anew. Pieces are views: writing into one changes what DeepSpeed trains.
 
   stage 0     every rank has all of each parameter
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from lib import ranks
 from lib.ds_config import stage_of
@@ -48,6 +49,7 @@ def pieces(engine: Any) -> list[Piece]:
     if hasattr(engine.optimizer, "fp32_groups"):
         for parameters, copies in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
             masters |= {id(parameter): copy for parameter, copy in zip(parameters, copies, strict=True)}
+    ranges = _ranges(engine.optimizer)
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -57,7 +59,11 @@ def pieces(engine: Any) -> list[Piece]:
             start = zero._get_param_partition_rank(parameter) * length
             size = min(length, parameter.ds_numel - start)  # the last ranks' may be padding
             piece = Piece(name, start, size, zero.fp32_partitioned_groups_flat[group], offset)
-        elif stage_of(engine.config) > 0:
+        elif id(parameter) in ranges:
+            flat, offset, partition_start = ranges[id(parameter)]
+            begin, end = max(offset, partition_start), min(offset + parameter.numel(), partition_start + flat.numel())
+            piece = Piece(name, begin - offset, end - begin, flat, begin - partition_start)
+        elif stage_of(engine.config) > 0:  # in bf16 with gradients in fp32, stage 1 has a class of its own
             fragment = parameter._hp_mapping
             if fragment is None:  # it lies on other ranks
                 continue
@@ -67,6 +73,20 @@ def pieces(engine: Any) -> list[Piece]:
             piece = Piece(name, 0, parameter.numel(), masters.get(id(parameter), parameter), 0)
         if piece.size > 0:
             found.append(piece)
+    return found
+
+
+def _ranges(zero: Any) -> dict[int, tuple[torch.Tensor, int, int]]:
+    """At stages 1 and 2, id of a parameter -> (this rank's part of its optimizer group, where the parameter and the part begin in the group).
+
+    Read from the layout itself: DeepSpeed's own map from parameters to it (_hp_mapping) is wrong under round_robin_gradients (0.19.8).
+    """
+    found = {}
+    for group, parameters in enumerate(getattr(zero, "round_robin_bit16_groups", [])):
+        flat = zero.single_partition_of_fp32_groups[group]
+        partition_start = flat.numel() * dist.get_rank(zero.real_dp_process_group[group])
+        for parameter, offset in zip(parameters, zero.round_robin_bit16_offsets[group], strict=True):
+            found[id(parameter)] = (flat, offset, partition_start)
     return found
 
 
@@ -127,6 +147,7 @@ def refresh_model(engine: Any) -> None:
             zero._partition_all_parameters()
             for group in range(len(zero.fp32_partitioned_groups_flat)):
                 zero._reassign_or_swap_out_partitioned_parameters(group)
+            zero.invalidate_secondary_tensor()  # hpZ's second copies
             if zero.persistent_parameters:  # small ones, which every rank keeps whole
                 zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
         elif stage_of(engine.config) > 0:

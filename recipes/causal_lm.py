@@ -29,7 +29,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
 from lib import evaluation, ranks
 from lib.checkpoints import Checkpoints
-from lib.config import Seed, Text, UserError, cli, did_you_mean
+from lib.config import Minutes, Seed, Text, UserError, cli, did_you_mean
 from lib.data import IGNORED, Batch, Blocks, evaluation_batches, load_rows, token_stream, training_batches
 from lib.model import (
     check_causal,
@@ -81,11 +81,11 @@ class Config:
     eval_every: PositiveInt | None  # steps between scores on the validation documents; null: none
     log_every: PositiveInt  # steps between writes to metrics.jsonl, which has every step
     save_every: PositiveInt | None  # steps between checkpoints; null: none by steps
-    save_minutes: PositiveFloat | None  # minutes between checkpoints; null: none by time
+    save_minutes: Minutes | None  # minutes between checkpoints; null: none by time
     keep_checkpoints: PositiveInt  # how many of the newest are kept
     keep_best: bool  # whether the one with the best validation perplexity is made, kept, and in the end exported and tested
-    time_limit: PositiveFloat | None  # minutes from the start after which the run saves and stops; null: none
-    rank_timeout: PositiveFloat  # minutes that a rank waits for another before the run ends
+    time_limit: Minutes | None  # minutes from the start after which the run saves and stops; null: none
+    rank_timeout: Minutes  # minutes that a rank waits for another before the run ends
     not_finite: Literal["stop", "skip"]  # what to do at a step whose loss or gradient is not finite
     prompt: Text  # what the samples begin with
     samples: NonNegativeInt  # texts to generate in the end

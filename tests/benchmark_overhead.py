@@ -2,7 +2,7 @@
 
     deepspeed --num_accelerators 2 tests/benchmark_overhead.py --series 5 --steps 20
 
-One launch, one engine, one model: series of steps of causal_lm's loop (run.steps, training_batches, label counts, log_step) and of a loop of
+One launch, one engine, one model: series of steps of causal_lm's loop (run.steps, training_batches, label counts, log_step, end_step) and of a loop of
 engine(...), backward and step on ready tensors take turns, so that a machine's drift meets both. Prints the medians and peak memory.
 """
 
@@ -28,9 +28,10 @@ import deepspeed
 from transformers import get_scheduler
 
 from lib import config, ranks
+from lib.checkpoints import Checkpoints
 from lib.data import IGNORED, Blocks, training_batches
 from lib.ds_config import load_ds_config
-from lib.model import load_model, make_adamw, true_stage0
+from lib.model import load_model, make_adamw, true_stage0, veto_if_not_finite
 from lib.run import Run
 
 causal_lm: Any = importlib.import_module("recipes.causal_lm")
@@ -45,7 +46,7 @@ def main() -> None:
     options = parser.parse_args()
     device = ranks.init(timeout_minutes=10)
     folder = ranks.on_rank0(tempfile.mkdtemp)
-    given = {"run_dir": f"{folder}/run"}
+    given = {"run_dir": f"{folder}/run", "save_minutes": "null"}
     cfg: Any = config.load(causal_lm.Config, ROOT / "recipes" / "causal_lm.yaml", given)
     ds_config = load_ds_config(ROOT / "ds_configs" / "causal_lm" / f"zero{options.stage}.json", cfg, ranks.world_size())
     micro, accumulation = ds_config["train_micro_batch_size_per_gpu"], ds_config["gradient_accumulation_steps"]
@@ -66,6 +67,7 @@ def main() -> None:
                 engine.step()
 
     run = Run(dataclasses.replace(cfg), ds_config, causal_lm.__file__)
+    checkpoints = Checkpoints(run, engine, schedule)
 
     def recipe() -> None:
         run.total_steps = options.steps
@@ -76,10 +78,11 @@ def main() -> None:
             step_loss = torch.zeros((), device=device)
             for batch in micro_batches:
                 loss = causal_lm.loss_sum(engine, batch) / labels
-                engine.backward(loss * accumulation * ranks.world_size())
+                engine.backward(veto_if_not_finite(loss) * accumulation * ranks.world_size())
                 engine.step()
                 step_loss += loss.detach()
             run.log_step(step, step_loss, labels, learning_rate, engine.get_global_grad_norm())
+            checkpoints.end_step(step, micro_batches)
 
     seconds: dict[str, list[float]] = {"bare": [], "recipe": []}
     peak: dict[str, int] = {}

@@ -3,7 +3,7 @@
 A small model with tied weights, odd sizes (nothing divides evenly) and a buffer is trained on made-up batches that depend on the step
 alone. `write` trains STEPS steps under each config and saves after half of them; `read` goes on from each checkpoint in the folder
 under each config, also those that another number of ranks wrote; `poison` gives one rank an infinite loss with finite gradients
-at one step. What they found is left in <what>-<world size>.json.
+at one step; `resume` goes on with the run in the folder, with name=value changes. What they found is left in <what>-<world size>.json.
 """
 
 import functools
@@ -48,31 +48,36 @@ class Model(LlamaForCausalLM):  # type: ignore[misc]  # transformers is not foll
         return super().forward(**inputs)
 
 
-def build() -> Model:
-    sizes = {"vocab_size": 67, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 2}
+def build(hidden_size: int) -> Model:
+    sizes = {"vocab_size": 67, "hidden_size": hidden_size, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 2}
     return Model(LlamaConfig(**sizes, tie_word_embeddings=True, max_position_embeddings=16))
 
 
-def train(config: str, folder: Path, precision: str, resume: bool, poisoned_step: int = 0, not_finite: str = "stop") -> list[float]:
+def train(
+    config: str, folder: Path, precision: str, resume: bool, poisoned_step: int = 0, not_finite: str = "stop", hidden_size: int = 24,
+    rows: int = 100, max_steps: int = STEPS,
+) -> list[float]:  # fmt: skip
     """The losses of the steps after the checkpoint in the folder, or of all."""
-    own = {"vocab_size": "257", "learning_rate": "1e-2", "gradient_clipping": "0.5", "warmup_steps": "2", "batch_size": str(BATCH), "max_steps": str(STEPS)}
+    own = {"vocab_size": "257", "learning_rate": "1e-2", "gradient_clipping": "0.5", "warmup_steps": "2", "batch_size": str(BATCH), "max_steps": str(max_steps)}
     saving = {"save_every": str(STEPS // 2), "save_minutes": "null", "keep_checkpoints": "9", "rank_timeout": "2", "log_every": "1"}
     given = {"run_dir": str(folder), "resume": str(resume), "precision": precision, "not_finite": not_finite, **own, **saving}
     cfg: Any = settings.load(causal_lm.Config, ROOT / "recipes" / "causal_lm.yaml", given)
-    name, _, fp32_grads = config.partition("+")
+    name, _, variant = config.partition("+")
     section = json.loads((ROOT / "ds_configs" / "causal_lm" / f"{name}.json").read_text()) | {"train_micro_batch_size_per_gpu": 1}
-    if fp32_grads:  # with stage 1 and bf16, another class of DeepSpeed
+    if variant == "fp32_grads":  # with stage 1 and bf16, another class of DeepSpeed
         section["data_types"] = {"grad_accum_dtype": "fp32"}
+    elif variant:
+        section["zero_optimization"][variant] = True
     if config == "zero3":  # so that a small model is partitioned as a large one is; zero3_offload keeps small parameters whole
         section["zero_optimization"] |= dict.fromkeys(KNOBS, 0)
     path = folder.with_suffix(".json")
     ranks.on_rank0(lambda: path.write_text(json.dumps(section)))
     ds_config = load_ds_config(path, cfg, ranks.world_size())
     run = Run(cfg, ds_config, causal_lm.__file__)
-    run.plan(rows=100)
-    model = load_model(build, ds_config, cfg.seed)
+    run.plan(rows)
+    model = load_model(lambda: build(hidden_size), ds_config, cfg.seed)
     optimizer = make_adamw(model, ds_config, cfg.learning_rate, cfg.weight_decay)
-    schedule = get_scheduler(cfg.lr_schedule, optimizer, cfg.warmup_steps, STEPS)
+    schedule = get_scheduler(cfg.lr_schedule, optimizer, cfg.warmup_steps, run.total_steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
     true_stage0(engine)
     run.attach(engine)
@@ -81,9 +86,9 @@ def train(config: str, folder: Path, precision: str, resume: bool, poisoned_step
     accumulation = engine.gradient_accumulation_steps()
     losses = []
     for step in run.steps(done):
-        rows = torch.randint(0, 67, (BATCH, 16), generator=torch.Generator().manual_seed(step % 2))  # few rows: it learns them, so that any lost state shows
+        ids = torch.randint(0, 67, (BATCH, 16), generator=torch.Generator().manual_seed(step % 2))  # few rows: it learns them, so that any lost state shows
         total = torch.zeros(())
-        for row in rows[ranks.rank() :: ranks.world_size()]:
+        for row in ids[ranks.rank() :: ranks.world_size()]:
             logits = engine(input_ids=row[None, :-1]).logits.float()
             loss = F.cross_entropy(logits.flatten(0, 1), row[1:], reduction="sum") / (BATCH * 15)
             if step == poisoned_step and ranks.rank() == ranks.world_size() - 1:
@@ -93,11 +98,11 @@ def train(config: str, folder: Path, precision: str, resume: bool, poisoned_step
             total += loss.detach()
         run.log_step(step, total, torch.tensor(BATCH * 15), schedule.get_last_lr()[0], engine.get_global_grad_norm())
         losses.append(run.loss_of(step))
-        checkpoints.end_step(step, [{"input_ids": rows}])
+        checkpoints.end_step(step, [{"input_ids": ids}])
     if poisoned_step:
         assert run.skipped_steps == 1
     forwards_before = done * BATCH // run.checkpoint[1]["world_size"] if run.checkpoint else 0
-    assert float(engine.module.seen) == forwards_before + (STEPS - done) * BATCH // ranks.world_size()  # the buffer was restored too
+    assert float(engine.module.seen) == forwards_before + (run.total_steps - done) * BATCH // ranks.world_size()  # the buffer was restored too
     run.close()
     engine.destroy()
     return losses
@@ -130,6 +135,10 @@ def main(what: str, folder: Path, precision: str, configs: list[str]) -> None:
     elif what == "poison":
         for config in configs:
             result[config] = poison(config, folder / f"{config}-{world_size}", precision)
+    elif what == "resume":
+        config, changes = configs
+        given: Any = {name: int(value) for name, value in (change.split("=") for change in changes.split(","))}
+        train(config, folder, precision, resume=True, **given)
     else:
         for config in configs:
             for source in ranks.on_rank0(lambda: sorted(path for path in folder.glob("zero*-[0-9]"))):

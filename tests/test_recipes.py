@@ -105,7 +105,9 @@ def test_interrupted_and_resumed_equals_uninterrupted(runs: tuple[str, Path], ru
     whole, cut = folder / run.split("_to_")[0], folder / run
     assert read_losses(cut) == read_losses(whole) and len(read_losses(whole)) == 20
     assert not list((cut / "checkpoints").glob("damaged-*"))
-    for file in (whole / "model").glob("*.safetensors"):
+    files = list((whole / "model").glob("*.safetensors"))
+    assert files
+    for file in files:
         assert file.read_bytes() == (cut / "model" / file.name).read_bytes()
 
 
