@@ -37,7 +37,8 @@ def tfidf_logistic_regression(
 
 def language_model_scores(loss_sum: float, tokens: int, text_bytes: int) -> dict[str, float]:
     """Perplexity a token and bits a byte, from the summed negative log-likelihood (nats) of `tokens` that encode `text_bytes`."""
-    return {"perplexity": math.exp(loss_sum / tokens), "bits_per_byte": loss_sum / math.log(2) / text_bytes}
+    mean = loss_sum / tokens
+    return {"perplexity": math.exp(mean) if mean < 700 else math.inf, "bits_per_byte": loss_sum / math.log(2) / text_bytes}
 
 
 def unigram(train_tokens: np.ndarray, test_tokens: np.ndarray, vocab_size: int, text_bytes: int) -> dict[str, float]:

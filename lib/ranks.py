@@ -1,5 +1,6 @@
 """Ranks that act together: process groups, sums over ranks, things that rank 0 does first, and ranks that stop answering."""
 
+import contextlib
 import datetime
 import functools
 import itertools
@@ -66,9 +67,10 @@ def _leave_with_the_launcher() -> None:
             return False
 
     launchers = list(itertools.takewhile(is_launcher, psutil.Process().parents()))
-    supervisor = int(os.environ.get("SUPERVISED_BY", "0"))  # lib/supervise.py, which may have ended before this process asks
-    while all(map(_is_alive, launchers)) and (not supervisor or psutil.pid_exists(supervisor)):
-        time.sleep(1)
+    with contextlib.suppress(psutil.NoSuchProcess):  # lib/supervise.py: it may have ended before this process asks
+        launchers += [psutil.Process(int(supervisor)) for supervisor in [os.environ.get("SUPERVISED_BY")] if supervisor]
+        while all(map(_is_alive, launchers)):
+            time.sleep(1)
     os._exit(1)
 
 

@@ -260,7 +260,22 @@ def test_a_longer_run_goes_on_with_the_rates_of_its_own_schedule(run_folder: Pat
 
 @pytest.mark.slow
 def test_the_newest_and_the_best_are_kept_and_the_best_is_exported(tmp_path: Path) -> None:
-    settings = ["--max_steps", 40, "--learning_rate", 3, "--warmup_steps", 40, "--gradient_clipping", 0, "--eval_every", 3, "--save_every", 5, "--keep_checkpoints", 1]
+    settings = [
+        "--max_steps",
+        40,
+        "--learning_rate",
+        3,
+        "--warmup_steps",
+        40,
+        "--gradient_clipping",
+        0,
+        "--eval_every",
+        3,
+        "--save_every",
+        5,
+        "--keep_checkpoints",
+        1,
+    ]
     done = launch("causal_lm", "--quick", "--run_dir", tmp_path / "run", "--keep_best", *settings)
     assert done.returncode == 0, done.stderr
     entries = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
