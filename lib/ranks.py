@@ -67,8 +67,10 @@ def _leave_with_the_launcher() -> None:
             return False
 
     launchers = list(itertools.takewhile(is_launcher, psutil.Process().parents()))
-    with contextlib.suppress(psutil.NoSuchProcess):  # lib/supervise.py: it may have ended before this process asks
-        launchers += [psutil.Process(int(supervisor)) for supervisor in [os.environ.get("SUPERVISED_BY")] if supervisor]
+    supervisor = os.environ.get("SUPERVISED_BY")  # lib/supervise.py
+    with contextlib.suppress(psutil.NoSuchProcess):  # it may have ended before this process asks
+        if supervisor:
+            launchers.append(psutil.Process(int(supervisor)))
         while all(map(_is_alive, launchers)):
             time.sleep(1)
     os._exit(1)
