@@ -12,7 +12,9 @@ import difflib
 import inspect
 import os
 import re
+import signal
 import sys
+import time
 import traceback
 import typing
 from collections.abc import Callable, Iterable
@@ -199,8 +201,10 @@ def cli(main: Callable[..., Any], config_class: type[Any]) -> None:
             print(stopped, file=console, flush=True)
         leave(stopped.code)
     except UserError as error:
-        if rank == 0:
-            print(f"error: {' '.join(str(error).split())}", file=console, flush=True)
+        if rank > 0:  # rank 0, however busy its machine, says it first; then the launcher ends this process
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(20)
+        print(f"error: {f'rank {rank}: ' if rank else ''}{' '.join(str(error).split())}", file=console, flush=True)
         leave(2)
     except KeyboardInterrupt:  # before training; from then on it saves and stops
         leave(130)
