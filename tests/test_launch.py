@@ -1,5 +1,6 @@
 """launch.sh and the plain launcher, as a user calls them: real launches, errors, a copied recipe, what a run leaves behind."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -76,23 +77,24 @@ def test_the_plain_launcher_trains_and_leaves_nothing_behind(tmp_path: Path) -> 
     assert len((done.stdout + done.stderr).splitlines()) <= 40
     assert len(read_losses(tmp_path / "run")) == 20
     assert set(Path("/dev/shm").iterdir()) <= shared_memory
-    assert not any(str(tmp_path).encode() in path.read_bytes() for path in command_lines())
+    assert not processes_of(tmp_path)
     again = deepspeed(2, "recipes/text_classification.py", *arguments)
     assert again.returncode != 0 and "exists already" in again.stderr
     assert len(read_losses(tmp_path / "run")) == 20  # nothing was overwritten
 
 
-def command_lines() -> list[Path]:
-    own = {os.getpid(), os.getppid()}
-    return [path for path in Path("/proc").glob("[0-9]*/cmdline") if int(path.parent.name) not in own and readable(path)]
+def command_lines() -> dict[int, bytes]:
+    """Process id -> command line, of all processes but this one and its parent."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended
+            found[int(path.parent.name)] = path.read_bytes()
+    return {process: line for process, line in found.items() if process not in (os.getpid(), os.getppid())}
 
 
-def readable(path: Path) -> bool:
-    try:
-        path.read_bytes()
-    except OSError:  # it has ended
-        return False
-    return True
+def processes_of(run_dir: Path, *words: str) -> list[int]:
+    """The ids of the processes of a run whose command line has these words."""
+    return [process for process, line in command_lines().items() if all(word.encode() in line for word in (str(run_dir), *words))]
 
 
 LONG = ["causal_lm", "--quick", "--max_steps", 200, "--log_every", 1, "--samples", 0]
@@ -122,19 +124,13 @@ def start(run_dir: Path, *settings: object, steps: int) -> subprocess.Popen[str]
 def end(process: subprocess.Popen[str], run_dir: Path, seconds: float = 120) -> str:
     """What it printed, when it has ended and left no process behind."""
     output, _ = process.communicate(timeout=seconds)
-    assert not any(str(run_dir).encode() in path.read_bytes() for path in command_lines())
+    assert not processes_of(run_dir)
     return output
 
 
 def same_result(run_dir: Path, expected: Path) -> bool:
     weights = [[file.read_bytes() for file in sorted((run / "model").glob("*.safetensors"))] for run in (run_dir, expected)]
     return bool(weights[0]) and weights[0] == weights[1] and read_losses(run_dir) == read_losses(expected)
-
-
-def rank_of(run_dir: Path, rank: int) -> int:
-    """The process id of a rank of a run."""
-    (found,) = [path for path in command_lines() if f"--local_rank={rank}".encode() in path.read_bytes() and str(run_dir).encode() in path.read_bytes()]
-    return int(found.parent.name)
 
 
 @pytest.mark.slow
@@ -163,7 +159,8 @@ def test_the_time_limit_saves_and_stops(tmp_path: Path) -> None:
 def test_a_killed_rank_is_restarted(tmp_path: Path, uninterrupted: Path) -> None:
     run = tmp_path / "run"
     process = start(run, "--restarts", 2, "--save_every", 10, steps=25)
-    os.kill(rank_of(run, 1), signal.SIGKILL)
+    (rank_1,) = processes_of(run, "--local_rank=1")
+    os.kill(rank_1, signal.SIGKILL)
     output = end(process, run)
     assert process.returncode == 0 and "restart  exit code" in output and "lost contact with another rank" in output
     assert "Traceback" not in output
@@ -175,8 +172,8 @@ def test_a_killed_launcher_is_no_success_and_leaves_no_rank(tmp_path: Path) -> N
     """DeepSpeed ends with exit code 0 then, while the ranks train on."""
     run = tmp_path / "run"
     process = start(run, "--max_steps", 100000, "--save_every", 10, steps=15)
-    (launcher,) = [path for path in command_lines() if b"deepspeed.launcher.launch" in path.read_bytes() and str(run).encode() in path.read_bytes()]
-    os.kill(int(launcher.parent.name), signal.SIGKILL)
+    (launcher,) = processes_of(run, "deepspeed.launcher.launch")
+    os.kill(launcher, signal.SIGKILL)
     output = end(process, run)
     assert process.returncode not in (0, 2, 75) and "--resume goes on" in output
 
@@ -185,7 +182,8 @@ def test_a_killed_launcher_is_no_success_and_leaves_no_rank(tmp_path: Path) -> N
 def test_a_silent_rank_ends_the_run(tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start(run, "--max_steps", 100000, "--rank_timeout", 0.1, "--stage", 3, steps=5)
-    os.kill(rank_of(run, 1), signal.SIGSTOP)
+    (rank_1,) = processes_of(run, "--local_rank=1")
+    os.kill(rank_1, signal.SIGSTOP)
     stopped_at = time.monotonic()
     output = end(process, run)
     assert time.monotonic() - stopped_at < 6 + 60
