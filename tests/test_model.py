@@ -9,7 +9,7 @@ from transformers import BertConfig, BertLMHeadModel, DistilBertConfig, GPT2Conf
 from lib.config import UserError
 from lib.model import check_causal, load_model, load_tokenizer, set_dropout
 
-TINY_BERT = BertConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+TINY_BERT = BertConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, initializer_range=0.5)
 
 
 pytestmark = pytest.mark.usefixtures("one_rank")
