@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The one command of this repository: trains a recipe, or runs the tests. It prints the deepspeed command that it runs.
+# The one command of this repository: trains a recipe, compares ZeRO stages, or runs the tests. It prints the deepspeed command that it runs.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -13,6 +13,7 @@ usage() {
   cat <<EOF
 ./launch.sh <recipe> [options] [recipe settings]   train
 ./launch.sh <recipe> --help                        the recipe's settings
+./launch.sh compare <recipe> [--help]              run it at several ZeRO stages, and report memory, speed, traffic and losses
 ./launch.sh test [--quick] [pytest arguments]      linter, type checker, tests (--quick: those of under a minute)
 ./launch.sh torture <recipe> [--help]              kill it, stop it, fill its disk, resume everything from everything (an hour)
 ./launch.sh --help                                 this text
@@ -87,8 +88,13 @@ environment() {
   satisfied "$python" || fail "the installation did not succeed; see: $python -m pip install -r requirements.txt"
 }
 
-gpus() {
-  "$python" -c 'import torch; print(torch.cuda.device_count())'
+# Sets $gpus to their number, and $default_ranks to one for each, or 2 on a CPU.
+devices() {
+  gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+  if [ "$gpus" = 0 ]; then
+    export DS_ACCELERATOR=cpu
+  fi
+  default_ranks=$((gpus > 0 ? gpus : 2))
 }
 
 run_tests() {
@@ -109,6 +115,12 @@ main() {
     --help | -h | "") usage; exit 0 ;;
     test) shift; environment; run_tests "$@"; exit 0 ;;
     torture) shift; environment; exec "$python" "$root/tests/torture.py" "$@" ;;
+    compare)
+      shift
+      environment
+      devices
+      GPUS=$gpus DEFAULT_RANKS=$default_ranks exec "$python" "$root/lib/compare.py" "$@"
+      ;;
     -*) fail "the recipe comes first: ./launch.sh <recipe> [options]; recipes: $(recipes)" ;;
   esac
   local recipe=${1%.py}
@@ -146,17 +158,11 @@ main() {
   if [ -n "$help" ]; then
     exec "$python" "$root/recipes/$recipe.py" --help
   fi
-  local count
-  count=$(gpus)
-  if [ "$count" = 0 ]; then
-    export DS_ACCELERATOR=cpu
-  fi
-  if [ -z "$ranks" ]; then
-    ranks=$((count > 0 ? count : 2))
-  fi
+  devices
+  ranks=${ranks:-$default_ranks}
   [[ $ranks =~ ^[1-9][0-9]*$ ]] || fail "--ranks is $ranks; it must be a whole number from 1 up"
   [[ $restarts =~ ^[0-9]+$ ]] || fail "--restarts is $restarts; it must be a whole number"
-  [ "$count" = 0 ] || [ "$ranks" -le "$count" ] || fail "--ranks is $ranks, but there are $count GPUs"
+  [ "$gpus" = 0 ] || [ "$ranks" -le "$gpus" ] || fail "--ranks is $ranks, but there are $gpus GPUs"
 
   exec "$python" "$root/lib/supervise.py" "$recipe-$(basename "$ds_config" .json)" "$root/recipes/$recipe.yaml" "$restarts" "$dry_run" \
     -- "$bin/deepspeed" --num_accelerators "$ranks" "$root/recipes/$recipe.py" --deepspeed_config "$ds_config" ${settings[@]+"${settings[@]}"}

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 import yaml
@@ -53,8 +53,11 @@ def ranks_of(processes: list[psutil.Process]) -> list[psutil.Process]:
     return found
 
 
-def run_once(command: list[str]) -> int:
-    """Run the command in a session of its own. Returns its exit code, when no process of the session is left."""
+def run_once(command: list[str], output: IO[str] | None = None) -> int:
+    """Run the command in a session of its own. Returns its exit code, when no process of the session is left.
+
+    output: where it prints; None: where this process does.
+    """
     launcher: subprocess.Popen[bytes] | None = None
 
     def pass_on(number: int, _: Any) -> None:
@@ -74,7 +77,7 @@ def run_once(command: list[str]) -> int:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
     environment = os.environ | {"SUPERVISED_BY": str(os.getpid())}  # the ranks leave when this process is gone
-    launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=ignore_warning_signal)
+    launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=ignore_warning_signal, stdout=output, stderr=output)
     if stop_signals:  # it came before there was anything to pass it on to
         launcher.terminate()
     status = launcher.wait()

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from lib import ranks
-from lib.ds_config import stage_of
+from lib.ds_config import offload_device, stage_of
 
 WEIGHT = "fp32"  # the kind of a piece that holds weights; other kinds have the optimizer's names, exp_avg and exp_avg_sq for Adam
 
@@ -161,3 +161,51 @@ def refresh_model(engine: Any) -> None:
 def loss_scaler(engine: Any) -> Any:
     """The object that holds fp16's loss scale, if there is one: plain numbers in its attributes."""
     return getattr(engine.optimizer, "loss_scale_config", None) or getattr(engine.optimizer, "loss_scaler", None)
+
+
+def held_bytes(engine: Any) -> dict[str, dict[str, int]]:
+    """{"parameters" | "gradients" | "optimizer": {"device": bytes, "host": bytes}} of the model states in this rank's memory now.
+
+    Counted from the storages of tensors, each once. "optimizer" holds fp32 copies of the weights too, as in the ZeRO paper, and "parameters" also
+    those that stage 3 has gathered. On a CPU, where device and host are one, what the config offloads counts as host. Communication
+    buffers are not counted, nor gradients that lie in them.
+    """
+    zero, optimizer = engine.optimizer, engine.basic_optimizer
+    model = list(engine.module.parameters())
+    flats = list(_flats(engine)) + [copy for group in getattr(zero, "fp32_groups", []) for copy in group]
+    buckets = [getattr(bucket, "buffer", None) for bucket in getattr(zero, "ipg_buckets", {}).values()]
+    lists = [group for name in ("averaged_gradients", "all_grad_tensors") for group in getattr(zero, name, {}).values() if group is not None]
+    tensors = {  # in this order, each storage counts for the first kind that has it
+        "buffers": [tensor for bucket in buckets for tensor in (bucket if isinstance(bucket, list) else [bucket])],
+        "parameters": [parameter.data for parameter in model] + [getattr(parameter, "ds_tensor", None) for parameter in model],
+        "optimizer": flats + [value for state in optimizer.state.values() for value in state.values()],
+        "gradients": [
+            *(gradient for parameter in model for gradient in (parameter.grad, getattr(parameter, "grad_accum", None))),
+            *(flat.grad for flat in flats),
+            *(gradient for group in lists for gradient in group),
+            *getattr(zero, "accumulated_grads_in_cpu", {}).values(),
+            *getattr(zero, "fp32_groups_gradients_flat", []),
+            getattr(zero, "grad_partitions_flat_buffer", None),
+        ],
+    }
+    held = {kind: {"device": 0, "host": 0} for kind in ("parameters", "gradients", "optimizer")}
+    seen: set[int] = set()
+    for kind, found in tensors.items():
+        for tensor in found:
+            if not torch.is_tensor(tensor) or tensor.untyped_storage().data_ptr() in seen:
+                continue
+            storage = tensor.untyped_storage()
+            seen.add(storage.data_ptr())
+            if kind != "buffers":
+                held[kind]["host" if _on_host(engine, kind, tensor) else "device"] += storage.nbytes()
+    return held
+
+
+def _on_host(engine: Any, kind: str, tensor: torch.Tensor) -> bool:
+    if engine.device.type != "cpu":
+        return tensor.device.type == "cpu"
+    if kind == "parameters":  # what is gathered is on the device
+        return offload_device(engine.config, "param") != "none" and any(tensor is getattr(p, "ds_tensor", None) for p in engine.module.parameters())
+    if kind == "gradients" and tensor.dim() and any(tensor is parameter.grad for parameter in engine.module.parameters()):
+        return False
+    return offload_device(engine.config, "optimizer") != "none"

@@ -1,0 +1,135 @@
+"""What a ZeRO config should cost a rank: the paper's formulas, and what DeepSpeed 0.19.8 does beside them.
+
+Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", sections 5 (states) and 7 (traffic).
+Psi is the number of parameters, N the number of ranks. The paper counts mixed precision (2 bytes for a parameter and a gradient, 12 for
+fp32 copy, momentum and variance); in fp32 it is 4, 4 and 8. Facts are those of lib/measure.py. Nothing here looks at a measured size.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lib.ds_config import offload_device, stage_of
+
+LIMIT = 1_000_000_000  # DeepSpeed's default of stage3_max_live_parameters and stage3_max_reuse_distance
+PAPER_STAGE3 = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size")
+KINDS = ("parameters", "gradients", "optimizer")
+
+# Peak matrix FLOP/s of devices, dense, without sparsity: {part of the name: (16-bit, fp32)}. From the vendors' data sheets; fp32 without
+# TF32, which PyTorch leaves off. The first that fits counts.
+PEAK_FLOPS = {
+    "H100 PCIe": (756e12, 51e12), "H100 NVL": (835e12, 60e12), "H100": (989e12, 67e12), "H200": (989e12, 67e12), "H800": (989e12, 67e12),
+    "B200": (2250e12, 75e12), "A100": (312e12, 19.5e12), "A800": (312e12, 19.5e12), "A40": (149.7e12, 37.4e12), "A10G": (70e12, 35e12),
+    "A10": (125e12, 31.2e12), "L40S": (362e12, 91.6e12), "L40": (181e12, 90.5e12), "L4": (121e12, 30.3e12), "V100": (125e12, 15.7e12),
+    "T4": (65e12, 8.1e12), "MI300X": (1307e12, 163e12), "MI250X": (383e12, 95.7e12),
+}  # fmt: skip
+
+
+@dataclass
+class Expected:
+    """A figure of the paper, and what DeepSpeed adds to it or takes from it: (amount, why)."""
+
+    paper: float
+    differences: list[tuple[float, str]] = field(default_factory=list)
+
+    @property
+    def total(self) -> float:
+        return self.paper + sum(amount for amount, _ in self.differences)
+
+    def differs(self, amount: float, why: str) -> None:
+        if amount:
+            self.differences.append((amount, why))
+
+
+def peak_flops(device: str, element_bytes: int) -> float | None:
+    """Peak FLOP/s of a device by its name, for 16-bit or fp32 matrices; None where it is not known, as of CPUs."""
+    return next((peaks[element_bytes == 4] for part, peaks in PEAK_FLOPS.items() if part in device), None)
+
+
+def states(ds_config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Expected]:
+    """Bytes of "parameters", "gradients" and "optimizer" states on a rank, device and host together.
+
+    The most that is held after a backward pass of a step, with AdamW.
+    """
+    stage, ranks, size = facts["stage"], facts["world_size"], facts["element_bytes"]
+    psi, trained, accumulates = facts["parameters"], facts["trained"], facts["accumulation_steps"] > 1
+    offloads = offload_device(ds_config, "optimizer") != "none"
+    parameters = Expected(size * psi / (ranks if stage == 3 else 1))
+    gradients = Expected(size * trained / (ranks if stage >= 2 else 1))
+    optimizer = Expected((8 if size == 4 else 12) * trained / (ranks if stage >= 1 else 1))
+    if stage >= 1 and size == 4:
+        optimizer.differs(4 * trained / ranks, "ZeRO keeps a separate fp32 copy of a rank's share even when the model itself is in fp32")
+    if stage == 3 and ranks > 0:
+        parameters.differs(
+            size * facts["kept_whole"], "parameters of at most stage3_param_persistence_threshold elements are kept whole on every rank, beside the shares"
+        )
+    share = size * trained / ranks
+    straddling = size * facts["touching_share"] - share if facts["touching_share"] is not None else 0.0
+    if stage == 1 and not (accumulates and not offloads):
+        gradients.differs(
+            share - gradients.paper, "without accumulation to wait for, stage 1 gives up the other ranks' gradients during backward, as stage 2 does"
+        )
+    if offloads:
+        gradients.differs(
+            4 * trained / ranks - (share if stage < 3 and not accumulates else 0), "offloading keeps the gradients of a rank's share in fp32 in host memory"
+        )
+        if stage < 3 and accumulates:
+            gradients.differs(straddling, "a tensor that straddles the edge of two ranks' shares is kept whole by both")
+    elif stage == 2 or (stage == 1 and not accumulates):
+        gradients.differs(straddling, "a tensor that straddles the edge of two ranks' shares keeps its whole gradient on both")
+    return {"parameters": parameters, "gradients": gradients, "optimizer": optimizer}
+
+
+def traffic(ds_config: dict[str, Any], facts: dict[str, Any]) -> Expected:
+    """Bytes that a rank sends in an optimizer step, with ring collectives."""
+    stage, ranks, micro_steps = facts["stage"], facts["world_size"], facts["accumulation_steps"]
+    zero = ds_config.get("zero_optimization", {})
+    ring = facts["element_bytes"] * (ranks - 1) / ranks  # bytes on the wire of one pass over one element
+    gradients, parameters = ring * facts["trained"], ring * facts["parameters"]
+    volume = Expected(3 * parameters if stage == 3 else 2 * gradients)
+    if stage in (1, 2):
+        rounds = micro_steps if stage == 2 else 1
+        all_reduces = zero.get("use_multi_rank_bucket_allreduce", True)
+        if all_reduces:
+            volume.differs(
+                gradients, "use_multi_rank_bucket_allreduce, on by default, all-reduces gradients of which each rank needs its share only; false reduces them"
+            )
+        volume.differs((rounds - 1) * (2 if all_reduces else 1) * gradients, "stage 2 reduces the gradients of every micro-batch, the paper once a step")
+    if stage == 3:
+        in_modules = ring * facts["in_modules"]  # what is gathered on use
+        once = min(zero.get("stage3_max_live_parameters", LIMIT), zero.get("stage3_max_reuse_distance", LIMIT)) >= 2 * facts["parameters"]
+        kept_whole = ring * facts["kept_whole"]
+        not_kept = parameters - kept_whole
+        volume.differs(kept_whole - 2 * kept_whole, "parameters kept whole are gathered once, after the optimizer's step")
+        if once:
+            volume.differs(
+                -not_kept, "with less than stage3_max_live_parameters, parameters are gathered once and kept until the end of backward; 0 gathers them twice"
+            )
+            volume.differs((micro_steps - 1) * not_kept, "parameters are gathered at every micro-batch")
+        else:
+            volume.differs(2 * (in_modules - not_kept), "a parameter that two modules share is gathered for each of them")
+            volume.differs((micro_steps - 1) * 2 * in_modules, "parameters are gathered at every micro-batch")
+        volume.differs((micro_steps - 1) * gradients, "stage 3 reduces the gradients of every micro-batch, the paper once a step")
+        volume.differs(gradients - parameters, "parameters that are not trained have no gradients to reduce")
+    return volume
+
+
+def wire_bytes(logged: dict[str, dict[str, int]], ranks: int) -> dict[str, float]:
+    """{collective: bytes that a rank sends} from DeepSpeed's log of them: {collective: {bytes of its argument: calls}}.
+
+    As nccl-tests' PERFORMANCE.md has it for rings: an all-reduce passes its argument 2(N-1)/N times, a reduce-scatter, reduce or broadcast
+    (N-1)/N times; of an all-gather the argument is a rank's share, which passes N-1 times.
+    """
+    once = (ranks - 1) / ranks
+    factors = {"all_gather_into_tensor": ranks - 1, "all_gather": ranks - 1, "all_reduce": 2 * once, "all_reduce_coalesced": 2 * once, "barrier": 0}
+    sent = {op: factors.get(op, once) * sum(int(size) * calls for size, calls in sizes.items()) for op, sizes in logged.items()}
+    return {op: value for op, value in sent.items() if value}
+
+
+def with_paper_preset(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """The config with the knobs set so that the paper's volumes appear on a model of any size."""
+    changed = ds_config | {"zero_optimization": dict(ds_config.get("zero_optimization", {}))}
+    if stage_of(ds_config) in (1, 2):
+        changed["zero_optimization"]["use_multi_rank_bucket_allreduce"] = False
+    if stage_of(ds_config) == 3:
+        changed["zero_optimization"] |= dict.fromkeys(PAPER_STAGE3, 0)
+    return changed
