@@ -10,6 +10,7 @@ kept in the comparison's folder, and --resume goes on from there.
 """
 
 import argparse
+import contextlib
 import importlib
 import importlib.metadata
 import json
@@ -22,8 +23,10 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import typing
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,6 +36,7 @@ if not __package__:  # started as a script
 
 from lib import report, results, supervise, theory
 from lib.config import ROOT, UserError, did_you_mean, shown
+from lib.ds_config import read_json
 from lib.results import case_folder, read_outcome
 
 INSPECTED = 3  # of lib/measure.py, which this process does not import: it would start DeepSpeed
@@ -116,8 +120,7 @@ def check(recipe: str, settings: list[str], configs: dict[str, str], ranks: list
             load_ds_config(path, cfg, count)
     if "max_steps" not in fields or "run_dir" not in fields:
         raise UserError(f"recipes/{recipe}.py has no settings max_steps and run_dir, which a comparison decides")
-    versions = {name: importlib.metadata.version(name) for name in ("deepspeed", "torch", "transformers")}
-    return {"fields": list(fields), "precision": cfg.precision, "versions": {"python": platform.python_version()} | versions}
+    return {"fields": list(fields), "precision": cfg.precision}
 
 
 def in_a_process(do: Any, *arguments: Any) -> Any:
@@ -137,8 +140,6 @@ def plan(options: argparse.Namespace, settings: list[str]) -> Path:
     gpus = int(os.environ.get("GPUS", "0"))
     if gpus and max(ranks) > gpus:
         raise UserError(f"--ranks is {options.ranks}, but there are {gpus} GPUs")
-    from lib.ds_config import read_json
-
     configs = {name: read_json(file) for name, file in config_files(options).items()}
     if options.preset == "paper":
         configs = {name: theory.with_paper_preset(config) for name, config in configs.items()}
@@ -166,6 +167,7 @@ def plan(options: argparse.Namespace, settings: list[str]) -> Path:
         "preset": options.preset,
         "settings": settings,
         "code": code_version(),
+        "versions": versions(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         **found,
@@ -182,11 +184,11 @@ def code_version() -> str:
 
 def resumed(options: argparse.Namespace, settings: list[str]) -> Path:
     """The folder of the newest comparison of the recipe. Options given again must be its own."""
-    folders = [folder for folder in past() if results.collect(folder).spec["recipe"] == options.recipe]
+    folders = [folder for folder, spec in past() if spec["recipe"] == options.recipe]
     if not folders:
         raise UserError(f"there is no comparison of {options.recipe} in runs/ to go on with; leave --resume out")
     folder = folders[-1]
-    spec = results.collect(folder).spec
+    spec = results.read_spec(folder)
     given = {
         "ranks": numbers(options.ranks, "ranks") if options.ranks else None,
         "steps": options.steps,
@@ -194,16 +196,24 @@ def resumed(options: argparse.Namespace, settings: list[str]) -> Path:
         "preset": options.preset,
         "settings": settings or None,
         "configs": list(config_files(options)) if options.stages or options.ds_configs else None,
+        "code": code_version(),
+        "versions": versions(),
     }
     for name, value in given.items():
-        if value is not None and value != (list(spec[name]) if name == "configs" else spec[name]):
-            raise UserError(f"{shown(folder)} was started with other {name}: {json.dumps(spec[name])[:100]}; leave it out, or start a new one without --resume")
+        started_with = list(spec[name]) if name == "configs" else spec[name]
+        if value is not None and value != started_with:
+            raise UserError(f"{shown(folder)} was started with {name} {json.dumps(started_with)}, not {json.dumps(value)}; start a new one, without --resume")
     return folder
 
 
-def past() -> list[Path]:
-    """The folders of comparisons in runs/, oldest first."""
-    return sorted((path.parent for path in Path("runs").glob("compare-*/comparison.json")), key=lambda path: path.name[-15:])
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in ("deepspeed", "torch", "transformers")}
+
+
+def past() -> list[tuple[Path, dict[str, Any]]]:
+    """(folder, what it compares) of the comparisons in runs/, oldest first."""
+    folders = sorted((path.parent for path in Path("runs").glob("compare-*/comparison.json")), key=lambda path: path.name[-15:])
+    return [(folder, results.read_spec(folder)) for folder in folders]
 
 
 def run_all(folder: Path, spec: dict[str, Any]) -> None:
@@ -218,16 +228,39 @@ def run_all(folder: Path, spec: dict[str, Any]) -> None:
             first = read_outcome(case_folder(folder, config, ranks, 1))
             if number > 1 and first is not None and first["failed"]:
                 continue  # it would fail again
-            if sys.stdout.isatty():
-                print(f"{name} ...", end="", flush=True)
-            outcome = run_one(run, spec, number, ranks, config)
+            with live_progress(name, run / "run" / "metrics.jsonl", spec["steps"] if number == 1 else spec["repeat_steps"]):
+                outcome = run_one(run, spec, number, ranks, config)
         seconds[number == 1].append(outcome["seconds"])
         ahead = cases[at:]
         means = {first: statistics.fmean(seconds[first] or [0.5 * statistics.fmean(seconds[True])]) for first in (True, False)}
         left = int(sum(means[other == 1] for other, _, _ in ahead))
         ending = f"; about {left // 60}:{left % 60:02d} left" if ahead else ""
-        start = "\r\033[K" if sys.stdout.isatty() else ""
-        print(f"{start}{name}: {'failed: ' + outcome['failed'] if outcome['failed'] else outcome['said']}{ending}", flush=True)
+        print(f"{name}: {'failed: ' + outcome['failed'] if outcome['failed'] else outcome['said']}{ending}", flush=True)
+
+
+@contextlib.contextmanager
+def live_progress(name: str, metrics: Path, steps: int) -> Iterator[None]:
+    """On a terminal, show in one line how far a run has come, from the file that it writes."""
+    if not sys.stdout.isatty():
+        yield
+        return
+    ended = threading.Event()
+
+    def show() -> None:
+        while not ended.wait(0.5):
+            with contextlib.suppress(OSError):
+                done = metrics.read_text(encoding="utf-8").count('"loss"')
+                print(f"\r\033[K{name}: step {done}/{steps}", end="", flush=True)
+
+    print(f"{name}: starting", end="", flush=True)
+    shower = threading.Thread(target=show, daemon=True)
+    shower.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        shower.join()
+        print("\r\033[K", end="", flush=True)
 
 
 def run_one(run: Path, spec: dict[str, Any], number: int, ranks: int, config: str) -> dict[str, Any]:
@@ -286,14 +319,14 @@ def list_past() -> None:
     folders = past()
     if not folders:
         print("no comparisons in runs/ yet; ./launch.sh compare <recipe> makes one")
-    for folder in folders:
-        found = results.collect(folder)
-        spec = found.spec
-        ended = sum(len(list(folder.glob(f"{config}-{ranks}ranks/round*/outcome.json"))) for config in spec["configs"] for ranks in spec["ranks"])
+    for folder, spec in folders:
+        ended = len(list(folder.glob("*/round*/outcome.json")))
         expected = len(spec["configs"]) * len(spec["ranks"]) * spec["rounds"]
-        state = "" if ended >= expected else f"  ({ended} of {expected} runs)"
-        versions = f"deepspeed {spec['versions']['deepspeed']}, torch {spec['versions']['torch']}"
-        print(f"{shown(folder)}  {spec['created']}  {', '.join(spec['configs'])}; ranks {', '.join(map(str, spec['ranks']))}; {versions}{state}")
+        state = "" if ended >= expected else f"; {ended} of {expected} runs have ended, --resume goes on"
+        about = f"{', '.join(spec['configs'])}; ranks {', '.join(map(str, spec['ranks']))}; {spec['steps']} steps; {' '.join(spec['settings']) or 'default settings'}"
+        print(
+            f"{shown(folder)}  {spec['created']}  {about}; deepspeed {spec['versions']['deepspeed']}, torch {spec['versions']['torch']}, code {spec['code']}{state}"
+        )
 
 
 def main(arguments: list[str]) -> int:
@@ -315,7 +348,7 @@ def main(arguments: list[str]) -> int:
         if options.recipe not in recipes:
             raise UserError(f"there is neither a recipe nor a comparison {options.recipe}{did_you_mean(options.recipe, recipes)}; recipes: {' '.join(recipes)}")
         folder = resumed(options, settings) if options.resume else plan(options, settings)
-        spec = results.collect(folder).spec
+        spec = results.read_spec(folder)
         print(f"{shown(folder)}: {', '.join(spec['configs'])}; {spec['steps']} steps, {spec['rounds']} rounds")
         try:
             run_all(folder, spec)
@@ -335,3 +368,5 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -110,12 +110,17 @@ class Results:
         return COLUMNS + [Column(name, "score", f"{name.removeprefix('score_')} on the test rows after the last step") for name in scores]
 
 
+def read_spec(folder: Path) -> dict[str, Any]:
+    """What is compared: the comparison.json that lib/compare.py made."""
+    try:
+        return json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{shown(folder)} is not the folder of a comparison: it has no comparison.json that can be read") from None
+
+
 def collect(folder: Path) -> Results:
     """The results in a comparison's folder, as far as it has come."""
-    try:
-        spec = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(f"{shown(folder)} is not the folder of a comparison (it has no comparison.json)") from None
+    spec = read_spec(folder)
     results = Results(folder, spec, [])
     timings: dict[tuple[str, int], dict[tuple[int, int], float]] = {}
     for ranks in spec["ranks"]:
@@ -307,9 +312,10 @@ Sentence = list[str | tuple[Row, str]]
 
 def sentences(results: Results) -> list[Sentence]:
     """Which config to take here and why, what the fastest that fits is, what was surprising."""
-    good = [row for row in results.good() if row["ranks"] == max(row["ranks"] for row in results.good())] if results.good() else []
-    if not good:
+    if not results.good():
         return [["No config ran to the end; the reasons are in the table."]]
+    ranks = max(results.good(), key=lambda row: row["tokens_per_second"])["ranks"]  # step times are compared on as many ranks
+    good = [row for row in results.good() if row["ranks"] == ranks]
     memory = "states_device_bytes" if results.on_gpu else "states_bytes"
     where = "device" if results.on_gpu else "rank"
     first = good[0]
@@ -357,17 +363,26 @@ def surprise(results: Results, good: list[Row]) -> Sentence:
             ").",
         ]
     first = good[0]
+    whole = [row for row in good if row["stage"] == 2 and row["gradients_device_bytes"] > 1.5 * row["gradients_paper_bytes"]]
+    if whole:
+        return [
+            f"Surprising: {case_name(whole[0], results)} holds ",
+            (whole[0], "gradients_device_bytes"),
+            " of gradients where the paper has ",
+            (whole[0], "gradients_paper_bytes"),
+            "; the report says why.",
+        ]
     more = [row for row in good if row["traffic_passes"] and row["traffic_bytes"] > 1.1 * row["traffic_paper_bytes"]]
     if more:
         return [
-            f"Surprising: {names(more)} sent{'s' if len(more) == 1 else ''} ",
+            f"Surprising: {names(more)} sent ",
             (more[0], "traffic_passes"),
             " passes over the parameters a step where the paper has 2 or 3; the report says why.",
         ]
     less = [row for row in good if row["stage"] == 3 and row["gathered_parameters_bytes"] > 0.9 * first["parameters_paper_bytes"]]
     if less and good[0]["stage"] != 3:
         return [
-            f"Surprising: {names(less)} held{'s' if len(less) == 1 else ''} all parameters, ",
+            f"Surprising: {names(less)} held all parameters, ",
             (less[0], "gathered_parameters_bytes"),
             ", between forward and backward: the model is under stage3_max_live_parameters.",
         ]

@@ -58,7 +58,7 @@ def states(ds_config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Expect
     optimizer = Expected((8 if size == 4 else 12) * trained / (ranks if stage >= 1 else 1))
     if stage >= 1 and size == 4:
         optimizer.differs(4 * trained / ranks, "ZeRO keeps a separate fp32 copy of a rank's share even when the model itself is in fp32")
-    if stage == 3 and ranks > 0:
+    if stage == 3 and ranks > 1:  # on one rank the share is the whole
         parameters.differs(
             size * facts["kept_whole"], "parameters of at most stage3_param_persistence_threshold elements are kept whole on every rank, beside the shares"
         )

@@ -309,7 +309,7 @@ def test_sentences_and_files_are_there(comparison: tuple[Path, str]) -> None:
         (["causal_lm", "--ranks", "2,2"], "each once"),
         (["causal_lm", "--steps", "3"], "at least 5"),
         (["causal_lm", "--resume"], "leave --resume out"),
-        (["causal_lm", "--with", "nowhere"], "no comparison.json"),
+        (["causal_lm", "--with", "nowhere"], "has no comparison.json"),
         (["causal_lm", "--max_steps", "9"], "use --steps"),
         (["causal_lm", "--learning_rat", "9"], "did you mean '--learning_rate'?"),
         (["causal_lm", "--ranks", "3"], "3 does not divide it"),
