@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from lib import theory
-from lib.results import PHASES, TOLERANCE, TRAFFIC, Results, Row, case_name, relative, written
+from lib.results import PHASES, TOLERANCE, TRAFFIC, Results, Row, case_name, written
 
 Palette = dict[str, str]
 LIGHT = {
@@ -131,15 +131,15 @@ def step_time(figure: Figure, results: Results, palette: Palette) -> None:
 
 
 def speed(figure: Figure, results: Results, palette: Palette) -> None:
-    """Throughput against memory: up and to the left is better."""
-    column = "states_device_bytes" if results.on_gpu else "states_bytes"
+    """Throughput against peak memory."""
+    column = "peak_device_bytes" if results.on_gpu else "peak_host_bytes"
     size, unit = unit_of(max(row[column] for row in results.good()))
     axes = figure.add_subplot()
     style_axes(axes, palette)
     handles: dict[str, Any] = {}
     for at, config in enumerate(results.spec["configs"]):
         rows = [row for row in results.good() if row["config"] == config]
-        color = palette[SERIES[at % 6]]
+        color = palette[SERIES[at % len(SERIES)]]
         if rows:
             axes.plot(
                 [row[column] / size for row in rows], [row["tokens_per_second"] for row in rows], "o-", color=color, markersize=9, alpha=0.85, linewidth=1
@@ -147,7 +147,7 @@ def speed(figure: Figure, results: Results, palette: Palette) -> None:
             handles[config] = Line2D([], [], color=color, marker="o", linewidth=0)
     axes.set_xlim(0)
     axes.set_ylim(0, 1.12 * axes.get_ylim()[1])
-    axes.set_xlabel(f"model states on a {'device' if results.on_gpu else 'rank'}, {unit}")
+    axes.set_xlabel(f"peak memory of a rank's {'device' if results.on_gpu else 'process'}, {unit}")
     axes.set_ylabel("tokens/s, all ranks")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.grid(True, color=palette["line"], linewidth=0.7)
@@ -158,19 +158,20 @@ def losses(figure: Figure, results: Results, palette: Palette) -> None:
     """The curves on top of each other, and below them how far each is from the first."""
     rows = results.good()
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    first = results.losses[rows[0]["config"], rows[0]["ranks"]]
     tolerance = TOLERANCE[results.spec["precision"]]
     handles: dict[str, Any] = {}
+    configs, counts = list(results.spec["configs"]), list(results.spec["ranks"])
     for at, row in enumerate(rows):
         values = results.losses[row["config"], row["ranks"]]
-        steps = range(1, len(values) + 1)
-        color = palette[SERIES[at % 6]]
+        first = next(other for other in rows if other["ranks"] == row["ranks"])
+        color = palette[SERIES[configs.index(row["config"]) % len(SERIES)]]
+        style: Any = ("-", "--", ":", "-.")[counts.index(row["ranks"]) % 4]
         # The first is broad, and each one narrower than the one under it, so that all can be seen where they coincide.
-        above.plot(steps, values, color=color, linewidth=max(1.2, 6.5 - 5.3 * at / max(1, len(rows) - 1)))
-        floor = [max(relative(value, other), 1e-9) for value, other in zip(values, first, strict=False)]
-        if at:
-            below.plot(steps, floor, color=color, linewidth=1.2, marker="." if len(values) < 60 else None, markersize=4)
-        handles[case_name(row, results)] = Line2D([], [], color=color, linewidth=2.5)
+        above.plot(range(1, len(values) + 1), values, color=color, linestyle=style, linewidth=max(1.2, 6.5 - 5.3 * at / max(1, len(rows) - 1)))
+        if row is not first:
+            floor = [max(value, 1e-9) for value in results.loss_differences(row, first)]
+            below.plot(range(1, len(values) + 1), floor, color=color, linestyle=style, linewidth=1.2, marker="." if len(values) < 60 else None, markersize=4)
+        handles[case_name(row, results)] = Line2D([], [], color=color, linestyle=style, linewidth=2)
     below.axhline(tolerance, color=palette["f"], linestyle="--", linewidth=1)
     below.annotate(f"rounding ends: {tolerance:.0e}", (1, tolerance), xytext=(2, 3), textcoords="offset points", color=palette["f"], fontsize=8)
     below.set_yscale("log")
@@ -194,7 +195,7 @@ def scaling(figure: Figure, results: Results, palette: Palette) -> None:
         rows = [row for row in results.good() if row["config"] == config]
         if len(rows) < 2:
             continue
-        color = palette[SERIES[at % 6]]
+        color = palette[SERIES[at % len(SERIES)]]
         axes.plot([row["ranks"] for row in rows], [row["tokens_per_second"] for row in rows], "o-", color=color, linewidth=1.6, markersize=5)
         if not handles:
             each = rows[0]["tokens_per_second"] / rows[0]["ranks"]

@@ -4,13 +4,14 @@
     ./launch.sh compare <folder of a comparison> [--with OLD]    report once more, beside an older one
     ./launch.sh compare --list                                   past comparisons
 
-Each run is a launch of its own (lib/measure.py). A first round runs every config to its checkpoint and test; further rounds repeat
-the first steps of all, one config after the other, so that a slow minute of the machine meets all of them alike. What has ended is
+Each run is a launch of its own (lib/measure.py). A first round runs every config to its checkpoint and test; further rounds repeat the
+first steps of all, one config after the other, so that a slow minute of the machine shows: rounds then differ. What has ended is
 kept in the comparison's folder, and --resume goes on from there.
 """
 
 import argparse
 import contextlib
+import hashlib
 import importlib
 import importlib.metadata
 import json
@@ -29,17 +30,16 @@ import typing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 if not __package__:  # started as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # instead of lib/
 
 from lib import report, results, supervise, theory
-from lib.config import ROOT, UserError, did_you_mean, shown
+from lib.config import ROOT, Parser, UserError, did_you_mean, shown
 from lib.ds_config import read_json
-from lib.results import case_folder, read_outcome
+from lib.results import INSPECTED, case_folder, read_outcome
 
-INSPECTED = 3  # of lib/measure.py, which this process does not import: it would start DeepSpeed
 FEWEST_STEPS = INSPECTED + 2
 # The settings that a comparison decides, where a recipe has them.
 DECIDED = {
@@ -48,25 +48,22 @@ DECIDED = {
 }  # fmt: skip
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """(options, recipe settings)."""
-    parser = _Parser(prog="./launch.sh compare", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="./launch.sh compare", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", help="a recipe, or the folder of a comparison that is there")
     parser.add_argument("--stages", metavar="LIST", help="such as 0,2,3_offload: takes ds_configs/<recipe>/zero0.json ... (default: all that are there)")
     parser.add_argument("--ds_configs", metavar="FILES", help="DeepSpeed JSONs instead, separated by commas; the first is what the others are compared with")
     parser.add_argument("--ranks", metavar="LIST", help="processes, one a GPU; several numbers show the scaling (default: all GPUs, or 2 on a CPU)")
     parser.add_argument("--steps", type=int, help=f"optimizer steps of each config, at least {FEWEST_STEPS} (default: 30)")
-    parser.add_argument("--rounds", type=int, help="how often each config runs; all but the first time a quarter of the steps (default: 2)")
+    parser.add_argument("--rounds", type=int, help="how often each config runs; all but the first time the first quarter of the steps, at least 8 (default: 2)")
     parser.add_argument("--preset", choices=["paper"], help="paper: set ZeRO's knobs so that the paper's volumes of traffic appear")
     parser.add_argument("--resume", action="store_true", help="go on with the newest comparison of this recipe, with its options")
     parser.add_argument("--list", action="store_true", help="past comparisons")
     parser.add_argument("--with", dest="other", metavar="FOLDER", help="lay an older comparison beside")
     options, settings = parser.parse_known_args(arguments)
+    if settings and options.recipe and arguments.index(settings[0]) < arguments.index(options.recipe):
+        raise UserError(f"the recipe comes first: ./launch.sh compare <recipe> [options] [recipe settings], not {settings[0]}")
     return options, settings
 
 
@@ -86,7 +83,8 @@ def config_files(options: argparse.Namespace) -> dict[str, Path]:
     if options.stages and options.ds_configs:
         raise UserError("--stages and --ds_configs both choose the configs; give one of them")
     if options.ds_configs:
-        files = [Path(name) if Path(name).is_file() else folder / f"{Path(name).stem}.json" for name in options.ds_configs.split(",")]
+        names = options.ds_configs.split(",")
+        files = [folder / f"{name}.json" if not Path(name).is_file() and "/" not in name and "." not in name else Path(name) for name in names]
     else:
         known = sorted(folder.glob("zero*.json"), key=lambda path: (len(path.stem), path.stem))
         if not known:
@@ -101,15 +99,26 @@ def config_files(options: argparse.Namespace) -> dict[str, Path]:
     return named
 
 
+def configs_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """{name: DeepSpeed config} to compare, with the preset's changes."""
+    configs = {name: read_json(file) for name, file in config_files(options).items()}
+    return {name: theory.with_paper_preset(config) for name, config in configs.items()} if options.preset == "paper" else configs
+
+
 def check(recipe: str, settings: list[str], configs: dict[str, str], ranks: list[int], steps: int) -> dict[str, Any]:
     """What the comparison needs to know of the recipe. Raises UserError where a run would. In a process of its own, for it imports DeepSpeed."""
     from lib import config
     from lib.ds_config import load_ds_config
 
-    module = importlib.import_module(f"recipes.{recipe}")
-    fields = typing.get_type_hints(module.Config)
+    try:
+        module = importlib.import_module(f"recipes.{recipe}")
+        fields = typing.get_type_hints(module.Config)
+    except Exception as error:
+        raise UserError(f"recipes/{recipe}.py cannot be read: {type(error).__name__}: {error}") from None
     for setting in settings:
         name = setting.split("=")[0].lstrip("-")
+        if setting.startswith("--deepspeed"):
+            raise UserError(f"{setting.split('=')[0]} chooses one config; give the configs to compare with --ds_configs")
         if setting.startswith("--") and name in DECIDED:
             instead = {"max_steps": "; use --steps", "epochs": "; use --steps", "run_dir": " and writes to runs/"}.get(name, "")
             raise UserError(f"a comparison decides --{name} itself{instead}; leave it out")
@@ -132,7 +141,8 @@ def in_a_process(do: Any, *arguments: Any) -> Any:
 def plan(options: argparse.Namespace, settings: list[str]) -> Path:
     """Check everything and make the comparison's folder. Returns the folder."""
     ranks = numbers(options.ranks or os.environ.get("DEFAULT_RANKS", "2"), "ranks")
-    steps, rounds = options.steps or 30, options.rounds or 2
+    steps = 30 if options.steps is None else options.steps
+    rounds = 2 if options.rounds is None else options.rounds
     if steps < FEWEST_STEPS or rounds < 1:
         raise UserError(
             f"--steps is {steps} and --rounds is {rounds}; there must be at least {FEWEST_STEPS} steps (the first {INSPECTED} are not timed) and 1 round"
@@ -140,11 +150,13 @@ def plan(options: argparse.Namespace, settings: list[str]) -> Path:
     gpus = int(os.environ.get("GPUS", "0"))
     if gpus and max(ranks) > gpus:
         raise UserError(f"--ranks is {options.ranks}, but there are {gpus} GPUs")
-    configs = {name: read_json(file) for name, file in config_files(options).items()}
-    if options.preset == "paper":
-        configs = {name: theory.with_paper_preset(config) for name, config in configs.items()}
+    configs = configs_of(options)
+    code = code_version(options.recipe)
     folder = Path(f"runs/compare-{options.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
-    (folder / "ds_configs").mkdir(parents=True)
+    try:
+        (folder / "ds_configs").mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{shown(folder)} cannot be made: {error.strerror or error}") from None
     try:
         files = {}
         for name, config in configs.items():
@@ -163,10 +175,9 @@ def plan(options: argparse.Namespace, settings: list[str]) -> Path:
         "steps": steps,
         "rounds": rounds,
         "repeat_steps": min(steps, max(2 * INSPECTED + 2, steps // 4)),
-        "first_timed_step": INSPECTED + 1,
         "preset": options.preset,
         "settings": settings,
-        "code": code_version(),
+        "code": code,
         "versions": versions(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -176,10 +187,15 @@ def plan(options: argparse.Namespace, settings: list[str]) -> Path:
     return folder
 
 
-def code_version() -> str:
-    """The commit of this checkout, with a + where it was changed."""
-    found = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
+def code_version(recipe: str) -> str:
+    """The commit of this checkout, if it is one, and a hash of the code that a comparison runs."""
+    try:
+        found = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+        commit = found.stdout.strip() or "no commit"
+    except OSError:
+        commit = "no commit"
+    files = [*sorted((ROOT / "lib").glob("*.py")), ROOT / "recipes" / f"{recipe}.py", ROOT / "recipes" / f"{recipe}.yaml"]
+    return f"{commit} ({hashlib.sha256(b''.join(file.read_bytes() for file in files)).hexdigest()[:8]})"
 
 
 def resumed(options: argparse.Namespace, settings: list[str]) -> Path:
@@ -189,20 +205,20 @@ def resumed(options: argparse.Namespace, settings: list[str]) -> Path:
         raise UserError(f"there is no comparison of {options.recipe} in runs/ to go on with; leave --resume out")
     folder = folders[-1]
     spec = results.read_spec(folder)
+    options.preset = options.preset or spec["preset"]
     given = {
         "ranks": numbers(options.ranks, "ranks") if options.ranks else None,
         "steps": options.steps,
         "rounds": options.rounds,
         "preset": options.preset,
         "settings": settings or None,
-        "configs": list(config_files(options)) if options.stages or options.ds_configs else None,
-        "code": code_version(),
+        "configs": configs_of(options) if options.stages or options.ds_configs else None,
+        "code": code_version(options.recipe),
         "versions": versions(),
     }
     for name, value in given.items():
-        started_with = list(spec[name]) if name == "configs" else spec[name]
-        if value is not None and value != started_with:
-            raise UserError(f"{shown(folder)} was started with {name} {json.dumps(started_with)}, not {json.dumps(value)}; start a new one, without --resume")
+        if value is not None and value != spec[name]:
+            raise UserError(f"{shown(folder)} was started with {name} {json.dumps(spec[name])}, not {json.dumps(value)}; start a new one, without --resume")
     return folder
 
 
@@ -228,7 +244,7 @@ def run_all(folder: Path, spec: dict[str, Any]) -> None:
             first = read_outcome(case_folder(folder, config, ranks, 1))
             if number > 1 and first is not None and first["failed"]:
                 continue  # it would fail again
-            with live_progress(name, run / "run" / "metrics.jsonl", spec["steps"] if number == 1 else spec["repeat_steps"]):
+            with live_progress(name, run / "steps_done", spec["steps"] if number == 1 else spec["repeat_steps"]):
                 outcome = run_one(run, spec, number, ranks, config)
         seconds[number == 1].append(outcome["seconds"])
         ahead = cases[at:]
@@ -239,8 +255,8 @@ def run_all(folder: Path, spec: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def live_progress(name: str, metrics: Path, steps: int) -> Iterator[None]:
-    """On a terminal, show in one line how far a run has come, from the file that it writes."""
+def live_progress(name: str, steps_done: Path, steps: int) -> Iterator[None]:
+    """On a terminal, show in one line how far a run has come, from the file in which it counts."""
     if not sys.stdout.isatty():
         yield
         return
@@ -249,8 +265,7 @@ def live_progress(name: str, metrics: Path, steps: int) -> Iterator[None]:
     def show() -> None:
         while not ended.wait(0.5):
             with contextlib.suppress(OSError):
-                done = metrics.read_text(encoding="utf-8").count('"loss"')
-                print(f"\r\033[K{name}: step {done}/{steps}", end="", flush=True)
+                print(f"\r\033[K{name}: step {steps_done.read_text(encoding='utf-8')}/{steps}", end="", flush=True)
 
     print(f"{name}: starting", end="", flush=True)
     shower = threading.Thread(target=show, daemon=True)
@@ -285,10 +300,11 @@ def run_one(run: Path, spec: dict[str, Any], number: int, ranks: int, config: st
     seconds = time.monotonic() - started
     measured = [json.loads(path.read_text(encoding="utf-8")) for path in run.glob("rank-*.json")]
     complete = len(measured) == ranks and all("seconds" in rank for rank in measured) and status == 0
-    outcome = {"failed": None if complete else why_failed((run / "log.txt").read_text(encoding="utf-8"), status), "seconds": round(seconds, 1)}
+    outcome = {"failed": None if complete else why_failed(printed(run), status), "seconds": round(seconds, 1)}
     if complete:
-        steps_ms = [1000 * sum(phases.values()) for phases in measured[0]["seconds"][spec["first_timed_step"] - 1 :]]
+        steps_ms = [1000 * sum(phases.values()) for phases in measured[0]["seconds"][INSPECTED:]]
         outcome["said"] = f"{results.written(statistics.median(steps_ms), 'ms')} a step, {seconds:.0f} s in all"
+        (run / "steps_done").unlink(missing_ok=True)
     for name in ("metrics.jsonl", "config.yaml", "ds_config.json", "log.txt"):  # the rest, model and checkpoint, was measured and is large
         if (run / "run" / name).is_file():
             shutil.move(run / "run" / name, run / (f"run-{name}" if name == "log.txt" else name))
@@ -297,15 +313,24 @@ def run_one(run: Path, spec: dict[str, Any], number: int, ranks: int, config: st
     return outcome
 
 
+def printed(run: Path) -> str:
+    """What a run printed: on the console, and to its own log."""
+    files = [run / "run" / "log.txt", run / "log.txt"]
+    return "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file())
+
+
 def why_failed(log: str, status: int) -> str:
-    """The reason in what a run printed: its own error line, else that of an exception, else how it ended."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    """The reason in what all ranks of a run printed. Want of memory first, for other ranks' errors follow from one rank's."""
+    lines = [" ".join(line.split()) for line in log.splitlines() if line.strip()]
     exceptions = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception): ", line)]
-    if status in (137, 247) and not exceptions:  # the launcher's own exit code, of signal 9
+    memory = [line for line in exceptions if re.search(r"out of memory|not enough memory|can't allocate memory", line)]
+    own = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    found = memory or own or exceptions
+    if found:
+        return found[0][:300]
+    if status in (137, 247):  # the launcher's own exit code, of signal 9
         return "a rank was killed (SIGKILL), as the kernel does when host memory runs out"
-    reason = (exceptions or errors or [f"exit code {status}; the end of its log: {lines[-1] if lines else 'empty'}"])[-1]
-    return " ".join(reason.split())[:300]
+    return f"exit code {status}; the end of its log: {lines[-1][:200] if lines else 'empty'}"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -320,9 +345,8 @@ def list_past() -> None:
     if not folders:
         print("no comparisons in runs/ yet; ./launch.sh compare <recipe> makes one")
     for folder, spec in folders:
-        ended = len(list(folder.glob("*/round*/outcome.json")))
-        expected = len(spec["configs"]) * len(spec["ranks"]) * spec["rounds"]
-        state = "" if ended >= expected else f"; {ended} of {expected} runs have ended, --resume goes on"
+        missing = results.missing_runs(folder, spec)
+        state = f"; {missing} runs are missing, --resume goes on" if missing else ""
         about = f"{', '.join(spec['configs'])}; ranks {', '.join(map(str, spec['ranks']))}; {spec['steps']} steps; {' '.join(spec['settings']) or 'default settings'}"
         print(
             f"{shown(folder)}  {spec['created']}  {about}; deepspeed {spec['versions']['deepspeed']}, torch {spec['versions']['torch']}, code {spec['code']}{state}"
@@ -356,6 +380,10 @@ def main(arguments: list[str]) -> int:
             print(f"\nstopped; ./launch.sh compare {spec['recipe']} --resume goes on, and runs nothing again that has ended")
             return 130
     found = results.collect(folder)
+    apart = report.nothing_in_common(found, other) if other is not None else None
+    if apart:
+        print(f"warning: {apart}")
+        other = None
     report.write(found, other)
     print(report.as_text(found, other))
     print(f"\n{shown(folder / 'report.html')}, report.md, results.csv, charts/")

@@ -143,7 +143,9 @@ def load(config_class: type[C], yaml_path: Path, given: dict[str, str], quick: b
     return config_class(**merged)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Whose errors are UserErrors."""
+
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
@@ -153,7 +155,7 @@ def parse(config_class: type[C], recipe: str, argv: list[str]) -> tuple[C, Path]
     recipe_path = Path(recipe).resolve()
     help_texts = comments(config_class)
     doc = sys.modules[config_class.__module__].__doc__
-    parser = _Parser(prog=shown(recipe_path), description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog=shown(recipe_path), description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--deepspeed_config", metavar="JSON", help="the DeepSpeed config: what may only change memory and speed")
     parser.add_argument("--config", metavar="YAML", help=f"the settings (default: {shown(recipe_path.with_suffix('.yaml'))})")
     parser.add_argument("--quick", action="store_true", help="overlay the YAML's 'quick:' section: a short run, to see that all works")

@@ -27,15 +27,20 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.comm import comm
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from lib import checkpoint_files, checkpoints, data, ranks, run
 from lib.config import Stopped, leave
 from lib.ds_config import stage_of
+from lib.results import INSPECTED, PHASES
 from lib.zero_state import held_bytes
 
-INSPECTED = 3  # the step that is taken apart: the optimizer's states are there, and stage 3 knows the order of the modules
-PHASES = ("data", "forward", "backward", "optimizer", "other")
+ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which torch 2.13 does not count of itself
+
+
+def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Of an attention, from the shapes of its inputs."""
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
 class Clock:
@@ -79,6 +84,7 @@ class Meter:
         self.marks: list[tuple[str, Any]] = []  # (the phase that begins, when), of the step that runs
         self.steps: list[list[tuple[str, Any]]] = []  # of each step; the last mark ends it
         self.held: dict[str, dict[str, int]] = {}  # the most of each kind after a backward pass of the inspected step
+        self.logging = False  # whether collectives are logged
         self.flops = 0  # of the inspected step's forward passes on this rank
         self.result: dict[str, Any] = {}
 
@@ -94,6 +100,7 @@ class Meter:
             engine = everything[0]
             engine.forward = self.forward(engine, engine.forward)
             engine.backward = self.backward(engine, engine.backward)
+            engine.allreduce_gradients = self.allreduce_gradients(engine, engine.allreduce_gradients)
             engine.step = self.engine_step(engine, engine.step)
             return everything
 
@@ -104,13 +111,14 @@ class Meter:
         def timed_forward(*arguments: Any, **options: Any) -> Any:
             if not engine.training or self.step > self.last_step:
                 return real(*arguments, **options)
-            if self.step == INSPECTED and not comm.comms_logger.enabled:
+            if self.step == INSPECTED and not self.logging:
+                self.logging = True
                 comm.comms_logger.reset_data()
                 comm.configure(enabled=True, prof_all=True, verbose=False, debug=False)
             self.mark("forward")  # and the loss, until backward begins
             if self.step != INSPECTED:
                 return real(*arguments, **options)
-            with FlopCounterMode(display=False) as counter:
+            with FlopCounterMode(display=False, custom_mapping={ATTENTION_ON_CPU: attention_flops}) as counter:
                 output = real(*arguments, **options)
             self.flops += counter.get_total_flops()
             return output
@@ -131,8 +139,19 @@ class Meter:
 
         return timed_backward
 
+    def allreduce_gradients(self, engine: Any, real: Callable[..., Any]) -> Callable[..., Any]:
+        """At the end of the backward pass, where stages 0 and 1 still have all gradients."""
+
+        @functools.wraps(real)
+        def watched_allreduce(*arguments: Any, **options: Any) -> Any:
+            if self.step == INSPECTED:
+                self.note_held({"gradients": held_bytes(engine)["gradients"]})  # stage 3 has not released all parameters yet
+            return real(*arguments, **options)
+
+        return watched_allreduce
+
     def note_held(self, now: dict[str, dict[str, int]]) -> None:
-        """Keep the largest count of each kind: with accumulation, gradients differ from one micro-batch to the next."""
+        """Keep the largest count of each kind: what is held of the gradients changes within a step."""
         for kind, places in now.items():
             if sum(places.values()) > sum(self.held.get(kind, {}).values()):
                 self.held[kind] = places
@@ -156,6 +175,8 @@ class Meter:
         if self.step == INSPECTED:
             self.inspect(engine)
             self.marks = [("other", self.clock.mark())]
+        if ranks.rank() == 0:
+            (self.folder / "steps_done").write_text(str(self.step))
         if self.step == self.last_step:
             self.note_times_and_peaks()
             self.write()
@@ -169,9 +190,6 @@ class Meter:
         comm.configure(enabled=False)
         logged = {op: {int(size): calls[0] for size, calls in sizes.items()} for op, sizes in comm.comms_logger.get_raw_data().items()}
         self.result |= {"held": self.held, "logged": logged, "forward_flops": self.flops, "facts": facts(engine)}
-        get_accelerator().synchronize()
-        if self.clock.on_device:
-            get_accelerator().reset_peak_memory_stats()
         self.host_peak.restart()
 
     def note_times_and_peaks(self) -> None:

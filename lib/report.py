@@ -12,7 +12,7 @@ from typing import Any
 
 from lib import charts
 from lib.config import shown
-from lib.results import Results, Row, Sentence, case_name, plain, relative, sentences, written
+from lib.results import INSPECTED, Results, Row, Sentence, case_name, missing_runs, plain, relative, sentences, written
 
 # The table: heading -> the columns of a cell; the second part, in brackets, is of the others.
 TABLE = {
@@ -26,21 +26,22 @@ TABLE = {
     "MFU": ("mfu",),
     "sent a step (theory)": ("traffic_bytes", "traffic_theory_bytes"),
     "loss differs": ("loss_difference",),
+    "over ranks": ("loss_difference_over_ranks",),
 }
 CAPTIONS = {
-    "memory": "Counted from tensors, the most after a backward pass. Solid line: what this config should hold; dotted: the ZeRO paper.",
-    "speed": "Up and to the left is better.",
+    "memory": "Counted from tensors, the most in a step; buffers and activations come on top. Solid line: what this config should hold; dotted: the ZeRO paper.",
+    "speed": "Up and to the left is better. The peak holds activations, buffers and, of a process, its libraries.",
     "step_time": "From the same marks on every config; backward and optimizer step hold the collectives that they wait for.",
     "traffic": "DeepSpeed's log of its collectives, as bytes on the wire of ring collectives. Solid line: this config, by theory; dotted: the ZeRO paper.",
-    "losses": "All curves should be one. Below, each one's distance from the first.",
-    "scaling": "Dotted: if each rank added as much as the first.",
+    "losses": "All curves should be one. Below, each one's distance from the first config on as many ranks.",
+    "scaling": "Dotted: if each rank added as much as the first. On a CPU all ranks share its cores.",
 }
 LAID_BESIDE = ("step_ms", "tokens_per_second", "states_bytes", "peak_device_bytes", "peak_host_bytes", "traffic_bytes", "checkpoint_seconds")
 
 
 def table_of(results: Results) -> dict[str, tuple[str, ...]]:
     """TABLE without the columns that say nothing here, and with the recipe's scores."""
-    silent = {"mfu": None, "peak_device_bytes": None, "states_host_bytes": 0}
+    silent = {"mfu": None, "peak_device_bytes": None, "loss_difference_over_ranks": None, "states_host_bytes": 0}
     shown_here = {heading: names for heading, names in TABLE.items() if any(row[names[0]] != silent.get(names[0], "") for row in results.good())}
     scores = [column.name for column in results.columns() if column.name.startswith("score_")]
     return shown_here | {name.removeprefix("score_"): (name,) for name in scores}
@@ -98,6 +99,14 @@ def beside(results: Results, other: Results) -> list[dict[str, Any]]:
     return entries
 
 
+def nothing_in_common(results: Results, other: Results) -> str | None:
+    """Why two comparisons cannot be laid beside each other."""
+    if beside(results, other):
+        return None
+    cases = ", ".join(f"{row['config']} on {row['ranks']}" for row in other.good()) or "no config that ran"
+    return f"{shown(other.folder)} has {cases}: nothing that {shown(results.folder)} has too"
+
+
 def what_differs(results: Results, other: Results) -> list[str]:
     """What else differs between two comparisons, as "name: old -> new"."""
     facts = []
@@ -148,12 +157,14 @@ def setting(results: Results) -> dict[str, str]:
     """What was compared, on what, when and with which versions."""
     spec = results.spec
     good = results.good()
+    left = missing_runs(results.folder, spec)
+    missing = f"; {left} of these runs are missing or have failed" if left else ""
     machine = f"{results.device}s" if results.on_gpu else f"CPU, {spec['cores']} cores" if good else f"{spec['cores']} cores"
     return {
         "recipe": spec["recipe"] + (f", {results.model} with {good[0]['parameters']:,} parameters, {spec['precision']}" if good else ""),
         "machine": f"{machine}, {written(spec['memory_bytes'], 'bytes')} of memory; ranks: {', '.join(map(str, spec['ranks']))}",
         "made": f"{spec['created']}, " + ", ".join(f"{name} {version}" for name, version in spec["versions"].items()) + f", code {spec['code']}",
-        "runs": f"{spec['steps']} steps, each config {spec['rounds']} times in turn (again for {spec['repeat_steps']} steps); steps from {spec['first_timed_step']} on are timed",
+        "runs": f"{spec['steps']} steps under each config, repeated in turn {spec['rounds'] - 1} times for {spec['repeat_steps']} steps; the first {INSPECTED} are not timed{missing}",
         "command": spec["command"],
     }  # fmt: skip
 

@@ -17,8 +17,10 @@ from lib.config import UserError, shown
 
 Row = dict[str, Any]
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3, "fp16": 2e-3}  # largest relative difference of a loss that is rounding
-NEAR = 0.05  # step times that differ by less are taken as equal: what a noisy machine resolves
-OFF = 0.01  # states that differ from the paper by more are explained
+NEAR = 0.05  # step times and peaks that differ by less are taken as equal: what a noisy machine resolves
+STATES_OFF, TRAFFIC_OFF = 0.01, 0.05  # what differs from theory by more, theory does not describe
+INSPECTED = 3  # the step that lib/measure.py takes apart: the optimizer's states are there, and stage 3 knows the order of the modules
+PHASES = ("forward", "backward", "optimizer", "data", "other")  # of a step's time
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ COLUMNS = [
         for place, about in (("device_", "'s device"), ("host_", ", in host memory"), ("theory_", ", as this config should have them"), ("paper_", ", by the paper"))
     ),
     Column("gathered_parameters_bytes", "bytes", "parameters on a rank at the end of the forward pass, those that stage 3 has gathered included"),
-    Column("peak_device_bytes", "bytes", "most memory that the device's allocator gave out"),
-    Column("peak_host_bytes", "bytes", "most host memory of a rank's process, libraries included"),
+    Column("peak_device_bytes", "bytes", "most memory that the device's allocator gave out, from the start to the last step"),
+    Column("peak_host_bytes", "bytes", "most host memory of a rank's process in the timed steps, libraries included"),
     Column("step_ms", "ms", "an optimizer step, median"),
     Column("step_p10_ms", "ms", "an optimizer step, 10th percentile"),
     Column("step_p90_ms", "ms", "an optimizer step, 90th percentile"),
@@ -61,7 +63,7 @@ COLUMNS = [
     Column("step_ratio", "ratio", "step time over that of the first config on as many ranks: median over the same steps, mean of the rounds"),
     Column("step_ratio_low", "ratio", "the same, of the round where it was lowest"),
     Column("step_ratio_high", "ratio", "the same, of the round where it was highest"),
-    Column("tokens_per_second", "count", "over all ranks, median"),
+    Column("tokens_per_second", "count", "over all ranks: tokens of the timed steps over their seconds"),
     Column("model_flops_per_second", "flops", "three times the forward pass's matrix operations, over all ranks"),
     Column("mfu", "percent", "model FLOP/s over the devices' peak"),
     *(
@@ -74,15 +76,15 @@ COLUMNS = [
     Column("traffic_passes", "passes", "traffic in passes over the parameters, where the paper has 2 and 3"),
     Column("loss_first", "score", "training loss at the first step"),
     Column("loss_last", "score", "training loss at the last step"),
-    Column("loss_difference", "small", "largest relative difference of a step's loss from the first row's"),
+    Column("loss_difference", "small", "largest relative difference of a step's loss from that of the first config on as many ranks"),
     Column("loss_left_at_step", "count", "first step whose difference is more than rounding"),
+    Column("loss_difference_over_ranks", "small", "largest relative difference of a step's loss from that of the same config on the first number of ranks"),
     Column("checkpoint_bytes", "bytes", "a checkpoint, of all ranks"),
     Column("checkpoint_seconds", "s", "for which training waits while it is saved"),
     Column("timed_steps", "count", "steps that were timed, over all rounds"),
     Column("states_share", "percent", "states of a rank over those of the first config on as many ranks"),
 ]  # fmt: skip
 TRAFFIC = ("all_reduce", "reduce_scatter", "reduce", "all_gather", "other_traffic")
-PHASES = ("forward", "backward", "optimizer", "data", "other")
 
 
 @dataclass
@@ -99,10 +101,18 @@ class Results:
     def good(self) -> list[Row]:
         return [row for row in self.rows if row["failed"] is None]
 
+    def loss_differences(self, row: Row, other: Row) -> list[float]:
+        """The relative difference of two rows' losses, one a step."""
+        pairs = zip(self.losses[row["config"], row["ranks"]], self.losses[other["config"], other["ranks"]], strict=False)
+        return [relative(loss, reference) for loss, reference in pairs]
+
     def note(self, row: Row, what: str, why: str) -> None:
         configs = self.notes.setdefault((what, why), [])
         if row["config"] not in configs:
             configs.append(row["config"])
+
+    def not_described(self, row: Row, what: str) -> None:
+        self.note(row, f"other {what} than by theory", "this config does something that lib/theory.py does not know; the measured figure is what counts")
 
     def columns(self) -> list[Column]:
         """COLUMNS, and the recipe's own scores."""
@@ -125,7 +135,12 @@ def collect(folder: Path) -> Results:
     timings: dict[tuple[str, int], dict[tuple[int, int], float]] = {}
     for ranks in spec["ranks"]:
         for config in spec["configs"]:
-            row, losses, seconds = _row(folder, spec, config, ranks, results)
+            try:
+                row, losses, seconds = _row(folder, spec, config, ranks, results)
+            except (OSError, ValueError, KeyError, IndexError) as error:
+                raise UserError(
+                    f"{shown(folder)}: what {config} on {ranks} ranks left is not whole ({type(error).__name__}: {error}); delete {config}-{ranks}ranks/ in it and --resume"
+                ) from None
             if row is not None:
                 results.rows.append(row)
                 results.losses[config, ranks] = losses
@@ -144,6 +159,17 @@ def read_outcome(folder: Path) -> dict[str, Any] | None:
         return json.loads((folder / "outcome.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+def missing_runs(folder: Path, spec: dict[str, Any]) -> int:
+    """How many runs of a comparison have not ended. A config that failed in the first round is not run again."""
+    missing = 0
+    for config in spec["configs"]:
+        for ranks in spec["ranks"]:
+            outcomes = [read_outcome(case_folder(folder, config, ranks, number)) for number in range(1, spec["rounds"] + 1)]
+            if outcomes[0] is None or not outcomes[0]["failed"]:
+                missing += sum(outcome is None or bool(outcome["failed"]) for outcome in outcomes)
+    return missing
 
 
 def _row(folder: Path, spec: dict[str, Any], config: str, ranks: int, results: Results) -> tuple[Row | None, list[float], dict[tuple[int, int], float]]:
@@ -177,15 +203,14 @@ def _row(folder: Path, spec: dict[str, Any], config: str, ranks: int, results: R
     for (number, run), outcome in zip(runs, outcomes, strict=True):
         if outcome is not None and not outcome["failed"]:
             seconds = json.loads((run / "rank-0.json").read_text(encoding="utf-8"))["seconds"]
-            phases |= {(number, step): seconds[step - 1] for step in range(spec["first_timed_step"], len(seconds) + 1)}
+            phases |= {(number, step): seconds[step - 1] for step in range(INSPECTED + 1, len(seconds) + 1)}
     totals = {at: sum(split.values()) for at, split in phases.items()}
     row["timed_steps"] = len(totals)
     row["step_ms"] = 1000 * statistics.median(totals.values())
     row["step_p10_ms"], row["step_p90_ms"] = (1000 * quantile(totals.values(), q) for q in (0.1, 0.9))
     row |= {f"{phase}_ms": 1000 * statistics.fmean(split[phase] for split in phases.values()) for phase in PHASES}
-    row["tokens_per_second"] = statistics.median(tokens[step] / seconds for (_, step), seconds in totals.items())
-    inspected = spec["first_timed_step"] - 1
-    flops_per_token = 3 * sum(rank["forward_flops"] for rank in measured) / max(1, tokens[inspected])
+    row["tokens_per_second"] = sum(tokens[step] for _, step in totals) / sum(totals.values())
+    flops_per_token = 3 * sum(rank["forward_flops"] for rank in measured) / max(1, tokens[INSPECTED])
     row["model_flops_per_second"] = flops_per_token * row["tokens_per_second"]
     peak = theory.peak_flops(facts["device"], facts["element_bytes"])
     row["mfu"] = row["model_flops_per_second"] / (peak * ranks) if peak else None
@@ -205,8 +230,10 @@ def _add_states(row: Row, ds_config: dict[str, Any], measured: list[dict[str, An
     row["gathered_parameters_bytes"] = sum(rank["gathered_parameters"].values())
     for kind in theory.KINDS:
         for amount, why in expected[kind].differences:
-            if abs(amount) > OFF * row["states_paper_bytes"]:
+            if abs(amount) > STATES_OFF * row["states_paper_bytes"]:
                 results.note(row, f"{'more' if amount > 0 else 'less'} memory for {'optimizer states' if kind == 'optimizer' else kind}", why)
+    if abs(row["states_bytes"] - row["states_theory_bytes"]) > STATES_OFF * row["states_theory_bytes"]:
+        results.not_described(row, "memory")
 
 
 def _add_traffic(row: Row, ds_config: dict[str, Any], measured: list[dict[str, Any]], results: Results) -> None:
@@ -226,24 +253,25 @@ def _add_traffic(row: Row, ds_config: dict[str, Any], measured: list[dict[str, A
         one_pass = facts["element_bytes"] * facts["parameters"] * (ranks - 1) / ranks
         row["traffic_passes"] = row["traffic_bytes"] / one_pass
         for amount, why in expected.differences:
-            if abs(amount) > OFF * expected.paper:
+            if abs(amount) > STATES_OFF * expected.paper:
                 results.note(row, f"{'more' if amount > 0 else 'less'} traffic", why)
+        if abs(row["traffic_bytes"] - expected.total) > TRAFFIC_OFF * expected.total:
+            results.not_described(row, "traffic")
 
 
 def _compare_with_first(results: Results, timings: dict[tuple[str, int], dict[tuple[int, int], float]]) -> None:
-    good = results.good()
-    if not good:
-        return
-    reference = results.losses[good[0]["config"], good[0]["ranks"]]
+    """Hold each row against the first config on as many ranks, and its losses also against the same config on the first number of ranks."""
     tolerance = TOLERANCE[results.spec["precision"]]
-    for row in good:
+    for row in results.good():
         key = (row["config"], row["ranks"])
-        differences = [relative(loss, other) for loss, other in zip(results.losses[key], reference, strict=False)]
+        first = next(other for other in results.good() if other["ranks"] == row["ranks"])
+        alone = next(other for other in results.good() if other["config"] == row["config"])
+        differences = results.loss_differences(row, first)
         row["loss_difference"] = max(differences)
         row["loss_left_at_step"] = next((step for step, value in enumerate(differences, 1) if not value <= tolerance), None)
-        first = next(other for other in good if other["ranks"] == row["ranks"])
+        row["loss_difference_over_ranks"] = max(results.loss_differences(row, alone)) if len(results.spec["ranks"]) > 1 else None
         base = timings[first["config"], first["ranks"]]
-        ratios: dict[int, list[float]] = {}  # of each round, which all count alike: a slow minute of the machine must not decide
+        ratios: dict[int, list[float]] = {}  # of each round, which all count alike
         for at, seconds in timings[key].items():
             if at in base:
                 ratios.setdefault(at[0], []).append(seconds / base[at])
@@ -316,81 +344,73 @@ def sentences(results: Results) -> list[Sentence]:
         return [["No config ran to the end; the reasons are in the table."]]
     ranks = max(results.good(), key=lambda row: row["tokens_per_second"])["ranks"]  # step times are compared on as many ranks
     good = [row for row in results.good() if row["ranks"] == ranks]
-    memory = "states_device_bytes" if results.on_gpu else "states_bytes"
-    where = "device" if results.on_gpu else "rank"
+    peak = "peak_device_bytes" if results.on_gpu else "peak_host_bytes"
     first = good[0]
-    fastest = min(good, key=lambda row: row["step_ratio"])
-    near = [row for row in good if row["step_ratio"] <= fastest["step_ratio"] * (1 + NEAR)]
-    take = min(near, key=lambda row: (row[memory], row["step_ratio"]))
-    smallest = min(good, key=lambda row: row[memory])
+    fastest, slowest = (choose(good, key=lambda row: row["step_ratio"]) for choose in (min, max))
+    as_fast = [row for row in good if row["step_ratio"] <= fastest["step_ratio"] * (1 + NEAR) or row["step_ratio_low"] <= fastest["step_ratio_high"]]
+    frugal = min(row[peak] for row in as_fast)
+    take = min((row for row in as_fast if row[peak] <= (1 + NEAR) * frugal), key=lambda row: row["step_ratio"])
+    smallest = min(good, key=lambda row: row[peak])
 
-    advice: Sentence = [f"Take {case_name(take, results)}: its model states need ", (take, memory), f" a {where}"]
-    if take is not first:
-        advice += [f" instead of {case_name(first, results)}'s ", (first, memory)]
-    advice += [", and " + ("no config is faster" if take is fastest else f"it is within {NEAR:.0%} of the fastest") + "."]
-    if smallest[memory] < (1 - NEAR) * take[memory]:
+    advice: Sentence = [f"Take {case_name(take, results)}: "]
+    advice += ["no config is faster" if take is fastest else "no config is faster by more than the noise", ", and at its peak a rank "]
+    advice += [
+        "needs " if not results.on_gpu else "needs on its device ",
+        (take, peak),
+        ", of which ",
+        (take, "states_bytes" if not results.on_gpu else "states_device_bytes"),
+        " are model states",
+    ]
+    if smallest[peak] < (1 - NEAR) * take[peak]:
         advice += [
-            f" If memory is short, {case_name(smallest, results)} needs ",
-            (smallest, memory),
-            " and a step takes ",
+            f". If memory is short, {case_name(smallest, results)} needs ",
+            (smallest, peak),
+            ", and a step takes ",
             (smallest, "step_ratio"),
-            f" times {case_name(first, results)}'s.",
+            f" times {case_name(first, results)}'s",
         ]
 
-    slowest = max(good, key=lambda row: row["step_ratio"])
     speed: Sentence = [f"The fastest that fits is {case_name(fastest, results)} with ", (fastest, "tokens_per_second"), " tokens/s"]
     if slowest is not fastest:
-        speed += [f"; the slowest, {case_name(slowest, results)}, has ", (slowest, "tokens_per_second")]
-    failed = [row for row in results.rows if row["failed"] is not None]
-    speed += [f". {', '.join(case_name(row, results) for row in failed)} did not run." if failed else "."]
-    return [advice, speed, surprise(results, good)]
+        speed += [f"; a step of the slowest, {case_name(slowest, results)}, takes ", (slowest, "step_ratio"), f" times {case_name(first, results)}'s"]
+    failed = ", ".join(case_name(row, results) for row in results.rows if row["failed"] is not None)
+    return [[*advice, "."], [*speed, f". {failed} did not run." if failed else "."], surprise(results, good, peak)]
 
 
-def surprise(results: Results, good: list[Row]) -> Sentence:
-    """The finding that a reader would least expect: the gravest of those that hold."""
-
-    def names(rows: list[Row]) -> str:
-        return ", ".join(case_name(row, results) for row in rows)
-
+def surprise(results: Results, good: list[Row], peak: str) -> Sentence:
+    """The finding that a reader would least expect: losses that differ, else the largest factor by which a figure is other than the paper promises."""
     left = [row for row in results.good() if row["loss_left_at_step"] is not None]
     if left:
-        row = left[0]
-        return [
-            f"Surprising: {case_name(row, results)} left the path of the losses at step ",
-            (row, "loss_left_at_step"),
-            " (largest relative difference ",
-            (row, "loss_difference"),
-            ").",
-        ]
+        start = f"Surprising: {case_name(left[0], results)} left the path of the losses at step "
+        return [start, (left[0], "loss_left_at_step"), "; the largest relative difference is ", (left[0], "loss_difference"), "."]
     first = good[0]
-    whole = [row for row in good if row["stage"] == 2 and row["gradients_device_bytes"] > 1.5 * row["gradients_paper_bytes"]]
-    if whole:
-        return [
-            f"Surprising: {case_name(whole[0], results)} holds ",
-            (whole[0], "gradients_device_bytes"),
+    found: list[tuple[float, Sentence]] = []
+    for row in good:
+        name = case_name(row, results)
+        gradients: Sentence = [
+            f"Surprising: {name} holds ",
+            (row, "gradients_device_bytes"),
             " of gradients where the paper has ",
-            (whole[0], "gradients_paper_bytes"),
-            "; the report says why.",
+            (row, "gradients_paper_bytes"),
+            ".",
         ]
-    more = [row for row in good if row["traffic_passes"] and row["traffic_bytes"] > 1.1 * row["traffic_paper_bytes"]]
-    if more:
-        return [
-            f"Surprising: {names(more)} sent ",
-            (more[0], "traffic_passes"),
-            " passes over the parameters a step where the paper has 2 or 3; the report says why.",
-        ]
-    less = [row for row in good if row["stage"] == 3 and row["gathered_parameters_bytes"] > 0.9 * first["parameters_paper_bytes"]]
-    if less and good[0]["stage"] != 3:
-        return [
-            f"Surprising: {names(less)} held all parameters, ",
-            (less[0], "gathered_parameters_bytes"),
-            ", between forward and backward: the model is under stage3_max_live_parameters.",
-        ]
-    faster = [row for row in good if row is not first and row["step_ratio"] < 1 - NEAR]
-    if faster:
-        return [f"Surprising: {case_name(faster[0], results)} is faster than {case_name(first, results)}: ", (faster[0], "step_ratio"), " of its step time."]
+        found.append((row["gradients_device_bytes"] / row["gradients_paper_bytes"], gradients))
+        if row["traffic_paper_bytes"]:
+            sent: Sentence = [f"Surprising: a rank of {name} sends ", (row, "traffic_bytes"), " a step where the paper has ", (row, "traffic_paper_bytes"), "."]
+            found.append((row["traffic_bytes"] / row["traffic_paper_bytes"], sent))
+        if row["states_share"] < 1 - NEAR:
+            memory: Sentence = [
+                f"Surprising: {name}'s model states are ", (row, "states_share"), f" of {case_name(first, results)}'s, but its peak memory is ",
+                (row, peak), " against ", (first, peak), ".",
+            ]  # fmt: skip
+            found.append((row[peak] / first[peak], memory))
+            faster: Sentence = [f"Surprising: {name} saves memory and is faster: a step takes ", (row, "step_ratio"), f" times {case_name(first, results)}'s."]
+            found.append((1 / row["step_ratio"], faster))
+    size, sentence = max(found, key=lambda pair: pair[0])
+    if size > 1 + 2 * NEAR:
+        return sentence
     worst = max(good, key=lambda row: row["loss_difference"])
-    return ["Nothing was surprising: states and traffic are what theory says, and no loss differs by more than ", (worst, "loss_difference"), "."]
+    return ["Nothing was surprising: memory and traffic are as the paper has them, and no loss differs by more than ", (worst, "loss_difference"), "."]
 
 
 def plain(sentence: Sentence, results: Results) -> str:

@@ -177,8 +177,8 @@ def held_bytes(engine: Any) -> dict[str, dict[str, int]]:
     lists = [group for name in ("averaged_gradients", "all_grad_tensors") for group in getattr(zero, name, {}).values() if group is not None]
     tensors = {  # in this order, each storage counts for the first kind that has it
         "buffers": [tensor for bucket in buckets for tensor in (bucket if isinstance(bucket, list) else [bucket])],
-        "parameters": [parameter.data for parameter in model] + [getattr(parameter, "ds_tensor", None) for parameter in model],
-        "optimizer": flats + [value for state in optimizer.state.values() for value in state.values()],
+        "parameters": [tensor for p in model for tensor in (p.data, getattr(p, "ds_tensor", None), getattr(p, "ds_secondary_tensor", None))],
+        "optimizer": flats + [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value) and value.dim()],
         "gradients": [
             *(gradient for parameter in model for gradient in (parameter.grad, getattr(parameter, "grad_accum", None))),
             *(flat.grad for flat in flats),

@@ -4,10 +4,12 @@ A case is NAME:JSON:setting=value,... It leaves folder/NAME-WORLD_SIZE with a ra
 """
 
 import contextlib
+import functools
 import importlib
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,19 +22,34 @@ import deepspeed
 from lib import config
 from lib.config import Stopped
 from lib.ds_config import load_ds_config
-from lib.measure import INSPECTED, Meter
+from lib.measure import Meter
+from lib.results import INSPECTED
 from lib.run import Run
 
 causal_lm: Any = importlib.import_module("recipes.causal_lm")
 collate = causal_lm.collate
 # Settings of a model whose matrices are above stage3_param_persistence_threshold and whose norms are below.
 WIDE = "hidden_size=384,intermediate_size=512,vocab_size=300"
-SLOW = 0.05  # seconds that each micro-batch of a case named "slow..." takes longer
+SLOW = {"data": 0.05, "forward": 0.1, "backward": 0.15, "optimizer": 0.2}  # seconds that each phase of a case named "slow..." takes longer
 
 
-def slow_collate(rows: dict[str, Any]) -> Any:
-    time.sleep(SLOW)
-    return collate(rows)
+def slowly(phase: str, real: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, but so many seconds slower."""
+
+    @functools.wraps(real)
+    def slow(*arguments: Any, **options: Any) -> Any:
+        time.sleep(SLOW[phase])
+        return real(*arguments, **options)
+
+    return slow
+
+
+def initialize_slowly(*arguments: Any, **options: Any) -> Any:
+    everything = deepspeed.initialize(*arguments, **options)
+    engine = everything[0]
+    engine.forward, engine.backward = slowly("forward", engine.forward), slowly("backward", engine.backward)
+    engine.step = slowly("optimizer", engine.step)
+    return everything
 
 
 def main(folder: Path, cases: list[str]) -> None:
@@ -45,9 +62,10 @@ def main(folder: Path, cases: list[str]) -> None:
         cfg: Any = config.load(causal_lm.Config, ROOT / "recipes" / "causal_lm.yaml", given, quick=True)
         ds_config = load_ds_config(Path(json_path), cfg, world_size)
         meter = Meter(place, INSPECTED + 2, goes_on=False)
-        causal_lm.deepspeed = SimpleNamespace(initialize=meter.initialize(deepspeed.initialize))
+        slow = name.startswith("slow")
+        causal_lm.deepspeed = SimpleNamespace(initialize=meter.initialize(initialize_slowly if slow else deepspeed.initialize))
         causal_lm.training_batches = meter.training_batches(batches)
-        causal_lm.collate = slow_collate if name.startswith("slow") else collate
+        causal_lm.collate = slowly("data", collate) if slow else collate
         runs: list[Run] = []
         causal_lm.Run = lambda *arguments, runs=runs: (runs.append(Run(*arguments)), runs[0])[1]
         with contextlib.suppress(Stopped):

@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ def test_states_are_those_of_the_papers_table(stage: int, gigabytes: float) -> N
     "stage, accumulation, knobs, passes",
     [
         (0, 1, {}, 2), (1, 1, {}, 3), (2, 1, {}, 3), (3, 1, {}, 2), (1, 4, {}, 3), (2, 4, {}, 9), (3, 4, {}, 8),
-        (1, 1, {"use_multi_rank_bucket_allreduce": False}, 2), (2, 1, {"use_multi_rank_bucket_allreduce": False}, 2),
+        (2, 1, {"use_multi_rank_bucket_allreduce": False, "reduce_scatter": False}, 3), (3, 1, {"stage3_max_reuse_distance": 1_000_000}, 2.5),
+        (3, 1, {"stage3_max_live_parameters": 0}, 2), (1, 1, {"use_multi_rank_bucket_allreduce": False}, 2), (2, 1, {"use_multi_rank_bucket_allreduce": False}, 2),
         (3, 1, dict.fromkeys(theory.PAPER_STAGE3, 0), 3),
     ],
 )  # fmt: skip
@@ -122,20 +124,19 @@ def test_states_and_traffic_are_what_theory_says(measured: Path, ranks: int, con
 @pytest.mark.slow
 def test_time_and_operations_are_counted(measured: Path) -> None:
     fast, slow = (ranks_of(measured, f"{name}_default_1_fp32", 1)[0] for name in ("zero0", "slow"))
-    for step in slow["seconds"][1:]:
-        assert SLOW <= step["data"] < SLOW + 0.1
-    for step in fast["seconds"][1:]:
-        assert step["data"] < SLOW
-        assert min(step["forward"], step["backward"], step["optimizer"]) > 1e-4
-    # A token costs a multiplication and an addition for each weight of a matrix but the embeddings', and attention a little more.
-    model, tokens = fast["facts"]["parameters"] - 300 * 384, BATCH * 64
-    assert 0.99 < fast["forward_flops"] / (2 * model * tokens) < 1.2
+    for phase, seconds in SLOW.items():
+        longer = statistics.median(step[phase] for step in slow["seconds"][1:]) - statistics.median(step[phase] for step in fast["seconds"][1:])
+        assert longer == pytest.approx(seconds, abs=0.04), phase
+    # A token costs a multiplication and an addition for each weight of a matrix but the embeddings', and for each token that it attends to.
+    width, layers, length, tokens = 384, 2, 64, BATCH * 64
+    matrices = fast["facts"]["parameters"] - 300 * width - (2 * layers + 1) * width
+    assert fast["forward_flops"] == 2 * tokens * (matrices + layers * 2 * length * width)
     assert fast["peak_host_bytes"] > 100e6
 
 
 # The command
 
-COMMAND = ["text_classification", "--quick", "--ranks", "1,2", "--steps", "8", "--dropout", "0.2", "--ds_configs"]
+COMMAND = ["text_classification", "--quick", "--ranks", "2", "--steps", "8", "--ds_configs", "good.json,coarse.json,greedy.json"]
 
 
 def run_compare(folder: Path, *arguments: Any, expect: int = 0) -> str:
@@ -151,42 +152,50 @@ def only_folder(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """(where it ran, what it printed): on 1 and 2 ranks, a config that runs and one that asks for more memory than there is, stopped once and resumed.
+    """(where it ran, what it printed): a config that runs, one that rounds gradients and one that asks for more memory than there is.
 
-    With dropout, so that the losses do depend on the number of ranks.
+    It was stopped once, and resumed.
     """
     folder = tmp_path_factory.mktemp("comparison")
     good = json.loads((ROOT / "ds_configs" / "text_classification" / "zero2.json").read_text())
     (folder / "good.json").write_text(json.dumps(good))
+    (folder / "coarse.json").write_text(json.dumps(zero(1) | {"train_micro_batch_size_per_gpu": 2, "data_types": {"grad_accum_dtype": "bf16"}}))
     (folder / "greedy.json").write_text(json.dumps(zero(3, reduce_bucket_size=10**13) | {"train_micro_batch_size_per_gpu": "auto"}))
-    command = [str(ROOT / "launch.sh"), "compare", *COMMAND, "good.json,greedy.json"]
+    command = [str(ROOT / "launch.sh"), "compare", *COMMAND]
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            if line.startswith("[1/8]"):
+            if line.startswith("[1/6]"):
                 break
         process.send_signal(signal.SIGINT)
         rest = process.stdout.read()
         assert process.wait(60) == 130, rest
     assert "--resume goes on" in rest
-    first = only_folder(folder) / "good-1ranks" / "round1" / "rank-0.json"
+    first = only_folder(folder) / "good-2ranks" / "round1" / "rank-0.json"
     before = first.stat().st_mtime_ns
-    said = run_compare(folder, *COMMAND, "good.json,greedy.json", "--resume")
+    said = run_compare(folder, *COMMAND, "--resume")
     assert first.stat().st_mtime_ns == before, "what had ended was run again"
     return folder, said
+
+
+@pytest.fixture(scope="module")
+def scaling(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """(where it ran, what it printed): one config on 1 and 2 ranks."""
+    folder = tmp_path_factory.mktemp("scaling")
+    return folder, run_compare(folder, "causal_lm", "--quick", "--ranks", "1,2", "--steps", "6", "--rounds", "1", "--stages", "2", "--preset", "paper")
 
 
 @pytest.mark.slow
 def test_a_config_that_fails_is_a_row_with_its_reason(comparison: tuple[Path, str]) -> None:
     folder, said = comparison
-    rows = {(row["config"], row["ranks"]): row for row in collect(only_folder(folder)).rows}
-    assert set(rows) == {("good", 1), ("good", 2), ("greedy", 1), ("greedy", 2)}
-    for ranks in (1, 2):
-        assert rows["good", ranks]["failed"] is None
-        assert "memory" in rows["greedy", ranks]["failed"]
-        assert f"greedy on {ranks}: failed: {rows['greedy', ranks]['failed']}" in said
-        assert rows["good", ranks]["timed_steps"] == 5 + 5
-        assert rows["good", ranks]["checkpoint_bytes"] > 12 * rows["good", ranks]["parameters"]
+    rows = {row["config"]: row for row in collect(only_folder(folder)).rows}
+    assert list(rows) == ["good", "coarse", "greedy"]
+    assert "memory" in rows["greedy"]["failed"]
+    assert f"greedy: failed: {rows['greedy']['failed']}" in said
+    for config in ("good", "coarse"):
+        assert rows[config]["failed"] is None
+        assert rows[config]["timed_steps"] == 5 + 5
+        assert rows[config]["checkpoint_bytes"] > 12 * rows[config]["parameters"]
     assert not list(only_folder(folder).glob("**/*.safetensors")), "models and checkpoints stay on the disk"
 
 
@@ -194,12 +203,24 @@ def test_a_config_that_fails_is_a_row_with_its_reason(comparison: tuple[Path, st
 def test_losses_that_leave_the_path_are_an_alarm(comparison: tuple[Path, str]) -> None:
     folder, said = comparison
     results = collect(only_folder(folder))
-    first, second = (results.losses["good", ranks] for ranks in (1, 2))
-    left = next(step for step, (a, b) in enumerate(zip(first, second, strict=True), 1) if abs(a - b) > 1e-5 * abs(a))
-    assert next(row for row in results.good() if row["ranks"] == 2)["loss_left_at_step"] == left
     page = (only_folder(folder) / "report.html").read_text()
-    assert 'class="card alarm">good on 2 left the path' in page
-    assert f"left the path of the losses at step {left}" in said
+    good, coarse = results.good()
+    pairs = zip(results.losses["good", 2], results.losses["coarse", 2], strict=True)
+    assert coarse["loss_left_at_step"] == next(step for step, (a, b) in enumerate(pairs, 1) if abs(a - b) > 1e-5 * abs(a))
+    assert 'class="card alarm">coarse left the path' in page
+    assert good["loss_left_at_step"] is None and "good left the path" not in page
+    assert f"coarse left the path of the losses at step {coarse['loss_left_at_step']}" in said
+
+
+@pytest.mark.slow
+def test_a_config_is_compared_on_several_ranks(scaling: tuple[Path, str]) -> None:
+    folder, said = scaling
+    one, two = collect(only_folder(folder)).good()
+    assert (one["ranks"], two["ranks"]) == (1, 2)
+    assert one["loss_difference_over_ranks"] == 0 < two["loss_difference_over_ranks"] < 1e-5
+    assert two["loss_left_at_step"] is None and two["step_ratio"] == 1
+    assert two["traffic_passes"] == pytest.approx(2, rel=0.05), "the preset was not applied"
+    assert "zero2 on " in said
 
 
 @pytest.mark.slow
@@ -211,7 +232,7 @@ def test_an_older_comparison_is_laid_beside_and_listed(comparison: tuple[Path, s
     spec = json.loads((old / "comparison.json").read_text())
     spec["versions"]["torch"] = "1.0"
     (old / "comparison.json").write_text(json.dumps(spec))
-    for path in old.glob("good-2ranks/round*/rank-0.json"):
+    for path in old.glob("coarse-2ranks/round*/rank-0.json"):
         measured = json.loads(path.read_text())
         measured["seconds"] = [{phase: 2 * seconds for phase, seconds in step.items()} for step in measured["seconds"]]
         path.write_text(json.dumps(measured))
@@ -219,23 +240,24 @@ def test_an_older_comparison_is_laid_beside_and_listed(comparison: tuple[Path, s
     assert re.search(r"torch: 1\.0 -> 2\.", said)
     with (new / "with.csv").open() as file:
         ratios = {(row["config"], row["ranks"], row["column"]): row["ratio"] for row in csv.DictReader(file)}
-    assert float(ratios["good", "2", "step_ms"]) == pytest.approx(0.5)
-    assert float(ratios["good", "1", "step_ms"]) == pytest.approx(1)
+    assert float(ratios["coarse", "2", "step_ms"]) == pytest.approx(0.5)
+    assert float(ratios["good", "2", "step_ms"]) == pytest.approx(1)
     assert "Beside elsewhere" in (new / "report.html").read_text()
     listed = run_compare(folder, "--list")
-    assert f"runs/{new.name}" in listed and "good, greedy; ranks 1, 2" in listed
+    assert f"runs/{new.name}" in listed and "good, coarse, greedy; ranks 2" in listed and "missing" not in listed
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("which", ["comparison", "scaling"])
 @pytest.mark.parametrize("width, scheme", [(390, "light"), (390, "dark"), (1280, "light"), (1280, "dark")])
-def test_the_page_in_a_browser(comparison: tuple[Path, str], width: int, scheme: Any) -> None:
+def test_the_page_in_a_browser(request: pytest.FixtureRequest, which: str, width: int, scheme: Any) -> None:
     """No script error, nothing from the network, no horizontal scrolling, charts drawn in colors of the scheme, every number that of results.csv."""
     browser = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
     if browser is None:
         pytest.skip("there is no Chromium: apt install chromium")
     from playwright.sync_api import sync_playwright
 
-    folder = only_folder(comparison[0])
+    folder = only_folder(request.getfixturevalue(which)[0])
     results = collect(folder)
     with sync_playwright() as playwright:
         page = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"]).new_page(
@@ -245,7 +267,7 @@ def test_the_page_in_a_browser(comparison: tuple[Path, str], width: int, scheme:
         requests: list[str] = []
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", lambda message: problems.append(message.text))
-        page.on("request", lambda request: requests.append(request.url))
+        page.on("request", lambda asked: requests.append(asked.url))
         page.goto((folder / "report.html").as_uri())
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         page.evaluate("for (const details of document.querySelectorAll('details')) details.open = true")
@@ -255,14 +277,15 @@ def test_the_page_in_a_browser(comparison: tuple[Path, str], width: int, scheme:
             const smallest = Math.min(...[...figure.querySelectorAll('text')].map(text => text.getBoundingClientRect().height).filter(height => height > 0));
             return [figure.id, box.width, box.height, figure.querySelectorAll('path').length, smallest];
         })""")
-        shown = page.evaluate(
-            "[...document.querySelectorAll('data[data-row]')].map(data => [data.dataset.row, data.dataset.column, data.textContent, data.value])"
-        )
+        assert page.evaluate("[...document.querySelectorAll('data')].every(data => data.dataset.row || data.dataset.with)")
+        shown = page.evaluate("[...document.querySelectorAll('data[data-row]')].map(data => [data.dataset.row, data.dataset.column, data.textContent])")
         in_charts = page.evaluate("[...document.querySelectorAll('svg g[id*=\":\"]')].map(group => [group.id, group.textContent.trim()])")
         ink = page.evaluate("getComputedStyle(document.querySelector('figure svg text')).fill")
     assert problems == []
     assert requests == [(folder / "report.html").as_uri()]
-    assert {name for name, *_ in charts} == {f"chart-{name}" for name in ("memory", "speed", "step_time", "losses", "traffic", "scaling")}
+    assert {name for name, *_ in charts} == {
+        f"chart-{name}" for name in ["memory", "speed", "step_time", "losses", "traffic", *(["scaling"] if which == "scaling" else [])]
+    }
     for name, chart_width, height, paths, smallest in charts:
         assert chart_width > 250 and height > 100 and paths > 10, name
         assert smallest > 7, f"{name} has text that cannot be read"
@@ -277,7 +300,7 @@ def test_the_page_in_a_browser(comparison: tuple[Path, str], width: int, scheme:
         return written(value if kinds[column] == "text" else float(value), kinds[column])
 
     assert len(shown) > 100
-    for row, column, text, _ in shown:
+    for row, column, text in shown:
         assert text == in_csv(row, column), (row, column)
     assert len(in_charts) == 6  # memory, traffic and step time, of two rows
     for name, text in in_charts:
@@ -291,7 +314,7 @@ def test_sentences_and_files_are_there(comparison: tuple[Path, str]) -> None:
     results = collect(only_folder(folder))
     three = [plain(sentence, results) for sentence in sentences(results)]
     assert len(three) == 3 and all(sentence in said for sentence in three)
-    assert three[0].startswith("Take good") and "greedy on 1, greedy on 2 did not run" in three[1]
+    assert three[0].startswith("Take good") and "greedy did not run" in three[1]
     markdown = (only_folder(folder) / "report.md").read_text()
     for name in re.findall(r"\((charts/\w+\.png)\)", markdown):
         assert (only_folder(folder) / name).stat().st_size > 10_000
@@ -311,6 +334,10 @@ def test_sentences_and_files_are_there(comparison: tuple[Path, str]) -> None:
         (["causal_lm", "--resume"], "leave --resume out"),
         (["causal_lm", "--with", "nowhere"], "has no comparison.json"),
         (["causal_lm", "--max_steps", "9"], "use --steps"),
+        (["causal_lm", "--rounds", "0"], "at least"),
+        (["causal_lm", "--ds_configs", "elsewhere/zero2.json"], "there is no elsewhere/zero2.json"),
+        (["causal_lm", "--deepspeed_config", "x.json"], "--ds_configs"),
+        (["--learning_rate", "1e-4", "causal_lm"], "the recipe comes first"),
         (["causal_lm", "--learning_rat", "9"], "did you mean '--learning_rate'?"),
         (["causal_lm", "--ranks", "3"], "3 does not divide it"),
     ],
