@@ -293,7 +293,7 @@ def run_one(run: Path, spec: dict[str, Any], number: int, ranks: int, config: st
     started = time.monotonic()
     with (run / "log.txt").open("w", encoding="utf-8") as log:
         print(shlex.join(command), file=log, flush=True)
-        status = supervise.run_once(command, log)
+        status = supervise.run_once(command, log, ended=lambda: all((run / f"ended-{rank}").exists() for rank in range(ranks)))
     if supervise.stop_signals:
         shutil.rmtree(run, ignore_errors=True)
         raise KeyboardInterrupt
@@ -304,7 +304,8 @@ def run_one(run: Path, spec: dict[str, Any], number: int, ranks: int, config: st
     if complete:
         steps_ms = [1000 * sum(phases.values()) for phases in measured[0]["seconds"][INSPECTED:]]
         outcome["said"] = f"{results.written(statistics.median(steps_ms), 'ms')} a step, {seconds:.0f} s in all"
-        (run / "steps_done").unlink(missing_ok=True)
+        for name in ("steps_done", *(f"ended-{rank}" for rank in range(ranks))):
+            (run / name).unlink(missing_ok=True)
     for name in ("metrics.jsonl", "config.yaml", "ds_config.json", "log.txt"):  # the rest, model and checkpoint, was measured and is large
         if (run / "run" / name).is_file():
             shutil.move(run / "run" / name, run / (f"run-{name}" if name == "log.txt" else name))

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-import torch.distributed
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -187,7 +186,9 @@ def cli(main: Callable[..., Any], config_class: type[Any]) -> None:
     Exit codes: 0 the run has finished; STOPPED (75) it stopped as asked and is saved; 2 a UserError, one line on rank 0, which
     another start would meet again; 1 a fault that another start may not meet: a rank that is lost, or a bug, with its traceback.
     """
-    from lib import ranks  # here, because they import this module
+    import torch.distributed  # here, because it takes seconds, and the others import this module
+
+    from lib import ranks
     from lib.ds_config import load_ds_config
 
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 if not __package__:  # started as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # instead of lib/
@@ -181,8 +181,7 @@ class Meter:
             self.note_times_and_peaks()
             self.write()
             if not self.goes_on:
-                dist.barrier()
-                raise Stopped(f"measured {self.step} steps", 0)
+                self.end()
         self.step += 1
 
     def inspect(self, engine: Any) -> None:
@@ -241,10 +240,14 @@ class Meter:
             if split == "test":  # all is measured, and the baselines are the same for every config
                 self.result["scores"] = scores
                 self.write()
-                dist.barrier()
-                raise Stopped(f"measured {step} steps", 0)
+                self.end()
 
         return note_scores
+
+    def end(self) -> NoReturn:
+        dist.barrier()
+        (self.folder / f"ended-{ranks.rank()}").touch()  # for lib/compare.py, which then waits no longer
+        raise Stopped(f"measured {self.last_step} steps", 0)
 
     def write(self) -> None:
         part = self.folder / f".rank-{ranks.rank()}.json"

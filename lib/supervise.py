@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -53,10 +54,11 @@ def ranks_of(processes: list[psutil.Process]) -> list[psutil.Process]:
     return found
 
 
-def run_once(command: list[str], output: IO[str] | None = None) -> int:
+def run_once(command: list[str], output: IO[str] | None = None, ended: Callable[[], bool] | None = None) -> int:
     """Run the command in a session of its own. Returns its exit code, when no process of the session is left.
 
-    output: where it prints; None: where this process does.
+    output: where it prints; None: where this process does. ended: says that all is done, and what still runs may be killed (exit code 0):
+    DeepSpeed's launcher takes two seconds to notice that its ranks have gone.
     """
     launcher: subprocess.Popen[bytes] | None = None
 
@@ -80,12 +82,15 @@ def run_once(command: list[str], output: IO[str] | None = None) -> int:
     launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=ignore_warning_signal, stdout=output, stderr=output)
     if stop_signals:  # it came before there was anything to pass it on to
         launcher.terminate()
-    status = launcher.wait()
+    while ended is not None and launcher.poll() is None and not ended():
+        time.sleep(0.05)
+    status = 0 if ended is not None and ended() else launcher.wait()
     while left := session_of(launcher.pid):  # the launcher was killed, and its ranks train on
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         time.sleep(0.05)
+    launcher.wait()
     return status
 
 
