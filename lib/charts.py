@@ -145,7 +145,7 @@ def speed(figure: Figure, results: Results, palette: Palette) -> None:
                 [row[column] / size for row in rows], [row["tokens_per_second"] for row in rows], "o-", color=color, markersize=9, alpha=0.85, linewidth=1
             )
             handles[config] = Line2D([], [], color=color, marker="o", linewidth=0)
-    axes.set_xlim(0)
+    axes.set_xlim(0, 1.08 * max(row[column] for row in results.good()) / size)
     axes.set_ylim(0, 1.12 * axes.get_ylim()[1])
     axes.set_xlabel(f"peak memory of a rank's {'device' if results.on_gpu else 'process'}, {unit}")
     axes.set_ylabel("tokens/s, all ranks")
