@@ -66,10 +66,19 @@ def legend(figure: Figure, handles: dict[str, Any], palette: Palette, columns: i
     figure.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=columns, **options)
 
 
-def write_number(axes: Any, at: tuple[float, float], chart: str, row: Row, column: str, kind: str, palette: Palette, **options: Any) -> Any:
+def write_number(axes: Any, at: tuple[float, float], chart: str, row: Row, column: str, kind: str, palette: Palette) -> Any:
     """Write a figure of a row beside a point, marked so that it can be traced."""
-    options = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "color": palette["ink"]} | options
-    return axes.annotate(written(row[column], kind), at, gid=f"{chart}:{row['config']}:{row['ranks']}:{column}", **options)
+    box = {"facecolor": palette["paper"], "edgecolor": "none", "pad": 1}
+    return axes.annotate(
+        written(row[column], kind),
+        at,
+        xytext=(5, 0),
+        textcoords="offset points",
+        va="center",
+        color=palette["ink"],
+        bbox=box,
+        gid=f"{chart}:{row['config']}:{row['ranks']}:{column}",
+    )
 
 
 def stacked_bars(figure: Figure, results: Results, palette: Palette, chart: str, parts: list[tuple[str, str, list[tuple[str, bool]]]], label: str, kind: str,
@@ -100,7 +109,7 @@ def stacked_bars(figure: Figure, results: Results, palette: Palette, chart: str,
                 axes.plot([value, value], [at - 0.42, at + 0.42], color=palette["ink"], linestyle=style, linewidth=1.6)
                 used[name] = Line2D([], [], color=palette["ink"], linestyle=style, linewidth=1.6)
                 end = max(end, value)
-        write_number(axes, (end, at), chart, row, label, kind, palette)
+        write_number(axes, (left, at), chart, row, label, kind, palette)  # at the end of the bar, not of the lines beyond it
         ends.append(end)
     axes.set_yticks(range(len(rows)), [case_name(row, results) for row in rows], color=palette["ink"])
     axes.invert_yaxis()
@@ -132,7 +141,7 @@ def step_time(figure: Figure, results: Results, palette: Palette) -> None:
 
 def speed(figure: Figure, results: Results, palette: Palette) -> None:
     """Throughput against peak memory."""
-    column = "peak_device_bytes" if results.on_gpu else "peak_host_bytes"
+    column = results.peak
     size, unit = unit_of(max(row[column] for row in results.good()))
     axes = figure.add_subplot()
     style_axes(axes, palette)

@@ -41,7 +41,7 @@ from lib.ds_config import read_json
 from lib.results import INSPECTED, case_folder, read_outcome
 
 FEWEST_STEPS = INSPECTED + 2
-# The settings that a comparison decides, where a recipe has them.
+# The settings that a comparison decides, where a recipe has them. None: run_one decides.
 DECIDED = {
     "run_dir": None, "max_steps": None, "epochs": "null", "eval_every": "null", "save_every": None, "save_minutes": "null", "keep_best": "false",
     "time_limit": "null", "resume": "false", "overwrite": "true", "monitor": "null",
@@ -151,7 +151,7 @@ def plan(options: argparse.Namespace, settings: list[str]) -> Path:
     if gpus and max(ranks) > gpus:
         raise UserError(f"--ranks is {options.ranks}, but there are {gpus} GPUs")
     configs = configs_of(options)
-    code = code_version(options.recipe)
+    commit, code = code_version(options.recipe, settings)
     folder = Path(f"runs/compare-{options.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
     try:
         (folder / "ds_configs").mkdir(parents=True)
@@ -177,6 +177,7 @@ def plan(options: argparse.Namespace, settings: list[str]) -> Path:
         "repeat_steps": min(steps, max(2 * INSPECTED + 2, steps // 4)),
         "preset": options.preset,
         "settings": settings,
+        "commit": commit,
         "code": code,
         "versions": versions(),
         "cores": len(os.sched_getaffinity(0)),
@@ -187,15 +188,20 @@ def plan(options: argparse.Namespace, settings: list[str]) -> Path:
     return folder
 
 
-def code_version(recipe: str) -> str:
-    """The commit of this checkout, if it is one, and a hash of the code that a comparison runs."""
+NOT_MEASURING = ("compare.py", "results.py", "findings.py", "theory.py", "charts.py", "report.py")  # of lib/: they change no measured figure
+
+
+def code_version(recipe: str, settings: list[str]) -> tuple[str, str]:
+    """(the commit of this checkout, a hash of what a comparison runs: lib/, the recipe and its YAML)."""
     try:
         found = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
         commit = found.stdout.strip() or "no commit"
     except OSError:
         commit = "no commit"
-    files = [*sorted((ROOT / "lib").glob("*.py")), ROOT / "recipes" / f"{recipe}.py", ROOT / "recipes" / f"{recipe}.yaml"]
-    return f"{commit} ({hashlib.sha256(b''.join(file.read_bytes() for file in files)).hexdigest()[:8]})"
+    files = [file for file in sorted((ROOT / "lib").glob("*.py")) if file.name not in NOT_MEASURING]
+    files += [ROOT / "recipes" / f"{recipe}.py", ROOT / "recipes" / f"{recipe}.yaml", *(Path(part.split("=")[-1]) for part in settings)]
+    contents = b"".join(file.read_bytes() for file in files if file.is_file())
+    return commit, hashlib.sha256(contents).hexdigest()[:8]
 
 
 def resumed(options: argparse.Namespace, settings: list[str]) -> Path:
@@ -213,8 +219,9 @@ def resumed(options: argparse.Namespace, settings: list[str]) -> Path:
         "preset": options.preset,
         "settings": settings or None,
         "configs": configs_of(options) if options.stages or options.ds_configs else None,
-        "code": code_version(options.recipe),
+        "code": code_version(options.recipe, spec["settings"])[1],
         "versions": versions(),
+        "cores": len(os.sched_getaffinity(0)),
     }
     for name, value in given.items():
         if value is not None and value != spec[name]:
@@ -236,6 +243,7 @@ def run_all(folder: Path, spec: dict[str, Any]) -> None:
     """Run what has not ended yet, round by round."""
     cases = [(number, ranks, config) for number in range(1, spec["rounds"] + 1) for ranks in spec["ranks"] for config in spec["configs"]]
     seconds: dict[bool, list[float]] = {True: [], False: []}  # of the runs that have ended: of the first round, of others
+    left = ""
     for at, (number, ranks, config) in enumerate(cases, 1):
         run = case_folder(folder, config, ranks, number)
         outcome = read_outcome(run)
@@ -244,14 +252,14 @@ def run_all(folder: Path, spec: dict[str, Any]) -> None:
             first = read_outcome(case_folder(folder, config, ranks, 1))
             if number > 1 and first is not None and first["failed"]:
                 continue  # it would fail again
-            with live_progress(name, run / "steps_done", spec["steps"] if number == 1 else spec["repeat_steps"]):
+            with live_progress(f"{name}{left}", run / "steps_done", spec["steps"] if number == 1 else spec["repeat_steps"]):
                 outcome = run_one(run, spec, number, ranks, config)
         seconds[number == 1].append(outcome["seconds"])
         ahead = cases[at:]
         means = {first: statistics.fmean(seconds[first] or [0.5 * statistics.fmean(seconds[True])]) for first in (True, False)}
-        left = int(sum(means[other == 1] for other, _, _ in ahead))
-        ending = f"; about {left // 60}:{left % 60:02d} left" if ahead else ""
-        print(f"{name}: {'failed: ' + outcome['failed'] if outcome['failed'] else outcome['said']}{ending}", flush=True)
+        seconds_left = int(sum(means[other == 1] for other, _, _ in ahead))
+        left = f"; about {seconds_left // 60}:{seconds_left % 60:02d} left" if ahead else ""
+        print(f"{name}: {'failed: ' + outcome['failed'] if outcome['failed'] else outcome['said']}{left}", flush=True)
 
 
 @contextlib.contextmanager
@@ -290,19 +298,23 @@ def run_one(run: Path, spec: dict[str, Any], number: int, ranks: int, config: st
         str(ROOT / "lib" / "measure.py"), str(run), str(steps), "all" if number == 1 else "times",
         str(ROOT / "recipes" / f"{spec['recipe']}.py"), "--deepspeed_config", str(run.parents[1] / "ds_configs" / f"{config}.json"), *settings,
     ]  # fmt: skip
+
+    def ended() -> bool:
+        return all((run / f"ended-{rank}").exists() for rank in range(ranks))
+
     started = time.monotonic()
     with (run / "log.txt").open("w", encoding="utf-8") as log:
         print(shlex.join(command), file=log, flush=True)
-        status = supervise.run_once(command, log, ended=lambda: all((run / f"ended-{rank}").exists() for rank in range(ranks)))
-    if supervise.stop_signals:
+        status = supervise.run_once(command, log, ended)
+    seconds = time.monotonic() - started
+    complete = ended() or (status == 0 and number == 1 and supervise.end_marker(str(run / "run")) is not None)
+    if supervise.stop_signals and not complete:
         shutil.rmtree(run, ignore_errors=True)
         raise KeyboardInterrupt
-    seconds = time.monotonic() - started
-    measured = [json.loads(path.read_text(encoding="utf-8")) for path in run.glob("rank-*.json")]
-    complete = len(measured) == ranks and all("seconds" in rank for rank in measured) and status == 0
     outcome = {"failed": None if complete else why_failed(printed(run), status), "seconds": round(seconds, 1)}
     if complete:
-        steps_ms = [1000 * sum(phases.values()) for phases in measured[0]["seconds"][INSPECTED:]]
+        measured = json.loads((run / "rank-0.json").read_text(encoding="utf-8"))
+        steps_ms = [1000 * sum(phases.values()) for phases in measured["seconds"][INSPECTED:]]
         outcome["said"] = f"{results.written(statistics.median(steps_ms), 'ms')} a step, {seconds:.0f} s in all"
         for name in ("steps_done", *(f"ended-{rank}" for rank in range(ranks))):
             (run / name).unlink(missing_ok=True)
@@ -311,6 +323,8 @@ def run_one(run: Path, spec: dict[str, Any], number: int, ranks: int, config: st
             shutil.move(run / "run" / name, run / (f"run-{name}" if name == "log.txt" else name))
     shutil.rmtree(run / "run", ignore_errors=True)
     write_json(run / "outcome.json", outcome)
+    if supervise.stop_signals:
+        raise KeyboardInterrupt
     return outcome
 
 
@@ -326,12 +340,11 @@ def why_failed(log: str, status: int) -> str:
     exceptions = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception): ", line)]
     memory = [line for line in exceptions if re.search(r"out of memory|not enough memory|can't allocate memory", line)]
     own = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    found = memory or own or exceptions
-    if found:
-        return found[0][:300]
-    if status in (137, 247):  # the launcher's own exit code, of signal 9
-        return "a rank was killed (SIGKILL), as the kernel does when host memory runs out"
-    return f"exit code {status}; the end of its log: {lines[-1][:200] if lines else 'empty'}"
+    lost = [line for line in own if "lost contact with another rank" in line]
+    found = memory or [line for line in own if line not in lost]
+    if not found and (status in (137, 247) or lost):  # 247 is the launcher's own exit code where a rank ended by signal 9
+        return "a rank was killed, as the kernel does when host memory runs out"
+    return (found or exceptions or [f"exit code {status}; the end of its log: {lines[-1] if lines else 'empty'}"])[0][:300]
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -347,10 +360,10 @@ def list_past() -> None:
         print("no comparisons in runs/ yet; ./launch.sh compare <recipe> makes one")
     for folder, spec in folders:
         missing = results.missing_runs(folder, spec)
-        state = f"; {missing} runs are missing, --resume goes on" if missing else ""
+        state = f"; runs still to do: {missing}, --resume goes on" if missing else ""
         about = f"{', '.join(spec['configs'])}; ranks {', '.join(map(str, spec['ranks']))}; {spec['steps']} steps; {' '.join(spec['settings']) or 'default settings'}"
         print(
-            f"{shown(folder)}  {spec['created']}  {about}; deepspeed {spec['versions']['deepspeed']}, torch {spec['versions']['torch']}, code {spec['code']}{state}"
+            f"{shown(folder)}  {spec['created']}  {about}; deepspeed {spec['versions']['deepspeed']}, torch {spec['versions']['torch']}, commit {spec['commit']}{state}"
         )
 
 
@@ -378,7 +391,7 @@ def main(arguments: list[str]) -> int:
         try:
             run_all(folder, spec)
         except KeyboardInterrupt:
-            print(f"\nstopped; ./launch.sh compare {spec['recipe']} --resume goes on, and runs nothing again that has ended")
+            print(f"\nstopped; ./launch.sh compare {spec['recipe']} --resume goes on, and runs nothing again that has succeeded")
             return 130
     found = results.collect(folder)
     apart = report.nothing_in_common(found, other) if other is not None else None

@@ -7,26 +7,26 @@ carries the row and column that it comes from, which tests/test_compare.py check
 import csv
 import html
 import io
-import math
 from typing import Any
 
 from lib import charts
 from lib.config import shown
-from lib.results import INSPECTED, Results, Row, Sentence, case_name, missing_runs, plain, relative, sentences, written
+from lib.findings import Sentence, plain, sentences
+from lib.results import INSPECTED, Results, Row, case_name, missing_runs, relative, written
 
 # The table: heading -> the columns of a cell; the second part, in brackets, is of the others.
 TABLE = {
     "states a rank (theory)": ("states_bytes", "states_theory_bytes"),
-    "of it on host": ("states_host_bytes",),
+    "in host memory": ("states_host_bytes",),
     "peak on device": ("peak_device_bytes",),
     "peak on host": ("peak_host_bytes",),
     "step (10 - 90 %)": ("step_ms", "step_p10_ms", "step_p90_ms"),
-    "ratio (rounds)": ("step_ratio", "step_ratio_low", "step_ratio_high"),
+    "step, of the first's (rounds)": ("step_ratio", "step_ratio_low", "step_ratio_high"),
     "tokens/s": ("tokens_per_second",),
     "MFU": ("mfu",),
     "sent a step (theory)": ("traffic_bytes", "traffic_theory_bytes"),
-    "loss differs": ("loss_difference",),
-    "over ranks": ("loss_difference_over_ranks",),
+    "loss, rel. difference": ("loss_difference",),
+    "loss, over ranks": ("loss_difference_over_ranks",),
 }
 CAPTIONS = {
     "memory": "Counted from tensors, the most in a step; buffers and activations come on top. Solid line: what this config should hold; dotted: the ZeRO paper.",
@@ -45,6 +45,11 @@ def table_of(results: Results) -> dict[str, tuple[str, ...]]:
     shown_here = {heading: names for heading, names in TABLE.items() if any(row[names[0]] != silent.get(names[0], "") for row in results.good())}
     scores = [column.name for column in results.columns() if column.name.startswith("score_")]
     return shown_here | {name.removeprefix("score_"): (name,) for name in scores}
+
+
+def title_of(results: Results) -> str:
+    count = len(results.spec["configs"])
+    return f"{results.spec['recipe']} under {count} DeepSpeed config{'s' if count > 1 else ''}"
 
 
 def kinds_of(results: Results) -> dict[str, str]:
@@ -114,7 +119,7 @@ def what_differs(results: Results, other: Results) -> list[str]:
         spec = found.spec
         facts.append({
             "recipe": spec["recipe"], "settings": " ".join(spec["settings"]) or "none", "steps": spec["steps"], "precision": spec["precision"],
-            "preset": spec["preset"] or "none", "device": found.device, "cores": spec["cores"], "code": spec["code"], **spec["versions"],
+            "preset": spec["preset"] or "none", "device": found.device, "cores": spec["cores"], "commit": spec["commit"], "code": spec["code"], **spec["versions"],
         })  # fmt: skip
         facts[-1] |= {f"ds_configs/{name}.json": "changed" for name, config in spec["configs"].items() if results.spec["configs"].get(name, config) != config}
     old, new = facts
@@ -128,7 +133,11 @@ def as_text(results: Results, other: Results | None) -> str:
     """The table and the three sentences, for the terminal."""
     lines = [["config", "ranks", *table_of(results)]]
     lines += [[row["config"], str(row["ranks"]), *cells(results, row)] for row in results.good()]
-    text = ["", *aligned(lines)]
+    # A terminal is narrow: the spread of steps and rounds is in the report.
+    brief = [
+        [line[0], line[1], *(cell if "theory" in head else cell.split(" (")[0] for head, cell in zip(lines[0][2:], line[2:], strict=True))] for line in lines
+    ]
+    text = ["", *aligned(brief)]
     text += [f"{case_name(row, results)}: failed: {row['failed']}" for row in results.rows if row["failed"]]
     if other is not None:
         text += ["", f"Beside {shown(other.folder)} ({other.spec['created']}):", *(f"  {line}" for line in what_differs(results, other)), ""]
@@ -144,12 +153,12 @@ def aligned(lines: list[list[str]]) -> list[str]:
 
 
 def beside_cells(results: Results, other: Results) -> list[list[str]]:
-    kinds = kinds_of(results)
+    kinds, abouts = kinds_of(results), {column.name: column.about for column in results.columns()}
     lines = []
     for entry in beside(results, other):
         kind = kinds[entry["column"]]
         change = written(entry["ratio"], "ratio") if entry["ratio"] is not None else f"differs by {written(entry['loss_difference'], 'small')}"
-        lines.append([entry["config"], str(entry["ranks"]), entry["column"], written(entry["old"], kind), written(entry["new"], kind), change])
+        lines.append([entry["config"], str(entry["ranks"]), abouts[entry["column"]], written(entry["old"], kind), written(entry["new"], kind), change])
     return lines
 
 
@@ -158,13 +167,14 @@ def setting(results: Results) -> dict[str, str]:
     spec = results.spec
     good = results.good()
     left = missing_runs(results.folder, spec)
-    missing = f"; {left} of these runs are missing or have failed" if left else ""
+    missing = f"; missing or failed runs: {left}" if left else ""
+    repeats = f", repeated in turn ({spec['rounds'] - 1} x {spec['repeat_steps']} steps)" if spec["rounds"] > 1 else ""
     machine = f"{results.device}s" if results.on_gpu else f"CPU, {spec['cores']} cores" if good else f"{spec['cores']} cores"
     return {
         "recipe": spec["recipe"] + (f", {results.model} with {good[0]['parameters']:,} parameters, {spec['precision']}" if good else ""),
         "machine": f"{machine}, {written(spec['memory_bytes'], 'bytes')} of memory; ranks: {', '.join(map(str, spec['ranks']))}",
-        "made": f"{spec['created']}, " + ", ".join(f"{name} {version}" for name, version in spec["versions"].items()) + f", code {spec['code']}",
-        "runs": f"{spec['steps']} steps under each config, repeated in turn {spec['rounds'] - 1} times for {spec['repeat_steps']} steps; the first {INSPECTED} are not timed{missing}",
+        "made": f"{spec['created']}, " + ", ".join(f"{name} {version}" for name, version in spec["versions"].items()) + f", commit {spec['commit']}",
+        "runs": f"{spec['steps']} steps under each config{repeats}; the first {INSPECTED} are not timed{missing}",
         "command": spec["command"],
     }  # fmt: skip
 
@@ -175,7 +185,7 @@ def note_lines(results: Results) -> list[tuple[str, str]]:
 
 def as_markdown(results: Results, other: Results | None) -> str:
     headings = ["config", "ranks", *table_of(results)]
-    lines = [f"# {results.spec['recipe']} under {len(results.spec['configs'])} DeepSpeed configs", ""]
+    lines = [f"# {title_of(results)}", ""]
     lines += [f"{number}. {plain(sentence, results)}" for number, sentence in enumerate(sentences(results), 1)]
     lines += ["", "| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
     lines += ["| " + " | ".join([row["config"], str(row["ranks"]), *cells(results, row)]) + " |" for row in results.good()]
@@ -271,7 +281,7 @@ def row_html(results: Results, row: Row) -> str:
     if len(results.spec["ranks"]) > 1:
         parts.append(f'<td data-heading="ranks">{figure_of(row, "ranks", "count")}</td>')
     if row["failed"]:
-        parts.append(f'<td class="bad wide" colspan="{len(table_of(results))}">failed: {html.escape(row["failed"])}</td>')
+        parts.append(f'<td class="bad" colspan="{len(table_of(results))}">failed: {html.escape(row["failed"])}</td>')
     else:
         for heading, (name, *others) in table_of(results).items():
             more = f"<small>({' - '.join(figure_of(row, other, kinds[other]) for other in others)})</small>" if others else ""
@@ -294,7 +304,7 @@ def alarms(results: Results) -> str:
 
 
 def beside_html(results: Results, other: Results) -> str:
-    kinds = kinds_of(results)
+    kinds, abouts = kinds_of(results), {column.name: column.about for column in results.columns()}
     rows = []
     for entry in beside(results, other):
         key, kind = f"{html.escape(entry['config'])}:{entry['ranks']}", kinds[entry["column"]]
@@ -302,7 +312,7 @@ def beside_html(results: Results, other: Results) -> str:
         which, kind = ("ratio", "ratio") if entry["ratio"] is not None else ("loss_difference", "small")
         change = f'<data data-with="{key}:{entry["column"]}:{which}">{written(entry[which], kind)}</data>'
         name = html.escape(f"{entry['config']}, {entry['ranks']}") if len(results.spec["ranks"]) > 1 else html.escape(entry["config"])
-        rows.append(f"<tr><th>{name}</th><td>{entry['column']}</td><td>{old}</td><td>{new}</td><td>{change}</td></tr>")
+        rows.append(f"<tr><th>{name}</th><td>{html.escape(abouts[entry['column']])}</td><td>{old}</td><td>{new}</td><td>{change}</td></tr>")
     differs = "".join(f"<li>{html.escape(line)}</li>" for line in what_differs(results, other))
     return (
         f'<section class="card"><h2>Beside {html.escape(other.folder.name)}</h2><ul class="small">{differs}</ul><div class="scroll"><table><thead><tr><th>config</th><th></th>'
@@ -328,7 +338,7 @@ def everything_html(results: Results) -> str:
 def as_html(results: Results, other: Results | None) -> str:
     kinds = kinds_of(results)
     facts = setting(results)
-    title = f"{results.spec['recipe']} under {len(results.spec['configs'])} DeepSpeed config{'s' if len(results.spec['configs']) > 1 else ''}"
+    title = title_of(results)
     verdict = "".join(f'<li class="card">{sentence_html(sentence, kinds)}</li>' for sentence in sentences(results))
     figures = "".join(
         f'<figure class="card" id="chart-{name}"><h2>{chart[0]}</h2>{charts.inline_svg(results, name, chart)}<figcaption>{CAPTIONS[name]}</figcaption></figure>'
@@ -349,7 +359,7 @@ def as_html(results: Results, other: Results | None) -> str:
 <ol class="verdict">{verdict}</ol>
 <section class="card"><h2>What each costs and gives</h2><div class="scroll"><table class="rows"><thead><tr><th>config</th>{headings}</tr></thead>
 <tbody>{"".join(row_html(results, row) for row in results.rows)}</tbody></table></div>
-<p class="small">Losses, memory and time of every config were measured in processes of their own. A ratio is over the first config's time on as many ranks, step by step; in brackets, the rounds that were lowest and highest.</p></section>
+<p class="small">Losses, memory and time of every config were measured in processes of their own. A ratio is over the first config's time on as many ranks, step by step; in brackets, the rounds that were lowest and highest. The loss is held against the first config on as many ranks; over ranks, against the same config on the first number of ranks.</p></section>
 <section class="charts">{figures}</section>
 {beside_html(results, other) if other is not None else ""}
 {f'<section class="card"><h2>Where it differs from the ZeRO paper, and why</h2><ul>{notes}</ul></section>' if notes else ""}
@@ -368,7 +378,7 @@ def to_csv(header: list[str], rows: list[list[Any]]) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(header)
-    writer.writerows([["" if value is None or (isinstance(value, float) and math.isnan(value)) else value for value in row] for row in rows])
+    writer.writerows([["" if value is None else value for value in row] for row in rows])
     return file.getvalue()
 
 

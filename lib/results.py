@@ -17,8 +17,8 @@ from lib.config import UserError, shown
 
 Row = dict[str, Any]
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3, "fp16": 2e-3}  # largest relative difference of a loss that is rounding
-NEAR = 0.05  # step times and peaks that differ by less are taken as equal: what a noisy machine resolves
 STATES_OFF, TRAFFIC_OFF = 0.01, 0.05  # what differs from theory by more, theory does not describe
+NOTED = 0.01  # part of the paper's figure from which on a difference from it is noted
 INSPECTED = 3  # the step that lib/measure.py takes apart: the optimizer's states are there, and stage 3 knows the order of the modules
 PHASES = ("forward", "backward", "optimizer", "data", "other")  # of a step's time
 
@@ -97,6 +97,11 @@ class Results:
     on_gpu: bool = False
     device: str = ""
     model: str = ""
+
+    @property
+    def peak(self) -> str:
+        """The column that says what must fit: the device's peak, on a CPU the process's."""
+        return "peak_device_bytes" if self.on_gpu else "peak_host_bytes"
 
     def good(self) -> list[Row]:
         return [row for row in self.rows if row["failed"] is None]
@@ -185,8 +190,9 @@ def _row(folder: Path, spec: dict[str, Any], config: str, ranks: int, results: R
     facts = measured[0]["facts"]
     results.on_gpu, results.device, results.model = facts["device_bytes"] is not None, facts["device"], facts["model"]
     row |= {name: facts[name] for name in ("stage", "parameters", "micro_batch_size", "accumulation_steps")}
-    _add_states(row, spec["configs"][config], measured, results)
-    _add_traffic(row, spec["configs"][config], measured, results)
+    ds_config = json.loads((runs[0][1] / "ds_config.json").read_text(encoding="utf-8"))  # without "auto"
+    _add_states(row, ds_config, measured, results)
+    _add_traffic(row, ds_config, measured, results)
 
     metrics = [json.loads(line) for line in (runs[0][1] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [entry for entry in metrics if "loss" in entry]
@@ -230,7 +236,7 @@ def _add_states(row: Row, ds_config: dict[str, Any], measured: list[dict[str, An
     row["gathered_parameters_bytes"] = sum(rank["gathered_parameters"].values())
     for kind in theory.KINDS:
         for amount, why in expected[kind].differences:
-            if abs(amount) > STATES_OFF * row["states_paper_bytes"]:
+            if abs(amount) > NOTED * row["states_paper_bytes"]:
                 results.note(row, f"{'more' if amount > 0 else 'less'} memory for {'optimizer states' if kind == 'optimizer' else kind}", why)
     if abs(row["states_bytes"] - row["states_theory_bytes"]) > STATES_OFF * row["states_theory_bytes"]:
         results.not_described(row, "memory")
@@ -253,7 +259,7 @@ def _add_traffic(row: Row, ds_config: dict[str, Any], measured: list[dict[str, A
         one_pass = facts["element_bytes"] * facts["parameters"] * (ranks - 1) / ranks
         row["traffic_passes"] = row["traffic_bytes"] / one_pass
         for amount, why in expected.differences:
-            if abs(amount) > STATES_OFF * expected.paper:
+            if abs(amount) > NOTED * expected.paper:
                 results.note(row, f"{'more' if amount > 0 else 'less'} traffic", why)
         if abs(row["traffic_bytes"] - expected.total) > TRAFFIC_OFF * expected.total:
             results.not_described(row, "traffic")
@@ -307,6 +313,8 @@ def written(value: Any, kind: str) -> str:
         return "-"
     if kind == "text":
         return str(value)
+    if not math.isfinite(value):
+        return "not finite"
     if kind == "bytes":
         for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
             if value >= 0.9995 * size:
@@ -326,94 +334,9 @@ def written(value: Any, kind: str) -> str:
     if kind == "s":
         return f"{value:.2f} s"
     if kind == "small":
-        return "0" if value == 0 else f"{value:.0e}" if math.isfinite(value) else "not finite"
+        return "0" if value == 0 else f"{value:.0e}"
     return f"{value:.4f}" if kind == "score" else f"{value:.2f}"
 
 
 def _three_digits(value: float) -> str:
     return f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
-
-
-# Sentences hold text and figures; a figure is (row, column's name), so that it can be traced to results.csv.
-Sentence = list[str | tuple[Row, str]]
-
-
-def sentences(results: Results) -> list[Sentence]:
-    """Which config to take here and why, what the fastest that fits is, what was surprising."""
-    if not results.good():
-        return [["No config ran to the end; the reasons are in the table."]]
-    ranks = max(results.good(), key=lambda row: row["tokens_per_second"])["ranks"]  # step times are compared on as many ranks
-    good = [row for row in results.good() if row["ranks"] == ranks]
-    peak = "peak_device_bytes" if results.on_gpu else "peak_host_bytes"
-    first = good[0]
-    fastest, slowest = (choose(good, key=lambda row: row["step_ratio"]) for choose in (min, max))
-    as_fast = [row for row in good if row["step_ratio"] <= fastest["step_ratio"] * (1 + NEAR) or row["step_ratio_low"] <= fastest["step_ratio_high"]]
-    frugal = min(row[peak] for row in as_fast)
-    take = min((row for row in as_fast if row[peak] <= (1 + NEAR) * frugal), key=lambda row: row["step_ratio"])
-    smallest = min(good, key=lambda row: row[peak])
-
-    advice: Sentence = [f"Take {case_name(take, results)}: "]
-    advice += ["no config is faster" if take is fastest else "no config is faster by more than the noise", ", and at its peak a rank "]
-    advice += [
-        "needs " if not results.on_gpu else "needs on its device ",
-        (take, peak),
-        ", of which ",
-        (take, "states_bytes" if not results.on_gpu else "states_device_bytes"),
-        " are model states",
-    ]
-    if smallest[peak] < (1 - NEAR) * take[peak]:
-        advice += [
-            f". If memory is short, {case_name(smallest, results)} needs ",
-            (smallest, peak),
-            ", and a step takes ",
-            (smallest, "step_ratio"),
-            f" times {case_name(first, results)}'s",
-        ]
-
-    speed: Sentence = [f"The fastest that fits is {case_name(fastest, results)} with ", (fastest, "tokens_per_second"), " tokens/s"]
-    if slowest is not fastest:
-        speed += [f"; a step of the slowest, {case_name(slowest, results)}, takes ", (slowest, "step_ratio"), f" times {case_name(first, results)}'s"]
-    failed = ", ".join(case_name(row, results) for row in results.rows if row["failed"] is not None)
-    return [[*advice, "."], [*speed, f". {failed} did not run." if failed else "."], surprise(results, good, peak)]
-
-
-def surprise(results: Results, good: list[Row], peak: str) -> Sentence:
-    """The finding that a reader would least expect: losses that differ, else the largest factor by which a figure is other than the paper promises."""
-    left = [row for row in results.good() if row["loss_left_at_step"] is not None]
-    if left:
-        start = f"Surprising: {case_name(left[0], results)} left the path of the losses at step "
-        return [start, (left[0], "loss_left_at_step"), "; the largest relative difference is ", (left[0], "loss_difference"), "."]
-    first = good[0]
-    found: list[tuple[float, Sentence]] = []
-    for row in good:
-        name = case_name(row, results)
-        gradients: Sentence = [
-            f"Surprising: {name} holds ",
-            (row, "gradients_device_bytes"),
-            " of gradients where the paper has ",
-            (row, "gradients_paper_bytes"),
-            ".",
-        ]
-        found.append((row["gradients_device_bytes"] / row["gradients_paper_bytes"], gradients))
-        if row["traffic_paper_bytes"]:
-            sent: Sentence = [f"Surprising: a rank of {name} sends ", (row, "traffic_bytes"), " a step where the paper has ", (row, "traffic_paper_bytes"), "."]
-            found.append((row["traffic_bytes"] / row["traffic_paper_bytes"], sent))
-        if row["states_share"] < 1 - NEAR:
-            memory: Sentence = [
-                f"Surprising: {name}'s model states are ", (row, "states_share"), f" of {case_name(first, results)}'s, but its peak memory is ",
-                (row, peak), " against ", (first, peak), ".",
-            ]  # fmt: skip
-            found.append((row[peak] / first[peak], memory))
-            faster: Sentence = [f"Surprising: {name} saves memory and is faster: a step takes ", (row, "step_ratio"), f" times {case_name(first, results)}'s."]
-            found.append((1 / row["step_ratio"], faster))
-    size, sentence = max(found, key=lambda pair: pair[0])
-    if size > 1 + 2 * NEAR:
-        return sentence
-    worst = max(good, key=lambda row: row["loss_difference"])
-    return ["Nothing was surprising: memory and traffic are as the paper has them, and no loss differs by more than ", (worst, "loss_difference"), "."]
-
-
-def plain(sentence: Sentence, results: Results) -> str:
-    """A sentence as text."""
-    kinds = {column.name: column.kind for column in results.columns()}
-    return "".join(part if isinstance(part, str) else written(part[0][part[1]], kinds[part[1]]) for part in sentence)

@@ -71,8 +71,9 @@ def run_once(command: list[str], output: IO[str] | None = None, ended: Callable[
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL if again else signal.SIGTERM)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as nohup has it
             signal.signal(number, pass_on)
 
     def ignore_warning_signal() -> None:  # Slurm sends it to all processes, and DeepSpeed's launcher would die of it
@@ -91,6 +92,8 @@ def run_once(command: list[str], output: IO[str] | None = None, ended: Callable[
                 process.kill()
         time.sleep(0.05)
     launcher.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
     return status
 
 

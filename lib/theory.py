@@ -67,7 +67,9 @@ def states(ds_config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Expect
     straddling = size * facts["touching_share"] - share if facts["touching_share"] is not None else 0.0
     reduced_in_backward = stage == 2 or (stage == 1 and zero.get("overlap_comm", False) and not accumulates)
     if stage == 1 and reduced_in_backward:
-        gradients.differs(share - gradients.paper, "with overlap_comm and no accumulation, stage 1 gives up the other ranks' gradients during backward")
+        gradients.differs(
+            share - gradients.paper, "with overlap_comm and no accumulation, gradients move into the communication buffer during backward, which is not counted"
+        )
     if offloads:
         freed = share if reduced_in_backward and not accumulates else 0
         gradients.differs(4 * trained / ranks - freed, "offloading keeps the gradients of a rank's share in fp32 in host memory")
@@ -85,11 +87,12 @@ def traffic(ds_config: dict[str, Any], facts: dict[str, Any]) -> Expected:
     volume = Expected(3 * parameters if stage == 3 else 2 * gradients)
     if stage in (1, 2):
         rounds = micro_steps if stage == 2 else 1
-        # Only without all three of these does a rank get no more than its share of the sums.
-        knobs = ("use_multi_rank_bucket_allreduce", "reduce_scatter", "contiguous_gradients")
-        all_reduces = zero.get(knobs[0], True) or not zero.get(knobs[1], True) or not zero.get(knobs[2], True)
+        # A rank gets no more than its share of the sums only with all three of these; offloading makes gradients contiguous.
+        contiguous = zero.get("contiguous_gradients", True) or offload_device(ds_config, "optimizer") != "none"
+        all_reduces = zero.get("use_multi_rank_bucket_allreduce", True) or not zero.get("reduce_scatter", True) or not contiguous
         if all_reduces:
-            volume.differs(gradients, "use_multi_rank_bucket_allreduce, on by default, sends each rank the sums of all gradients, not of its share alone")
+            why = "unless use_multi_rank_bucket_allreduce is false, and reduce_scatter and contiguous_gradients are true"
+            volume.differs(gradients, f"each rank is sent the sums of all gradients, not of its share alone, {why}")
         volume.differs((rounds - 1) * (2 if all_reduces else 1) * gradients, "stage 2 reduces the gradients of every micro-batch, the paper once a step")
     if stage == 3:
         kept_whole, in_modules = ring * facts["kept_whole"], ring * facts["in_modules"]

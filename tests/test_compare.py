@@ -17,7 +17,8 @@ from measure_worker import SLOW, WIDE
 
 from lib import compare, theory
 from lib.config import UserError
-from lib.results import collect, plain, sentences, written
+from lib.findings import plain, sentences
+from lib.results import collect, written
 
 # Theory
 
@@ -242,9 +243,14 @@ def test_an_older_comparison_is_laid_beside_and_listed(comparison: tuple[Path, s
         ratios = {(row["config"], row["ranks"], row["column"]): row["ratio"] for row in csv.DictReader(file)}
     assert float(ratios["coarse", "2", "step_ms"]) == pytest.approx(0.5)
     assert float(ratios["good", "2", "step_ms"]) == pytest.approx(1)
-    assert "Beside elsewhere" in (new / "report.html").read_text()
+    page = (new / "report.html").read_text()
+    assert "Beside elsewhere" in page
+    on_page = re.findall(r'data-with="good:2:step_ms:(\w+)">([^<]+)<', page)
+    with (new / "with.csv").open() as file:
+        row = next(row for row in csv.DictReader(file) if row["config"] == "good" and row["column"] == "step_ms")
+    assert on_page == [("old", written(float(row["old"]), "ms")), ("new", written(float(row["new"]), "ms")), ("ratio", written(float(row["ratio"]), "ratio"))]
     listed = run_compare(folder, "--list")
-    assert f"runs/{new.name}" in listed and "good, coarse, greedy; ranks 2" in listed and "missing" not in listed
+    assert f"runs/{new.name}" in listed and "good, coarse, greedy; ranks 2" in listed and "still to do" not in listed
 
 
 @pytest.mark.slow
@@ -314,7 +320,7 @@ def test_sentences_and_files_are_there(comparison: tuple[Path, str]) -> None:
     results = collect(only_folder(folder))
     three = [plain(sentence, results) for sentence in sentences(results)]
     assert len(three) == 3 and all(sentence in said for sentence in three)
-    assert three[0].startswith("Take good") and "greedy did not run" in three[1]
+    assert three[0].startswith("Take good") and "greedy failed." in three[1]
     markdown = (only_folder(folder) / "report.md").read_text()
     for name in re.findall(r"\((charts/\w+\.png)\)", markdown):
         assert (only_folder(folder) / name).stat().st_size > 10_000
