@@ -235,8 +235,11 @@ def versions() -> dict[str, str]:
 
 def past() -> list[tuple[Path, dict[str, Any]]]:
     """(folder, what it compares) of the comparisons in runs/, oldest first."""
-    folders = sorted((path.parent for path in Path("runs").glob("compare-*/comparison.json")), key=lambda path: path.name[-15:])
-    return [(folder, results.read_spec(folder)) for folder in folders]
+    found = []
+    for path in sorted(Path("runs").glob("compare-*/comparison.json"), key=lambda path: path.parent.name[-15:]):
+        with contextlib.suppress(UserError):  # one that cannot be read is passed over
+            found.append((path.parent, results.read_spec(path.parent)))
+    return found
 
 
 def run_all(folder: Path, spec: dict[str, Any]) -> None:

@@ -83,7 +83,7 @@ class Meter:
         self.step = 1
         self.marks: list[tuple[str, Any]] = []  # (the phase that begins, when), of the step that runs
         self.steps: list[list[tuple[str, Any]]] = []  # of each step; the last mark ends it
-        self.held: dict[str, dict[str, int]] = {}  # the most of each kind after a backward pass of the inspected step
+        self.held: dict[str, dict[str, int]] = {}  # the most of each kind in the inspected step
         self.logging = False  # whether collectives are logged
         self.flops = 0  # of the inspected step's forward passes on this rank
         self.result: dict[str, Any] = {}
@@ -276,7 +276,7 @@ def facts(engine: Any) -> dict[str, Any]:
         "accumulation_steps": engine.gradient_accumulation_steps(),
         "micro_batch_size": engine.train_micro_batch_size_per_gpu(),
         "world_size": ranks.world_size(),
-        "device": accelerator.device_name() if accelerator.device_name() == "cpu" else torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if accelerator.device_name() == "cuda" else accelerator.device_name(),
         "device_bytes": accelerator.total_memory() if accelerator.device_name() != "cpu" else None,
         "threads": torch.get_num_threads(),
     }
