@@ -390,7 +390,7 @@ def main(arguments: list[str]) -> int:
             raise UserError(f"there is neither a recipe nor a comparison {options.recipe}{did_you_mean(options.recipe, recipes)}; recipes: {' '.join(recipes)}")
         folder = resumed(options, settings) if options.resume else plan(options, settings)
         spec = results.read_spec(folder)
-        print(f"{shown(folder)}: {', '.join(spec['configs'])}; {spec['steps']} steps, {spec['rounds']} rounds")
+        print(f"{shown(folder)}: {', '.join(spec['configs'])}; {spec['steps']} steps; rounds: {spec['rounds']}")
         try:
             run_all(folder, spec)
         except KeyboardInterrupt:
