@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from lib import theory
-from lib.results import PHASES, TOLERANCE, TRAFFIC, Results, Row, case_name, written
+from lib.results import BYTE_UNITS, PHASES, TOLERANCE, TRAFFIC, Results, Row, case_name, written
 
 Palette = dict[str, str]
 LIGHT = {
@@ -32,10 +32,8 @@ DARK = {
 CSS = {name: f"#ab00{number:02x}" for number, name in enumerate(LIGHT)}
 SERIES = ("a", "b", "c", "d", "e", "f")
 PART_NAMES = {"parameters": "parameters", "gradients": "gradients", "optimizer": "optimizer states"}
-TRAFFIC_NAMES = {"all_reduce": "all-reduce", "reduce_scatter": "reduce-scatter", "reduce": "reduce", "all_gather": "all-gather", "other_traffic": "other"}
 PHASE_NAMES = {"forward": "forward, loss", "backward": "backward", "optimizer": "optimizer step", "data": "waiting for data", "other": "other"}
 WIDTH = 4.7  # inches; a phone's width at a readable size, two of them beside each other on a screen
-BYTE_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
 
 STYLE: Any = {
     "font.size": 9,
@@ -128,7 +126,7 @@ def memory(figure: Figure, results: Results, palette: Palette) -> None:
 
 
 def traffic(figure: Figure, results: Results, palette: Palette) -> None:
-    parts = [(TRAFFIC_NAMES[kind], color, [(f"{kind}_bytes", False)]) for kind, color in zip(TRAFFIC, ("d", "b", "f", "c", "e"), strict=True)]
+    parts = [(name, color, [(f"{kind}_bytes", False)]) for (kind, name), color in zip(TRAFFIC.items(), ("d", "b", "f", "c", "e"), strict=True)]
     stacked_bars(
         figure, results, palette, "traffic", parts, "traffic_bytes", "bytes", ("traffic_theory_bytes", "traffic_paper_bytes"), "sent by a rank in a step"
     )
@@ -172,7 +170,7 @@ def losses(figure: Figure, results: Results, palette: Palette) -> None:
     configs, counts = list(results.spec["configs"]), list(results.spec["ranks"])
     for at, row in enumerate(rows):
         values = results.losses[row["config"], row["ranks"]]
-        first = next(other for other in rows if other["ranks"] == row["ranks"])
+        first = results.first_on_as_many_ranks(row)
         color = palette[SERIES[configs.index(row["config"]) % len(SERIES)]]
         style: Any = ("-", "--", ":", "-.")[counts.index(row["ranks"]) % 4]
         # The first is broad, and each one narrower than the one under it, so that all can be seen where they coincide.
@@ -220,7 +218,7 @@ def scaling(figure: Figure, results: Results, palette: Palette) -> None:
     legend(figure, handles, palette, 2)
 
 
-Chart = tuple[str, Callable[[Figure, Results, Palette], None], Callable[[Results], float]]  # (title, draws, height in inches)
+Chart = tuple[str, Callable[[Figure, Results, Palette], None], float]  # (title, draws, height in inches)
 
 
 def charts_of(results: Results) -> dict[str, Chart]:
@@ -228,23 +226,24 @@ def charts_of(results: Results) -> dict[str, Chart]:
     count = len(results.good())
     if not count:
         return {}
+    bars = 1.35 + 0.33 * count
     found: dict[str, Chart] = {
-        "memory": ("Model states on a rank", memory, lambda _: 1.35 + 0.33 * count),
-        "speed": ("Throughput against memory", speed, lambda _: 3.0),
-        "step_time": ("Where a step's time goes", step_time, lambda _: 1.35 + 0.33 * count),
-        "losses": ("Losses", losses, lambda _: 3.6),
+        "memory": ("Model states on a rank", memory, bars),
+        "speed": ("Throughput against memory", speed, 3.0),
+        "step_time": ("Where a step's time goes", step_time, bars),
+        "losses": ("Losses", losses, 3.6),
     }
     if any(row["traffic_bytes"] for row in results.good()):
-        found["traffic"] = ("Traffic", traffic, lambda _: 1.35 + 0.33 * count)
+        found["traffic"] = ("Traffic", traffic, bars)
     if len(results.spec["ranks"]) > 1:
-        found["scaling"] = ("Scaling over ranks", scaling, lambda _: 3.2)
+        found["scaling"] = ("Scaling over ranks", scaling, 3.2)
     return found
 
 
 def draw(results: Results, chart: Chart, palette: Palette, titled: bool) -> Figure:
     title, into, height = chart
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, height(results) + (0.3 if titled else 0)), layout="constrained", facecolor=palette["paper"] if titled else "none")
+        figure = Figure(figsize=(WIDTH, height + (0.3 if titled else 0)), layout="constrained", facecolor=palette["paper"] if titled else "none")
         if titled:
             figure.suptitle(title, x=0.02, ha="left", color=palette["ink"], fontsize=11, fontweight="bold")
         into(figure, results, palette)
@@ -276,7 +275,7 @@ def overview(results: Results, palette: Palette) -> Figure:
     found = charts_of(results)
     names = [name for name in ("memory", "speed", "traffic") if name in found]
     with matplotlib.rc_context(STYLE):
-        height = max(found[name][2](results) for name in names) + 0.2
+        height = max(found[name][2] for name in names) + 0.2
         whole = Figure(figsize=(WIDTH * len(names), height), layout="constrained", facecolor=palette["paper"])
         parts = whole.subfigures(1, len(names), squeeze=False, wspace=0.03)[0]
         for part, name in zip(parts, names, strict=True):

@@ -37,7 +37,8 @@ if not __package__:  # started as a script
 
 from lib import report, results, supervise, theory
 from lib.config import ROOT, Parser, UserError, did_you_mean, shown
-from lib.ds_config import read_json
+from lib.config import parse as parse_settings
+from lib.ds_config import load_ds_config, read_json
 from lib.results import INSPECTED, case_folder, read_outcome
 
 FEWEST_STEPS = INSPECTED + 2
@@ -107,9 +108,6 @@ def configs_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 def check(recipe: str, settings: list[str], configs: dict[str, str], ranks: list[int], steps: int) -> dict[str, Any]:
     """What the comparison needs to know of the recipe. Raises UserError where a run would. In a process of its own, for it imports DeepSpeed."""
-    from lib import config
-    from lib.ds_config import load_ds_config
-
     try:
         module = importlib.import_module(f"recipes.{recipe}")
         fields = typing.get_type_hints(module.Config)
@@ -125,7 +123,7 @@ def check(recipe: str, settings: list[str], configs: dict[str, str], ranks: list
     decided = [f"--{name}={value}" for name, value in (DECIDED | {"max_steps": str(steps)}).items() if name in fields and value is not None]
     for file in configs.values():
         for count in ranks:
-            cfg, path = config.parse(module.Config, str(ROOT / "recipes" / f"{recipe}.py"), [f"--deepspeed_config={file}", *settings, *decided])
+            cfg, path = parse_settings(module.Config, str(ROOT / "recipes" / f"{recipe}.py"), [f"--deepspeed_config={file}", *settings, *decided])
             load_ds_config(path, cfg, count)
     if "max_steps" not in fields or "run_dir" not in fields:
         raise UserError(f"recipes/{recipe}.py has no settings max_steps and run_dir, which a comparison decides")

@@ -40,7 +40,7 @@ ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  #
 
 def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     """Of an attention, from the shapes of its inputs."""
-    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]  # torch gives it no types
 
 
 class Clock:
@@ -60,18 +60,17 @@ class Clock:
         return float(start.elapsed_time(end)) / 1000 if self.on_device else end - start
 
 
-class HostPeak:
-    """The most host memory that this process has held since `restart`, in bytes."""
+def restart_host_peak() -> None:
+    with contextlib.suppress(OSError):  # where the kernel does not let it, the peak is since the start of the process
+        Path("/proc/self/clear_refs").write_text("5")
 
-    def restart(self) -> None:
-        with contextlib.suppress(OSError):  # where the kernel does not let it: since the start of the process
-            Path("/proc/self/clear_refs").write_text("5")
 
-    def read(self) -> int:
-        with contextlib.suppress(OSError, StopIteration):
-            lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-            return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
-        return int(psutil.Process().memory_info().rss)
+def host_peak() -> int:
+    """The most host memory that this process has held since restart_host_peak, in bytes."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+    return int(psutil.Process().memory_info().rss)
 
 
 class Meter:
@@ -79,7 +78,7 @@ class Meter:
 
     def __init__(self, folder: Path, steps: int, goes_on: bool):
         self.folder, self.last_step, self.goes_on = folder, steps, goes_on
-        self.clock, self.host_peak = Clock(), HostPeak()
+        self.clock = Clock()
         self.step = 1
         self.marks: list[tuple[str, Any]] = []  # (the phase that begins, when), of the step that runs
         self.steps: list[list[tuple[str, Any]]] = []  # of each step; the last mark ends it
@@ -189,7 +188,7 @@ class Meter:
         comm.configure(enabled=False)
         logged = {op: {int(size): calls[0] for size, calls in sizes.items()} for op, sizes in comm.comms_logger.get_raw_data().items()}
         self.result |= {"held": self.held, "logged": logged, "forward_flops": self.flops, "facts": facts(engine)}
-        self.host_peak.restart()
+        restart_host_peak()
 
     def note_times_and_peaks(self) -> None:
         get_accelerator().synchronize()
@@ -200,7 +199,7 @@ class Meter:
                 phases[phase] += self.clock.seconds(start, end)
             seconds.append(phases)
         self.result["seconds"] = seconds  # of each phase, a step
-        self.result["peak_host_bytes"] = self.host_peak.read()
+        self.result["peak_host_bytes"] = host_peak()
         self.result["peak_device_bytes"] = get_accelerator().max_memory_allocated() if self.clock.on_device else None
 
     def training_batches(self, real: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
@@ -289,6 +288,7 @@ def main() -> None:
     meter = Meter(Path(folder), int(steps), goes_on=what == "all")
     deepspeed.initialize = meter.initialize(deepspeed.initialize)
     data.training_batches = meter.training_batches(data.training_batches)
+    # Replaced on purpose, so that the recipe, which is imported after this, needs no line for being measured.
     checkpoints.Checkpoints.save = meter.save(checkpoints.Checkpoints.save)  # type: ignore[method-assign]
     run.Run.log_evaluation = meter.log_evaluation(run.Run.log_evaluation)  # type: ignore[method-assign]
     try:

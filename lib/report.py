@@ -56,11 +56,11 @@ def kinds_of(results: Results) -> dict[str, str]:
     return {column.name: column.kind for column in results.columns()}
 
 
-def cells(results: Results, row: Row) -> list[str]:
+def cells(results: Results, row: Row, table: dict[str, tuple[str, ...]]) -> list[str]:
     """A row of the table, as text."""
     kinds = kinds_of(results)
     found = []
-    for name, *others in table_of(results).values():
+    for name, *others in table.values():
         more = f" ({' - '.join(written(row[other], kinds[other]) for other in others)})" if others else ""
         found.append(written(row.get(name), kinds[name]) + more)
     return found
@@ -76,31 +76,13 @@ def beside(results: Results, other: Results) -> list[dict[str, Any]]:
         old = next((old for old in other.good() if (old["config"], old["ranks"]) == (row["config"], row["ranks"])), None)
         if old is None:
             continue
+        case = {"config": row["config"], "ranks": row["ranks"]}
         for column in LAID_BESIDE:
             if row[column] and old[column]:
-                entries.append(
-                    {
-                        "config": row["config"],
-                        "ranks": row["ranks"],
-                        "column": column,
-                        "old": old[column],
-                        "new": row[column],
-                        "ratio": row[column] / old[column],
-                    }
-                )
+                entries.append(case | {"column": column, "old": old[column], "new": row[column], "ratio": row[column] / old[column]})
         pairs = zip(results.losses[row["config"], row["ranks"]], other.losses[row["config"], row["ranks"]], strict=False)
         largest = max(relative(new, before) for new, before in pairs)
-        entries.append(
-            {
-                "config": row["config"],
-                "ranks": row["ranks"],
-                "column": "loss_last",
-                "old": old["loss_last"],
-                "new": row["loss_last"],
-                "ratio": None,
-                "loss_difference": largest,
-            }
-        )
+        entries.append(case | {"column": "loss_last", "old": old["loss_last"], "new": row["loss_last"], "ratio": None, "loss_difference": largest})
     return entries
 
 
@@ -131,13 +113,11 @@ def what_differs(results: Results, other: Results) -> list[str]:
 
 def as_text(results: Results, other: Results | None) -> str:
     """The table and the three sentences, for the terminal."""
-    lines = [["config", "ranks", *table_of(results)]]
-    lines += [[row["config"], str(row["ranks"]), *cells(results, row)] for row in results.good()]
     # A terminal is narrow: the spread of steps and rounds is in the report.
-    brief = [
-        [line[0], line[1], *(cell if "theory" in head else cell.split(" (")[0] for head, cell in zip(lines[0][2:], line[2:], strict=True))] for line in lines
-    ]
-    text = ["", *aligned(brief)]
+    table = {
+        heading if "theory" in heading else heading.split(" (")[0]: names if "theory" in heading else names[:1] for heading, names in table_of(results).items()
+    }
+    text = ["", *aligned([["config", "ranks", *table], *([row["config"], str(row["ranks"]), *cells(results, row, table)] for row in results.good())])]
     text += [f"{case_name(row, results)}: failed: {row['failed']}" for row in results.rows if row["failed"]]
     if other is not None:
         text += ["", f"Beside {shown(other.folder)} ({other.spec['created']}):", *(f"  {line}" for line in what_differs(results, other)), ""]
@@ -188,7 +168,7 @@ def as_markdown(results: Results, other: Results | None) -> str:
     lines = [f"# {title_of(results)}", ""]
     lines += [f"{number}. {plain(sentence, results)}" for number, sentence in enumerate(sentences(results), 1)]
     lines += ["", "| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
-    lines += ["| " + " | ".join([row["config"], str(row["ranks"]), *cells(results, row)]) + " |" for row in results.good()]
+    lines += ["| " + " | ".join([row["config"], str(row["ranks"]), *cells(results, row, table_of(results))]) + " |" for row in results.good()]
     lines += ["", *(f"- **{case_name(row, results)} failed**: {row['failed']}" for row in results.rows if row["failed"])]
     lines += [
         f"- **{case_name(row, results)} left the path of the losses** at step {row['loss_left_at_step']}" for row in results.good() if row["loss_left_at_step"]
@@ -221,7 +201,7 @@ h2 { font-size: 1.05rem; margin: 0 0 8px; }
 .lead { color: var(--muted); margin: 0 0 20px; }
 section { margin-top: 20px; }
 .card { background: var(--paper); border: 1px solid var(--line); border-radius: 12px; padding: 16px; min-width: 0; }
-.verdict { display: grid; gap: 12px; padding: 0; margin: 0; list-style: none; counter-reset: verdict; }
+.verdict { display: grid; gap: 12px; padding: 0; margin: 0; list-style: none; }
 .verdict li { border-left: 4px solid var(--a); }
 .verdict li:nth-child(2) { border-left-color: var(--c); }
 .verdict li:nth-child(3) { border-left-color: var(--b); }

@@ -7,10 +7,11 @@ report and on the terminal is one of them.
 import json
 import math
 import statistics
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lib import theory
 from lib.config import UserError, shown
@@ -21,6 +22,9 @@ STATES_OFF, TRAFFIC_OFF = 0.01, 0.05  # what differs from theory by more, theory
 NOTED = 0.01  # part of the paper's figure from which on a difference from it is noted
 INSPECTED = 3  # the step that lib/measure.py takes apart: the optimizer's states are there, and stage 3 knows the order of the modules
 PHASES = ("forward", "backward", "optimizer", "data", "other")  # of a step's time
+TRAFFIC = {"all_reduce": "all-reduce", "reduce_scatter": "reduce-scatter", "reduce": "reduce", "all_gather": "all-gather", "other_traffic": "other"}
+BYTE_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
+FLOP_UNITS = ((1e15, "PFLOP/s"), (1e12, "TFLOP/s"), (1e9, "GFLOP/s"), (1e6, "MFLOP/s"), (1, "FLOP/s"))
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ COLUMNS = [
     Column("mfu", "percent", "model FLOP/s over the devices' peak"),
     *(
         Column(f"{name}_bytes", "bytes", f"sent by a rank in a step: {what}")
-        for name, what in (("all_reduce", "all-reduce"), ("reduce_scatter", "reduce-scatter"), ("reduce", "reduce"), ("all_gather", "all-gather"), ("other_traffic", "other"))
+        for name, what in TRAFFIC.items()
     ),
     Column("traffic_bytes", "bytes", "sent by a rank in a step, as ring collectives"),
     Column("traffic_theory_bytes", "bytes", "the same, as this config should have it"),
@@ -84,7 +88,6 @@ COLUMNS = [
     Column("timed_steps", "count", "steps that were timed, over all rounds"),
     Column("states_share", "percent", "states of a rank over those of the first config on as many ranks"),
 ]  # fmt: skip
-TRAFFIC = ("all_reduce", "reduce_scatter", "reduce", "all_gather", "other_traffic")
 
 
 @dataclass
@@ -105,6 +108,10 @@ class Results:
 
     def good(self) -> list[Row]:
         return [row for row in self.rows if row["failed"] is None]
+
+    def first_on_as_many_ranks(self, row: Row) -> Row:
+        """The row that others are held against."""
+        return next(other for other in self.good() if other["ranks"] == row["ranks"])
 
     def loss_differences(self, row: Row, other: Row) -> list[float]:
         """The relative difference of two rows' losses, one a step."""
@@ -212,8 +219,7 @@ def _row(folder: Path, spec: dict[str, Any], config: str, ranks: int, results: R
             phases |= {(number, step): seconds[step - 1] for step in range(INSPECTED + 1, len(seconds) + 1)}
     totals = {at: sum(split.values()) for at, split in phases.items()}
     row["timed_steps"] = len(totals)
-    row["step_ms"] = 1000 * statistics.median(totals.values())
-    row["step_p10_ms"], row["step_p90_ms"] = (1000 * quantile(totals.values(), q) for q in (0.1, 0.9))
+    row["step_p10_ms"], row["step_ms"], row["step_p90_ms"] = (1000 * float(value) for value in np.quantile(list(totals.values()), (0.1, 0.5, 0.9)))
     row |= {f"{phase}_ms": 1000 * statistics.fmean(split[phase] for split in phases.values()) for phase in PHASES}
     row["tokens_per_second"] = sum(tokens[step] for _, step in totals) / sum(totals.values())
     flops_per_token = 3 * sum(rank["forward_flops"] for rank in measured) / max(1, tokens[INSPECTED])
@@ -270,7 +276,7 @@ def _compare_with_first(results: Results, timings: dict[tuple[str, int], dict[tu
     tolerance = TOLERANCE[results.spec["precision"]]
     for row in results.good():
         key = (row["config"], row["ranks"])
-        first = next(other for other in results.good() if other["ranks"] == row["ranks"])
+        first = results.first_on_as_many_ranks(row)
         alone = next(other for other in results.good() if other["config"] == row["config"])
         differences = results.loss_differences(row, first)
         row["loss_difference"] = max(differences)
@@ -293,15 +299,6 @@ def relative(value: float, reference: float) -> float:
     return abs(value - reference) / max(abs(reference), 1e-12)
 
 
-def quantile(values: Iterable[float], q: float) -> float:
-    """The q-th quantile, interpolated."""
-    ordered = sorted(values)
-    at = q * (len(ordered) - 1)
-    low = math.floor(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
-
-
 def case_name(row: Row, results: Results) -> str:
     """What a row is called where only its name is shown."""
     return row["config"] if len(results.spec["ranks"]) == 1 else f"{row['config']} on {row['ranks']}"
@@ -315,16 +312,10 @@ def written(value: Any, kind: str) -> str:
         return str(value)
     if not math.isfinite(value):
         return "not finite"
-    if kind == "bytes":
-        for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-            if value >= 0.9995 * size:
-                return f"{_three_digits(value / size)} {unit}"
-        return f"{value:.0f} B"
-    if kind == "flops":
-        for unit, size in (("PFLOP/s", 1e15), ("TFLOP/s", 1e12), ("GFLOP/s", 1e9)):
-            if value >= 0.9995 * size:
-                return f"{_three_digits(value / size)} {unit}"
-        return f"{value / 1e6:.3g} MFLOP/s"
+    if kind in ("bytes", "flops"):
+        units = BYTE_UNITS if kind == "bytes" else FLOP_UNITS
+        size, unit = next((found for found in units if value >= 0.9995 * found[0]), units[-1])
+        return f"{value:.0f} {unit}" if size == 1 else f"{_three_digits(value / size)} {unit}"
     if kind == "count":
         return f"{value:,.0f}"
     if kind == "percent":
