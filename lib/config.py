@@ -112,9 +112,11 @@ def check_value(value: Any, kind: Any, where: str, text: bool) -> Any:
 
 
 def comments(config_class: type) -> dict[str, str]:
-    """The trailing comment of each field, which is its help text."""
-    found = re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(config_class), re.MULTILINE)
-    return dict(found)
+    """The trailing comment of each field, which is its help text: the recipe's own settings first, then those it inherits."""
+    found: dict[str, str] = {}
+    for part in inspect.getmro(config_class)[:-1]:
+        found |= dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(part), re.MULTILINE))
+    return found
 
 
 def load(config_class: type[C], yaml_path: Path, given: dict[str, str], quick: bool = False) -> C:
@@ -160,7 +162,7 @@ def parse(config_class: type[C], recipe: str, argv: list[str]) -> tuple[C, Path]
     parser.add_argument("--quick", action="store_true", help="overlay the YAML's 'quick:' section: a short run, to see that all works")
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)  # customary beside --deepspeed_config
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's
-    names = list(typing.get_type_hints(config_class))
+    names = list(help_texts)
     group = parser.add_argument_group("settings (they win over the YAML)")
     kinds = typing.get_type_hints(config_class, include_extras=True)
     for name in names:

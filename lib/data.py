@@ -51,6 +51,16 @@ def load_rows(dataset: str, max_rows: int | None, text: dict[str, str], label: d
     return {split: rows.shuffle(seed=0).select(range(min(max_rows, len(rows)))) for split, rows in splits.items()}
 
 
+def map_rows(splits: dict[str, Dataset], function: Callable[..., dict[str, list[Any]]], **arguments: Any) -> dict[str, Dataset]:
+    """The splits that `function(rows, **arguments)` makes of these: {column: values} of some rows to those of as many rows, more or fewer.
+
+    Rank 0 does it, the others read its cache.
+    """
+    return ranks.rank0_first(
+        lambda: {split: rows.map(function, batched=True, fn_kwargs=arguments, remove_columns=rows.column_names) for split, rows in splits.items()}
+    )
+
+
 def _load_rows(dataset: str, text: dict[str, str], label: dict[str, str]) -> dict[str, Dataset]:
     columns = {**text, **label}
     files: dict[str, list[Path]] = {}
@@ -276,37 +286,59 @@ class StepRows:
 
 
 def training_batches(
-    rows: Any, collate: Callable[[dict[str, list[Any]]], Batch], batch_size: int, micro_batch_size: int, seed: int,
+    rows: Any, collate: Callable[[dict[str, Any]], Batch], batch_size: int, micro_batch_size: int, seed: int,
     device: torch.device, lengths: Sequence[int] | None = None, start: int = 0,
 ) -> Iterator[list[Batch]]:  # fmt: skip
     """For each optimizer step, this rank's micro-batches: a list of accumulation_steps dicts of tensors on `device`.
 
     rows: indexed with a list of row numbers it gives {column: values}, as a datasets.Dataset does; collate makes tensors of that.
-    batch_size: rows a step over all ranks; a multiple of micro_batch_size * world_size. lengths: see StepRows.
+    Beside the columns it gets "draw", one random 64-bit number a row and step: what is random in a batch and made from these (masks,
+    negatives) does not depend on the number of ranks. batch_size: rows a step over all ranks; a multiple of micro_batch_size *
+    world_size. lengths: see StepRows.
     """
     step_rows = StepRows(len(rows), batch_size, seed, lengths)
     for step in itertools.count(start):
+        draws = np.random.SeedSequence((seed, step, 2)).generate_state(batch_size, np.uint64)
         # Neighbours in length go to different ranks at the same time, so that no rank waits long for another.
-        micro_batches = step_rows[step].reshape(-1, micro_batch_size)[ranks.rank() :: ranks.world_size()]
-        yield [to_device(collate(rows[micro_batch.tolist()]), device) for micro_batch in micro_batches]
+        own = np.arange(batch_size).reshape(-1, micro_batch_size)[ranks.rank() :: ranks.world_size()]
+        yield [to_device(collate({**rows[step_rows[step][part].tolist()], "draw": draws[part]}), device) for part in own]
 
 
 def evaluation_batches(
-    rows: Any, collate: Callable[[dict[str, list[Any]]], Batch], batch_size: int, device: torch.device,
+    rows: Any, collate: Callable[[dict[str, Any]], Batch], batch_size: int, device: torch.device,
     lengths: Sequence[int] | None = None,
 ) -> Iterator[tuple[Batch, torch.Tensor]]:  # fmt: skip
     """(batch, row numbers [batch_size]) until every row was on exactly one rank.
 
     All ranks get the same number of batches, because under ZeRO-3 a forward pass needs all of them. Where rows do not suffice,
-    fillers (copies of a row) have the row number -1: leave their results out.
+    fillers (copies of a row) have the row number -1: leave their results out. "draw" is the same number for a row at each evaluation.
     """
+    draws = np.random.SeedSequence(0).generate_state(len(rows), np.uint64)
     order = np.arange(len(rows)) if lengths is None else np.argsort(np.asarray(lengths), kind="stable")[::-1]
     share = batch_size * ranks.world_size()
     fillers = -len(order) % share
     numbers = np.concatenate([order, np.full(fillers, -1)]).reshape(-1, batch_size)
     for batch in numbers[ranks.rank() :: ranks.world_size()]:
         filled = np.where(batch < 0, order[-1], batch)
-        yield to_device(collate(rows[filled.tolist()]), device), torch.as_tensor(batch, device=device)
+        yield to_device(collate({**rows[filled.tolist()], "draw": draws[filled]}), device), torch.as_tensor(batch, device=device)
+
+
+def pad(sequences: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+    """Sequences of any lengths, filled up with `value`: [rows, longest], int64."""
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(sequence) for sequence in sequences], batch_first=True, padding_value=value)
+
+
+def pad_tokens(sequences: Sequence[Sequence[int]], pad_token_id: int) -> Batch:
+    """Token ids of any lengths -> input_ids and attention_mask (1: a token, 0: padding), [rows, longest]."""
+    return {"input_ids": pad(sequences, pad_token_id), "attention_mask": pad([[1] * len(sequence) for sequence in sequences], 0)}
+
+
+def random_numbers(draws: np.ndarray, count: int) -> np.ndarray:
+    """[rows, count] random numbers, uniform on [0, 1), that depend on each row's draw alone: splitmix64 (Steele et al. 2014)."""
+    bits = draws[:, None] + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((bits ^ (bits >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -327,6 +359,8 @@ class Blocks:
         self.tokens, self.length = tokens, length
         predicted = len(tokens) - 1
         self.count = predicted // length if drop_last else -(-predicted // length)
+        if self.count == 0:
+            raise UserError(f"{len(tokens)} tokens of text do not fill one block of max_length {length}; give more rows, or set a smaller --max_length")
 
     def __len__(self) -> int:
         return self.count
@@ -340,6 +374,21 @@ class Blocks:
             input_ids[row, : len(part) - 1] = part[:-1]
             labels[row, : len(part) - 1] = part[1:]
         return {"input_ids": input_ids, "labels": labels}
+
+
+def collate_blocks(blocks: dict[str, Any]) -> Batch:
+    """What Blocks give -> input_ids and labels, [rows, length]."""
+    return {name: torch.from_numpy(blocks[name]) for name in ("input_ids", "labels")}
+
+
+def token_streams(splits: dict[str, Dataset], tokenizer: Any) -> dict[str, np.ndarray]:
+    """The documents (column "text") of each split as one stream of tokens, an end-of-text token after each."""
+
+    def tokenize(rows: dict[str, list[str]], tokenizer: Any) -> dict[str, list[list[int]]]:
+        encoded = tokenizer(rows["text"], add_special_tokens=False, verbose=False)  # verbose: a document may exceed the model's limit
+        return {"input_ids": [[*ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]}
+
+    return {split: token_stream(rows) for split, rows in map_rows(splits, tokenize, tokenizer=tokenizer).items()}
 
 
 def token_stream(rows: Dataset, column: str = "input_ids") -> np.ndarray:

@@ -1,7 +1,12 @@
-"""Scores, and the trivial baselines that they are to be read beside."""
+"""Scores, as the field's own tools define them; `baselines.py` has what they are to be read beside."""
 
 import math
-from collections.abc import Sequence
+import re
+import string
+from collections import Counter
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,37 +21,151 @@ def classification_scores(labels: Sequence[int], predictions: Sequence[int]) -> 
     }
 
 
-def majority_class(train_labels: Sequence[int], test_labels: Sequence[int]) -> dict[str, float]:
-    """The scores of always answering with the most frequent training label."""
-    most_frequent = int(np.bincount(np.asarray(train_labels)).argmax())
-    return classification_scores(test_labels, [most_frequent] * len(test_labels))
-
-
-def tfidf_logistic_regression(
-    train_texts: Sequence[str], train_labels: Sequence[int], test_texts: Sequence[str], test_labels: Sequence[int]
-) -> dict[str, float]:
-    """The scores of scikit-learn's logistic regression on TF-IDF weighted words, fitted on the training rows."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-
-    model = make_pipeline(TfidfVectorizer(sublinear_tf=True), LogisticRegression(max_iter=1000))
-    model.fit(train_texts, train_labels)
-    return classification_scores(test_labels, model.predict(test_texts))
+def perplexity(nats: float, tokens: float) -> float:
+    """From the summed negative log-likelihood of so many tokens; infinite where it is too large for a number."""
+    return math.exp(nats / tokens) if nats / tokens < 700 else math.inf
 
 
 def language_model_scores(loss_sum: float, tokens: int, text_bytes: int) -> dict[str, float]:
     """Perplexity a token and bits a byte, from the summed negative log-likelihood (nats) of `tokens` that encode `text_bytes`."""
-    mean = loss_sum / tokens
-    return {"perplexity": math.exp(mean) if mean < 700 else math.inf, "bits_per_byte": loss_sum / math.log(2) / text_bytes}
+    return {"perplexity": perplexity(loss_sum, tokens), "bits_per_byte": loss_sum / math.log(2) / text_bytes}
 
 
-def unigram(train_tokens: np.ndarray, test_tokens: np.ndarray, vocab_size: int, text_bytes: int) -> dict[str, float]:
-    """The scores of a model that knows only how often each token occurs in training (with one added to each count).
+def _bleu(tokenize: str) -> Any:
+    """sacrebleu's BLEU, all but the tokenizer at its defaults. A signature counts references, so it is told that there is one a row."""
+    from sacrebleu.metrics.bleu import BLEU
 
-    It predicts what the language model is asked to: every token of the test stream but the first.
+    return BLEU(tokenize=tokenize, references=[[""]])
+
+
+def translation_scores(hypotheses: Sequence[str], references: Sequence[str], tokenize: str = "13a") -> dict[str, float]:
+    """BLEU (Papineni et al., 2002) and chrF2 (Popovic, 2015) of the whole corpus, 0 to 100, by sacrebleu.
+
+    hypotheses: raw text, one a row, not tokenized; references: one a row.
+    tokenize: sacrebleu's tokenizer for BLEU (chrF needs none). "13a" suits languages that write spaces, "zh" Chinese, "char" any.
     """
-    counts = np.bincount(train_tokens, minlength=vocab_size) + 1
-    log_probabilities = np.log(counts / counts.sum())
-    predicted = test_tokens[1:]
-    return language_model_scores(float(-log_probabilities[predicted].sum()), len(predicted), text_bytes)
+    from sacrebleu.metrics.chrf import CHRF
+
+    return {
+        "bleu": _bleu(tokenize).corpus_score(hypotheses, [references]).score,
+        "chrf": CHRF().corpus_score(hypotheses, [references]).score,
+    }
+
+
+def bleu_signature(tokenize: str = "13a") -> str:
+    """sacrebleu's signature of the BLEU that `translation_scores` computes: to be quoted with it, or it cannot be compared (Post, 2018)."""
+    return str(_bleu(tokenize).get_signature())
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a text, each on one line. A simple rule, not a trained one: a sentence ends
+
+    at a blank line, and after a full stop, question or exclamation mark where white space and no lower-case letter follows.
+    """
+    parts = re.split(r"(?<=[.!?])\s+(?![a-z\s])|\n\s*\n", text)
+    return [" ".join(part.split()) for part in parts if part.strip()]
+
+
+def summarization_scores(summaries: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """ROUGE-1, -2, -L and -Lsum (Lin, 2004): the mean over rows of the F-measure, 0 to 100, by rouge-score with Porter's stemmer.
+
+    ROUGE-Lsum compares sentence by sentence and takes a newline for the end of one, so both sides are split by `sentences`, which
+    ROUGE-L and the n-grams do not see. rouge-score drops all but the letters a to z and digits: for English only.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    names = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
+    scorer = RougeScorer(names, use_stemmer=True)
+    rows = [scorer.score("\n".join(sentences(reference)), "\n".join(sentences(summary))) for summary, reference in zip(summaries, references, strict=True)]
+    return {name: 100 * sum(row[name].fmeasure for row in rows) / len(rows) for name in names}
+
+
+def _normalized(answer: str) -> str:
+    """An answer as SQuAD compares it: lower case, without punctuation (ASCII), English articles and superfluous white space."""
+    letters = "".join(letter for letter in answer.lower() if letter not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", letters).split())
+
+
+def _word_f1(prediction: str, answer: str) -> float:
+    """F1 of the bags of words of two normalized answers. If either is empty: 1 if both are, else 0."""
+    predicted, expected = prediction.split(), answer.split()
+    if not predicted or not expected:
+        return float(predicted == expected)
+    return 2 * (Counter(predicted) & Counter(expected)).total() / (len(predicted) + len(expected))
+
+
+def question_answering_scores(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Exact match and F1 over words, the mean over questions, 0 to 100, as SQuAD 2.0's evaluation script defines them (Rajpurkar et al., 2018).
+
+    answers: the acceptable answers of each question, of which the best counts. Where there is none (or all normalize to nothing), the
+    question has no answer, and the right prediction is one that normalizes to nothing.
+    """
+    exact_match = f1 = 0.0
+    for text, accepted in zip(predictions, answers, strict=True):
+        prediction = _normalized(text)
+        golds = [gold for gold in map(_normalized, accepted) if gold] or [""]
+        exact_match += prediction in golds
+        f1 += max(_word_f1(prediction, gold) for gold in golds)
+    return {"exact_match": 100 * exact_match / len(predictions), "f1": 100 * f1 / len(predictions)}
+
+
+def retrieval_scores(ranking: np.ndarray, relevant: Sequence[Collection[int]]) -> dict[str, float]:
+    """nDCG@10, MRR@10 and recall@1, @10, @100, the mean over all queries, 0 to 1, equal to trec_eval's (`-c`) with binary relevance.
+
+    ranking: [queries, depth] document numbers, best first, each once a query; -1 fills up a row that is shorter.
+    relevant: the numbers of each query's relevant documents; a query without any scores 0.
+    """
+    found = np.array([np.isin(row, list(numbers)) for row, numbers in zip(ranking, relevant, strict=True)])
+    totals = np.array([len(set(numbers)) for numbers in relevant])
+
+    def recall(depth: int) -> float:
+        return float((found[:, :depth].sum(1) / np.maximum(totals, 1)).mean())
+
+    gains = 1 / np.log2(np.arange(2, 12))  # of a relevant document at ranks 1 to 10
+    best = np.concatenate([[0], gains.cumsum()])[np.minimum(totals, 10)]  # as if the relevant documents came first
+    top = found[:, :10]
+    return {
+        "ndcg_at_10": float((top @ gains[: top.shape[1]] / np.where(best, best, 1)).mean()),
+        "mrr_at_10": float((top.any(1) / (top.argmax(1) + 1)).mean()),
+        "recall_at_1": recall(1),
+        "recall_at_10": recall(10),
+        "recall_at_100": recall(100),
+    }
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    """Vectors scaled to length 1, so that their products are cosines; a zero vector stays one."""
+    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return vectors / np.where(lengths, lengths, 1)
+
+
+def similarity_scores(words: Sequence[str], vectors: np.ndarray) -> dict[str, float]:
+    """Spearman's correlation, -1 to 1, of the cosines of word vectors with human ratings, and how many pairs it was taken over.
+
+    The ratings are WordSim-353 (Finkelstein et al., 2002: relatedness) and SimLex-999 (Hill et al., 2015: similarity proper), from
+    gensim's test data. Pairs of which a word is unknown are left out; case is ignored, the first of words that differ only in case
+    counts. NaN where fewer than two pairs are left.
+    words: of vectors [words, dims].
+    """
+    from gensim.test.utils import datapath
+    from scipy.stats import spearmanr
+
+    number = {word.lower(): i for i, word in reversed(list(enumerate(words)))}
+    unit = _unit(vectors)
+    scores: dict[str, float] = {}
+    for name, file in (("wordsim353", "wordsim353.tsv"), ("simlex999", "simlex999.txt")):
+        lines = Path(datapath(file)).read_text(encoding="utf-8").lower().splitlines()
+        pairs = [line.split("\t") for line in lines if not line.startswith("#")]
+        known = [(number[a], number[b], float(rating)) for a, b, rating in pairs if a in number and b in number]
+        cosines = [unit[a] @ unit[b] for a, b, _ in known]
+        scores[name] = float(spearmanr(cosines, [rating for *_, rating in known]).statistic)
+        scores[f"{name}_pairs"] = len(known)
+    return scores
+
+
+def nearest_neighbours(words: Sequence[str], vectors: np.ndarray, word: str, count: int) -> list[str]:
+    """The `count` words whose vectors [words, dims] have the largest cosine with that of `word` (which must be known), best first, without itself."""
+    unit = _unit(vectors)
+    own = words.index(word)
+    order = np.argsort(-(unit @ unit[own]), kind="stable")
+    return [words[i] for i in order if i != own][:count]

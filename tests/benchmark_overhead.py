@@ -31,7 +31,7 @@ from lib import config, ranks
 from lib.checkpoints import Checkpoints
 from lib.data import IGNORED, Blocks, training_batches
 from lib.ds_config import load_ds_config
-from lib.model import load_model, make_adamw, true_stage0, veto_if_not_finite
+from lib.model import load_model, make_adamw, token_losses, true_stage0, veto_if_not_finite
 from lib.run import Run
 
 causal_lm: Any = importlib.import_module("recipes.causal_lm")
@@ -77,7 +77,7 @@ def main() -> None:
             labels = ranks.all_sum(torch.stack([(batch["labels"] != IGNORED).sum() for batch in micro_batches]).sum())
             step_loss = torch.zeros((), device=device)
             for batch in micro_batches:
-                loss = causal_lm.loss_sum(engine, batch) / labels
+                loss = token_losses(causal_lm.logits_of(engine, batch), batch["labels"]).sum() / labels
                 engine.backward(veto_if_not_finite(loss) * accumulation * ranks.world_size())
                 engine.step()
                 step_loss += loss.detach()

@@ -1,7 +1,7 @@
 """Runs a recipe's main() under many configs in one launch, for tests/test_recipes.py. Arguments: recipe, folder, case ...
 
 A case is NAME:JSON:setting=value,... It leaves its run in folder/NAME-WORLD_SIZE, the scores that main() returned in scores.json, and
-in probe.pt what the trained engine answers to a few made-up tokens.
+in probe.pt the last training inputs of the engine and what it answers to them after training. A recipe that starts from MiniLM starts from a smaller encoder here.
 """
 
 import dataclasses
@@ -20,14 +20,30 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import deepspeed
 import plain_torch
+from transformers import AutoTokenizer, BertConfig, BertModel, set_seed
 
 from lib import config, ranks
 from lib.ds_config import load_ds_config
+from lib.model import model_folder
 
-PROBE = torch.arange(5, 37).view(2, 16)
+
+def first_tensor(output: Any) -> torch.Tensor:
+    """What a model answered: the logits, mostly."""
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+def small_encoder(folder: Path) -> Path:
+    """An encoder of one narrow layer with MiniLM's tokenizer: its 30,522 embeddings are what the cases would spend their time on."""
+    if not (folder / "tokenizer.json").exists():
+        set_seed(0)
+        config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, initializer_range=0.1)
+        BertModel(config).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(model_folder("minilm")).save_pretrained(folder)
+    return folder
 
 
 def main(recipe_name: str, folder: Path, cases: list[str]) -> None:
+    ranks.init(timeout_minutes=10)
     recipe: Any = importlib.import_module(f"recipes.{recipe_name}")
     real_export = recipe.export
     for case in cases:
@@ -35,18 +51,32 @@ def main(recipe_name: str, folder: Path, cases: list[str]) -> None:
         run_dir = folder / f"{name}-{os.environ['WORLD_SIZE']}"
         given = {"run_dir": str(run_dir), "log_every": "7", "max_steps": "20"} | dict(setting.split("=") for setting in settings.split(","))
         cfg = config.load(recipe.Config, ROOT / "recipes" / f"{recipe_name}.yaml", given, quick=True)
+        if getattr(cfg, "model", None) == "minilm":
+            cfg.model = str(ranks.on_rank0(lambda: small_encoder(folder / "encoder")))
         ds_config = load_ds_config(Path(json_path), cfg, int(os.environ["WORLD_SIZE"]))
-        plain = SimpleNamespace(initialize=plain_torch.initialize)
-        recipe.deepspeed = plain if name == "plain" else deepspeed
+        real_initialize = plain_torch.initialize if name == "plain" else deepspeed.initialize
+        inputs: dict[str, Any] = {}
 
-        def export_and_probe(engine: Any, tokenizer: Any, model_folder: Path, run_dir: Path = run_dir) -> None:
+        def initialize_and_watch(real: Any = real_initialize, inputs: dict[str, Any] = inputs, **options: Any) -> Any:
+            everything = real(**options)
+
+            def note_inputs(module: Any, _: Any, named: dict[str, Any]) -> None:
+                if module.training:
+                    inputs.update(named)
+
+            everything[0].module.register_forward_pre_hook(note_inputs, with_kwargs=True)
+            return everything
+
+        def export_and_probe(engine: Any, tokenizer: Any, model_folder: Path, run_dir: Path = run_dir, inputs: dict[str, Any] = inputs) -> None:
             real_export(engine, tokenizer, model_folder)
             engine.eval()
+            probe = dict(inputs)
             with torch.no_grad():
-                logits = engine(input_ids=PROBE).logits
+                answered = first_tensor(engine(**probe))
             if ranks.rank() == 0:
-                torch.save(logits, run_dir / "probe.pt")
+                torch.save((probe, answered), run_dir / "probe.pt")
 
+        recipe.deepspeed = SimpleNamespace(initialize=initialize_and_watch)
         recipe.export = export_and_probe
         scores = recipe.main(cfg, ds_config)
         if ranks.rank() == 0:

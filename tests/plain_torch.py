@@ -1,5 +1,6 @@
 """A training engine without DeepSpeed: one process, one batch, torch's own backward, clipping and step. The reference for parity."""
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +25,7 @@ class PlainEngine:
         torch.autograd.backward(loss)
 
     def step(self) -> None:
-        self.norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.config["gradient_clipping"])
+        self.norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.config["gradient_clipping"] or math.inf)
         self.optimizer.step()
         self.lr_scheduler.step()
         self.optimizer.zero_grad()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from lib import evaluation, ranks
+from lib import baselines, ranks
 from lib.config import UserError
 from lib.data import IGNORED, Blocks, StepRows, evaluation_batches, label_ids, load_rows, training_batches
 from lib.samples import LIBRARIES, load_sample, split_of
@@ -202,10 +202,10 @@ def test_blocks_predict_every_token_but_the_first_once(tokens: int) -> None:
 
 
 def test_the_unigram_baseline_is_the_cross_entropy_of_the_counts() -> None:
-    scores = evaluation.unigram(np.array([0, 0, 1]), np.array([3, 0, 1]), vocab_size=4, text_bytes=2)
+    scores = baselines.unigram(np.array([0, 0, 1]), np.array([3, 0, 1]), vocab_size=4, test_texts=["ab"])
     assert scores["perplexity"] == pytest.approx((7 / 3 * 7 / 2) ** 0.5)
     assert scores["bits_per_byte"] == pytest.approx(np.log2(7 / 3 * 7 / 2) / 2)
 
 
 def test_classification_scores_are_scikit_learns() -> None:
-    assert evaluation.majority_class([0, 1, 1], [0, 1, 1, 1]) == {"accuracy": 0.75, "macro_f1": pytest.approx((0 + 6 / 7) / 2)}
+    assert baselines.majority_class([0, 1, 1], [0, 1, 1, 1]) == {"accuracy": 0.75, "macro_f1": pytest.approx((0 + 6 / 7) / 2)}

@@ -30,7 +30,7 @@ def test_a_model_that_sees_the_future_is_refused() -> None:
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
     BertLMHeadModel(TINY_BERT).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="tokenizer"):
-        load_tokenizer(str(tmp_path), trust_remote_code=False)
+        load_tokenizer(str(tmp_path), 8, trust_remote_code=False)
 
 
 def test_a_loaded_model_is_in_training_mode() -> None:

