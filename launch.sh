@@ -15,6 +15,8 @@ usage() {
 ./launch.sh <recipe> --help                        the recipe's settings
 ./launch.sh compare <recipe> [--help]              run it at several ZeRO stages, and report memory, speed, traffic and losses
 ./launch.sh test [--quick] [pytest arguments]      linter, type checker, tests (--quick: those of under a minute)
+./launch.sh search <run> "words" [--top N]         search the documents that a run of semantic_search has indexed
+./launch.sh results [--help]                       run every recipe at its defaults, and make the README's table of scores
 ./launch.sh torture <recipe> [--help]              kill it, stop it, fill its disk, resume everything from everything (an hour)
 ./launch.sh --help                                 this text
 
@@ -115,6 +117,8 @@ main() {
     --help | -h | "") usage; exit 0 ;;
     test) shift; environment; run_tests "$@"; exit 0 ;;
     torture) shift; environment; exec "$python" "$root/tests/torture.py" "$@" ;;
+    search) shift; environment; exec "$python" "$root/lib/search.py" "$@" ;;
+    results) shift; environment; exec "$python" "$root/lib/scoreboard.py" "$@" ;;
     compare)
       shift
       environment

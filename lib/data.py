@@ -11,7 +11,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +35,20 @@ Batch = dict[str, torch.Tensor]
 # --- rows ---------------------------------------------------------------------------------------------------------------
 
 
-def load_rows(dataset: str, max_rows: int | None, text: dict[str, str], label: dict[str, str] | None = None) -> dict[str, Dataset]:
+def load_rows(
+    dataset: str, max_rows: int | None, text: dict[str, str], label: dict[str, str] | None = None, answers: dict[str, str] | None = None
+) -> dict[str, Dataset]:  # fmt: skip
     """The splits "train", "validation" and "test" of a data set, each row checked, every column as text.
 
     dataset: a built-in sample, a .jsonl, .csv or .parquet file, a folder of such files, or an id on the Hugging Face hub.
     max_rows: take only so many rows of each split, drawn at random; None: all.
-    text, label: the columns to keep, as {name here: name in the data}. A label may be a number or a hub's class label.
+    text, label, answers: the columns to keep, as {name here: name in the data}. A label may be a number or a hub's class label. Answers
+    are as in SQuAD: {"text": [...], "answer_start": [...]}, with empty lists for a question that has none.
     A split that the data does not have is taken out of its training rows, by a hash of the text: a tenth each.
     In a folder, files whose names begin with train, validation (valid, val, dev) or test are those splits.
     Rank 0 loads first, the others from its cache. Raises UserError, naming file and row where there are any.
     """
-    splits = ranks.rank0_first(lambda: _load_rows(dataset, text, label or {}))
+    splits = ranks.rank0_first(lambda: _load_rows(dataset, text, label or {}, answers or {}))
     if max_rows is None:
         return splits
     return {split: rows.shuffle(seed=0).select(range(min(max_rows, len(rows)))) for split, rows in splits.items()}
@@ -61,15 +64,15 @@ def map_rows(splits: dict[str, Dataset], function: Callable[..., dict[str, list[
     )
 
 
-def _load_rows(dataset: str, text: dict[str, str], label: dict[str, str]) -> dict[str, Dataset]:
-    columns = {**text, **label}
+def _load_rows(dataset: str, text: dict[str, str], label: dict[str, str], answers: dict[str, str]) -> dict[str, Dataset]:
+    columns = {**text, **label, **answers}
     files: dict[str, list[Path]] = {}
     path = Path(dataset)
     if dataset in SAMPLES:
         loaded = load_sample(dataset)
     elif path.exists():
         files = _files(path)
-        loaded = _load_files(files, columns, set(text.values()))
+        loaded = _load_files(files, columns, set(text.values()), set(answers.values()))
     elif path.suffix in FORMATS or dataset.startswith((".", "/", "~")):
         raise UserError(f"dataset {dataset}: no such file or folder (looked from {Path.cwd()})")
     else:
@@ -83,7 +86,10 @@ def _load_rows(dataset: str, text: dict[str, str], label: dict[str, str]) -> dic
                     f"(there are: {', '.join(rows.column_names)}); set the recipe's ..._column settings"
                 )
         rows = rows.select_columns(list(columns.values())).rename_columns({old: new for new, old in columns.items() if old != new})
-        for name in columns:
+        for name in answers:
+            if not _are_answers(rows.features[name]):
+                raise UserError(f"dataset {dataset}, {split} rows, column '{columns[name]}': expected {ANSWERS}, found {rows.features[name]}")
+        for name in (*text, *label):
             rows = _as_text(rows, name, f"dataset {dataset}, {split} rows, column '{columns[name]}'", number_allowed=name in label)
         splits[split] = rows
     for split in SPLITS[1:]:
@@ -117,7 +123,16 @@ def _files(path: Path) -> dict[str, list[Path]]:
     return {split: files for split, files in by_split.items() if files}
 
 
-def _load_files(files: dict[str, list[Path]], columns: dict[str, str], text_columns: set[str]) -> DatasetDict:
+ANSWERS = '{"text": [...], "answer_start": [...]}, as in SQuAD'
+
+
+def _are_answers(feature: Any) -> bool:
+    """Whether a column holds what ANSWERS says (lists that are empty in all rows have no type)."""
+    of = {name: getattr(getattr(feature.get(name), "feature", None), "dtype", None) for name in ("text", "answer_start")} if isinstance(feature, dict) else {}
+    return bool(of) and of["text"] in ("string", "large_string", "null") and str(of["answer_start"]).startswith(("int", "null"))
+
+
+def _load_files(files: dict[str, list[Path]], columns: dict[str, str], text_columns: set[str], answers_columns: set[str]) -> DatasetDict:
     kind = FORMATS[next(iter(files.values()))[0].suffix]
     cause: BaseException | None = None
     try:
@@ -132,6 +147,7 @@ def _load_files(files: dict[str, list[Path]], columns: dict[str, str], text_colu
         wrong = any(
             rows.data.column(column).null_count
             or (column in text_columns and rows.features[column] != Value("string"))
+            or (column in answers_columns and not _are_answers(rows.features[column]))
             or (kind == "csv" and pyarrow.compute.any(pyarrow.compute.equal(rows.data.column(column), "")).as_py())  # an empty cell, or a missing one
             for rows in loaded.values()
             for column in columns.values()
@@ -141,7 +157,7 @@ def _load_files(files: dict[str, list[Path]], columns: dict[str, str], text_colu
         wrong, cause = True, error.__cause__ or error
     if wrong:
         for path in itertools.chain.from_iterable(files.values()):
-            _find_bad_row(path, columns.values(), text_columns)
+            _find_bad_row(path, columns.values(), text_columns, answers_columns)
         if cause is not None:
             raise UserError(f"dataset {shown(next(iter(files.values()))[0])}: cannot be read: {cause}")
     return loaded
@@ -188,7 +204,7 @@ def _rows_of_file(file: Path) -> Iterator[tuple[str, Any]]:
                 raise UserError(f"{shown(file)}, line {number}: not valid JSON: {error.msg}") from None
 
 
-def _find_bad_row(file: Path, columns: Sequence[str] | Any, text_columns: set[str]) -> None:
+def _find_bad_row(file: Path, columns: Iterable[str], text_columns: set[str], answers_columns: set[str]) -> None:
     """Raise a UserError that names the first row of a file that is not what it should be, if there is one."""
     place = None
     for place, row in _rows_of_file(file):
@@ -197,6 +213,16 @@ def _find_bad_row(file: Path, columns: Sequence[str] | Any, text_columns: set[st
         for column in columns:
             if row.get(column) is None:
                 raise UserError(f"{place}: no value for '{column}'{did_you_mean(column, row) if column not in row else ''}")
+            if column in answers_columns:
+                texts, starts = (row[column].get(name) if isinstance(row[column], dict) else None for name in ("text", "answer_start"))
+                if not (
+                    isinstance(texts, list)
+                    and isinstance(starts, list)
+                    and all(isinstance(text, str) for text in texts)
+                    and all(type(start) is int for start in starts)
+                ):
+                    raise UserError(f"{place}: '{column}' is {row[column]!r}, expected {ANSWERS}")
+                continue
             allowed = str if column in text_columns else (str, int)
             if not isinstance(row[column], allowed):
                 wanted = "text" if column in text_columns else "text or a whole number"
@@ -250,6 +276,19 @@ def label_ids(splits: dict[str, Dataset], label: str = "label") -> list[str]:
             if value not in names:
                 raise UserError(f"{split} rows, row {number}: label {value!r} is in no training row{did_you_mean(value, names)} (there are {len(names)})")
     return names
+
+
+def check_answers(splits: dict[str, Dataset]) -> None:
+    """Raise a UserError where an answer does not stand where it should in the context, as "answers" and "context" say."""
+    for split, rows in splits.items():
+        for number, (context, answers) in enumerate(zip(rows["context"], rows["answers"], strict=True), 1):
+            if not context.strip():
+                raise UserError(f"{split} rows, row {number}: the context is empty")
+            if len(answers["text"]) != len(answers["answer_start"]):
+                raise UserError(f"{split} rows, row {number}: {len(answers['text'])} answers, but {len(answers['answer_start'])} starts")
+            for text, start in zip(answers["text"], answers["answer_start"], strict=True):
+                if not text or context[start : start + len(text)] != text:
+                    raise UserError(f"{split} rows, row {number}: the answer {text!r} does not stand at character {start} of the context")
 
 
 # --- batches ------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ def new_config(architecture: str, num_heads: int, hidden_size: int, **sizes: Any
     return set_dropout(AutoConfig.for_model(architecture, hidden_size=hidden_size, num_attention_heads=num_heads, **sizes), 0.0)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, special_tokens: dict[str, str | AddedToken], template: str = "$A") -> PreTrainedTokenizerBase:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, special_tokens: Mapping[str, str | AddedToken], template: str = "$A") -> PreTrainedTokenizerBase:
     """Learn a byte-level BPE from texts: any text encodes to it and back without loss. Every rank must call it; rank 0 learns.
 
     special_tokens: by transformers' names, such as {"eos_token": "</s>"}. template: what a text becomes, with $A in its place.

@@ -181,17 +181,20 @@ def rank0_first(do: Callable[[], T]) -> T:
     return kept[0]
 
 
+def all_rows(rows: torch.Tensor) -> torch.Tensor:
+    """The rows [n, ...] of every rank, n the same on each, rank after rank: [n * world_size, ...]. They have no gradient."""
+    parts = [torch.empty_like(rows) for _ in range(world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
 def gather_rows(values: torch.Tensor, rows: torch.Tensor, total: int) -> torch.Tensor:
     """One value per row of a data set, in the order of the rows, on every rank.
 
     values: [n, ...] of this rank; rows: [n], the row that each value is of, -1 for a filler. n is the same on all ranks and
     every row is on exactly one of them. Returns [total, ...].
     """
-    all_values = [torch.empty_like(values) for _ in range(world_size())]
-    all_rows = [torch.empty_like(rows) for _ in range(world_size())]
-    dist.all_gather(all_values, values.contiguous())
-    dist.all_gather(all_rows, rows.contiguous())
-    value, row = torch.cat(all_values), torch.cat(all_rows)
+    value, row = all_rows(values), all_rows(rows)
     real = row >= 0
     assert torch.equal(row[real].sort().values.cpu(), torch.arange(total)), "a row is missing or counted twice"
     ordered = torch.empty((total, *value.shape[1:]), dtype=value.dtype, device=value.device)

@@ -1,0 +1,108 @@
+"""./launch.sh results: train every recipe at its defaults, and make one table of the scores.
+
+    ./launch.sh results                          all recipes, one after the other
+    ./launch.sh results translation causal_lm    these
+    ./launch.sh results --readme                 and put the table into README.md
+
+Each recipe leaves its run in runs/results/<recipe>. What has finished there, at the settings that are in the recipe's YAML now, is not run
+again (delete its folder to run it anew); what was interrupted goes on from its newest checkpoint. A recipe's first score is
+the one in the table, the first row below its own in the run's last lines is the baseline.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # started as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # instead of lib/
+
+import yaml
+
+from lib.config import ROOT, Parser, UserError, did_you_mean, load, shown
+from lib.run import MAY_CHANGE
+
+FOLDER = ROOT / "runs" / "results"
+BEGIN, END = "<!-- made by ./launch.sh results --readme -->", "<!-- end -->"
+
+
+def recipes(asked: list[str]) -> list[str]:
+    """Those asked for, or all. Raises UserError for one that is not there."""
+    there = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
+    for name in asked:
+        if name not in there:
+            raise UserError(f"there is no recipe {name}{did_you_mean(name, there)}; recipes: {', '.join(there)}")
+    return asked or there
+
+
+def is_current(recipe: str) -> bool:
+    """Whether the run that is there was made with what the recipe's YAML says now. False where there is none."""
+    path = FOLDER / recipe / "config.yaml"
+    if not path.is_file():
+        return False
+    before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    now: Any = load(importlib.import_module(f"recipes.{recipe}").Config, ROOT / "recipes" / f"{recipe}.yaml", {})
+    decides = {name: value for name, value in dataclasses.asdict(now).items() if name not in MAY_CHANGE or name in ("max_steps", "epochs")}
+    return decides == {name: before.get(name) for name in decides}
+
+
+def train(recipe: str) -> None:
+    """Run a recipe to its end, unless that was done. Raises UserError if it does not get there."""
+    how = "--resume" if is_current(recipe) else "--overwrite"
+    print(f"\n== {recipe}", flush=True)
+    code = subprocess.run([ROOT / "launch.sh", recipe, "--run_dir", FOLDER / recipe, how], check=False).returncode
+    if code:
+        raise UserError(f"{recipe} ended with exit code {code}; ./launch.sh results goes on with it")
+
+
+def row(recipe: str) -> list[str]:
+    """recipe, task, data, metric, score, baseline, minutes."""
+    run = FOLDER / recipe
+    result, settings = json.loads((run / "result.json").read_text(encoding="utf-8")), yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    (_, scores), (beside, baseline) = list(result["scores"].items())[:2]
+    metric, score = next(iter(scores.items()))
+    task = (importlib.import_module(f"recipes.{recipe}").__doc__ or "").splitlines()[0].rstrip(".").lower()
+    name = f"[`{recipe}`](recipes/{recipe}.py)"
+    return [name, task, settings["dataset"], metric, f"{score:.3g}", f"{beside}: {baseline[metric]:.3g}", f"{result['seconds'] / 60:.1f}"]
+
+
+def table(names: list[str]) -> str:
+    """The Markdown table, and a line that says what it was made with."""
+    versions = json.loads((FOLDER / names[0] / "versions.json").read_text(encoding="utf-8"))
+    newest = max((FOLDER / name / "result.json").stat().st_mtime for name in names)
+    header = ["recipe", "task", "data", "metric", "score", "baseline", "minutes"]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *map(row, names))]
+    made = f"deepspeed {versions['deepspeed']}, torch {versions['torch']}, {datetime.date.fromtimestamp(newest)}"
+    return "\n".join(lines) + f"\n\n*Test scores; minutes from start to end, with the baseline. {os.cpu_count()} CPU cores, {made}.*"
+
+
+def main() -> None:
+    parser = Parser(prog="./launch.sh results", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipes", nargs="*", help="which (default: all)")
+    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
+    try:
+        options = parser.parse_args()
+        names = recipes(options.recipes)
+        for name in names:
+            train(name)
+        text = table(names)
+        print(f"\n{text}")
+        if options.readme:
+            readme = ROOT / "README.md"
+            before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+            _, end, after = rest.partition(END)
+            if not end:
+                raise UserError(f"{shown(readme)} has no place for the table, between '{BEGIN}' and '{END}'")
+            readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

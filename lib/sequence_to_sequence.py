@@ -1,0 +1,110 @@
+"""Encoder-decoders: from scratch, a pre-trained encoder with a new decoder, or a whole pre-trained one; their pairs of texts; generation."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from transformers import (
+    AutoModel,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertLMHeadModel,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)  # fmt: skip
+
+from lib import inference, ranks
+from lib.config import UserError
+from lib.data import IGNORED, Batch, pad, pad_tokens
+from lib.model import load_config, load_tokenizer, load_weights, set_dropout, train_tokenizer
+
+SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+
+
+def load_tokenizers(cfg: Any, sources: Sequence[str], targets: Sequence[str]) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+    """(of the sources, of the targets). Every rank must call it.
+
+    From scratch (model null) one byte-level BPE is learned from both; for a pre-trained encoder, one from the targets; a pre-trained
+    encoder-decoder brings its own for both.
+    """
+    if cfg.model is None:
+        joint = train_tokenizer([*sources, *targets], cfg.vocab_size, SPECIAL_TOKENS, "$A </s>")
+        return joint, joint
+    source_tokenizer = load_tokenizer(cfg.model, max(cfg.max_source_length, cfg.max_target_length), cfg.trust_remote_code)
+    if ranks.rank0_first(lambda: load_config(cfg.model, 0.0, cfg.trust_remote_code)).is_encoder_decoder:
+        return source_tokenizer, source_tokenizer
+    return source_tokenizer, train_tokenizer(targets, cfg.vocab_size, SPECIAL_TOKENS, "$A </s>")
+
+
+def build_model(cfg: Any, target_tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The encoder-decoder, whole, in host memory.
+
+    cfg: model (null: a BART from scratch; an encoder: with a new BERT as its decoder; an encoder-decoder: as it is), trust_remote_code,
+    hidden_size, intermediate_size, num_layers, num_heads, max_source_length, max_target_length.
+    """
+    special = {name: getattr(target_tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if cfg.hidden_size % cfg.num_heads:
+        raise UserError(f"hidden_size {cfg.hidden_size} is no multiple of num_heads {cfg.num_heads}")
+    if cfg.model is None:
+        bart = BartConfig(
+            vocab_size=len(target_tokenizer), d_model=cfg.hidden_size, max_position_embeddings=max(cfg.max_source_length, cfg.max_target_length + 1),
+            encoder_layers=cfg.num_layers, encoder_attention_heads=cfg.num_heads, encoder_ffn_dim=cfg.intermediate_size,
+            decoder_layers=cfg.num_layers, decoder_attention_heads=cfg.num_heads, decoder_ffn_dim=cfg.intermediate_size,
+            **special, decoder_start_token_id=special["bos_token_id"], forced_eos_token_id=None, scale_embedding=True,
+        )  # fmt: skip
+        return BartForConditionalGeneration(set_dropout(bart, 0.0))
+    config = load_config(cfg.model, 0.0, cfg.trust_remote_code)
+    if config.is_encoder_decoder:
+        return load_weights(AutoModelForSeq2SeqLM, cfg.model, config, cfg.trust_remote_code)
+    encoder = load_weights(AutoModel, cfg.model, config, cfg.trust_remote_code)
+    decoder = BertConfig(
+        vocab_size=len(target_tokenizer), hidden_size=cfg.hidden_size, num_hidden_layers=cfg.num_layers, num_attention_heads=cfg.num_heads,
+        intermediate_size=cfg.intermediate_size, max_position_embeddings=cfg.max_target_length + 1, **special, is_decoder=True, add_cross_attention=True,
+    )  # fmt: skip
+    both = EncoderDecoderConfig.from_encoder_decoder_configs(
+        encoder.config, set_dropout(decoder, 0.0), **special, decoder_start_token_id=special["bos_token_id"]
+    )
+    return EncoderDecoderModel(both, encoder, BertLMHeadModel(both.decoder))
+
+
+def tokenize_pairs(
+    rows: dict[str, list[Any]], source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase, max_source_length: int, max_target_length: int
+) -> dict[str, list[Any]]:  # fmt: skip
+    """Columns source and target -> input_ids, labels, the length of both together in tokens, and whether either was truncated."""
+    sources = source_tokenizer(rows["source"], truncation=True, max_length=max_source_length)
+    targets = target_tokenizer(text_target=rows["target"], truncation=True, max_length=max_target_length)
+    pairs = list(zip(sources.encodings, targets.encodings, strict=True))
+    return {
+        "input_ids": sources["input_ids"],
+        "labels": targets["input_ids"],
+        "length": [len(source.ids) + len(target.ids) for source, target in pairs],
+        "truncated": [bool(source.overflowing or target.overflowing) for source, target in pairs],
+    }
+
+
+def collate_pairs(rows: dict[str, list[Any]], source_pad: int, target_pad: int, decoder_start: int) -> Batch:
+    """Pairs -> input_ids, attention_mask [rows, longest source]; decoder_input_ids, labels (the token after each) [rows, longest target]."""
+    shifted = [[decoder_start, *labels[:-1]] for labels in rows["labels"]]
+    return pad_tokens(rows["input_ids"], source_pad) | {"decoder_input_ids": pad(shifted, target_pad), "labels": pad(rows["labels"], IGNORED)}
+
+
+def generate_texts(
+    engine: Any, rows: Dataset, collate: Any, batch_size: int, tokenizer: PreTrainedTokenizerBase, max_length: int, beams: int
+) -> list[str]:  # fmt: skip
+    """The text that the model makes of each row's source, by beam search (1 beam: greedily), the same on every rank."""
+
+    def generate(batch: Batch) -> torch.Tensor:
+        tokens = engine.module.generate(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], num_beams=beams, do_sample=False, max_new_tokens=max_length,
+            synced_gpus=engine.zero_optimization_stage() == 3,  # a rank that is done goes on with the others, which need its parameters
+        )  # fmt: skip
+        return F.pad(tokens, (0, 1 + max_length - tokens.shape[1]), value=tokenizer.pad_token_id)
+
+    tokens = inference.for_each_row(engine, rows, collate, batch_size, generate, rows["length"])
+    return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]

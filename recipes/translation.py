@@ -1,0 +1,147 @@
+"""Train an encoder-decoder to translate.
+
+    ./launch.sh translation --stage 2
+    ./launch.sh translation --model minilm
+    deepspeed --num_accelerators 2 recipes/translation.py --deepspeed_config ds_configs/translation/zero2.json
+
+The default trains a small BART and one byte-level BPE for both languages from scratch on 3,000 user-interface messages, English to
+French. `--model` takes a pre-trained encoder (minilm), which gets a new decoder and a BPE for it, or any pre-trained encoder-decoder.
+The translations are scored beside copies of the source, and beside the translation of the most similar source of the training rows.
+
+Method: minimize the mean of the cross entropy of each target token, given the source and the target tokens before it, with a share of
+the probability spread over the vocabulary (label smoothing: Szegedy et al. 2016, section 7; Vaswani et al. 2017, section 5.4); translate
+by beam search. Batches are grouped by length, and there is no dropout.
+
+Change first: the YAML beside this file (model, dataset, columns); the model and its texts are in lib/sequence_to_sequence.py.
+"""
+
+import functools
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import deepspeed
+import torch
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from transformers import get_scheduler
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
+from lib import baselines, ranks
+from lib.checkpoints import Checkpoints
+from lib.config import Probability, Seed, cli
+from lib.data import IGNORED, Batch, load_rows, map_rows, training_batches
+from lib.evaluation import bleu_signature, translation_scores
+from lib.model import export, load_model, make_adamw, token_losses, true_stage0, veto_if_not_finite
+from lib.run import Run, RunSettings
+from lib.sequence_to_sequence import build_model, collate_pairs, generate_texts, load_tokenizers, tokenize_pairs
+
+
+@dataclass
+class Config(RunSettings):
+    model: str | None  # "minilm", a folder or a hub id: an encoder or an encoder-decoder; null: from scratch
+    trust_remote_code: bool  # whether code and pickled weights that come with the model may run; only for sources that you trust
+    vocab_size: PositiveInt  # tokens of the BPE that is learned, unless the model has one for its output; at least 259
+    hidden_size: PositiveInt  # width of what is trained from scratch; a multiple of num_heads
+    intermediate_size: PositiveInt  # width inside its MLPs
+    num_layers: PositiveInt  # its layers, in the encoder and in the decoder
+    num_heads: PositiveInt  # its attention heads
+    dataset: str  # "messages_fr", _de, _es, _ja (built in), a .jsonl, .csv or .parquet file, a folder of them, or a hub id
+    source_column: str  # the column to translate
+    target_column: str  # the column with its translation
+    max_rows: PositiveInt | None  # rows to take of each split, drawn at random; null: all
+    seed: Seed  # of the weights and the order of the rows
+    precision: Literal["fp32", "bf16", "fp16"]  # of the forward and backward pass; the optimizer's is always fp32
+    batch_size: PositiveInt  # rows an optimizer step, over all ranks
+    max_steps: PositiveInt | None  # optimizer steps; null: epochs decide
+    epochs: PositiveFloat | None  # passes over the training rows; null: max_steps decide
+    max_source_length: PositiveInt  # tokens; longer texts are truncated and counted
+    max_target_length: PositiveInt  # tokens, also of what is generated
+    label_smoothing: Probability  # share of the probability that is spread over the vocabulary
+    learning_rate: PositiveFloat  # the highest, after the warm-up
+    lr_schedule: Literal["linear", "cosine", "constant"]  # what the learning rate does after the warm-up
+    warmup_steps: NonNegativeInt  # optimizer steps over which the learning rate rises from 0
+    weight_decay: NonNegativeFloat  # of matrices and embeddings, not of biases and norms
+    gradient_clipping: NonNegativeFloat  # highest norm of the gradient; 0: no clipping
+    beams: PositiveInt  # of the beam search; 1: greedy
+    bleu_tokenizer: Literal["13a", "intl", "zh", "char"]  # sacrebleu's, for BLEU: char for Japanese, zh for Chinese
+
+
+def logits_of(engine: Any, batch: Batch) -> torch.Tensor:
+    """[rows, longest target, tokens of the vocabulary], in fp32."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "decoder_input_ids")}
+    return engine(**inputs).logits.float()
+
+
+def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
+    device = ranks.init(cfg.rank_timeout)
+    run = Run(cfg, ds_config, __file__)
+    micro_batch_size, accumulation_steps = ds_config["train_micro_batch_size_per_gpu"], ds_config["gradient_accumulation_steps"]
+
+    # Data: pairs of texts to token ids.
+    splits = load_rows(cfg.dataset, cfg.max_rows, text={"source": cfg.source_column, "target": cfg.target_column})
+    texts = splits["train"]["source"], splits["train"]["target"]
+    source_tokenizer, target_tokenizer = load_tokenizers(cfg, *texts)
+    lengths = {"max_source_length": cfg.max_source_length, "max_target_length": cfg.max_target_length}
+    tokenized = map_rows(splits, tokenize_pairs, source_tokenizer=source_tokenizer, target_tokenizer=target_tokenizer, **lengths)
+    train = tokenized["train"]
+    run.plan(len(train))
+
+    # Model, optimizer, engine.
+    model: Any = load_model(lambda: build_model(cfg, target_tokenizer), ds_config, cfg.seed)
+    optimizer = make_adamw(model, ds_config, cfg.learning_rate, cfg.weight_decay)
+    schedule = get_scheduler(cfg.lr_schedule, optimizer, cfg.warmup_steps, run.total_steps)
+    engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
+    true_stage0(engine)
+    run.attach(engine)
+    truncated = sum(train["truncated"])
+    run.header(model, {name: len(rows) for name, rows in tokenized.items()}, [f"{truncated:,} training pairs truncated"] if truncated else [])
+
+    pads = source_tokenizer.pad_token_id, target_tokenizer.pad_token_id
+    collate = functools.partial(collate_pairs, source_pad=pads[0], target_pad=pads[1], decoder_start=model.config.decoder_start_token_id)
+
+    def evaluate(split: str) -> tuple[dict[str, float], list[str]]:
+        translations = generate_texts(engine, tokenized[split], collate, micro_batch_size, target_tokenizer, cfg.max_target_length, cfg.beams)
+        return translation_scores(translations, splits[split]["target"], cfg.bleu_tokenizer), translations
+
+    checkpoints = Checkpoints(run, engine, schedule)
+    done = checkpoints.restore()  # optimizer steps: 0, or those of the checkpoint that --resume found
+    batches = training_batches(train, collate, cfg.batch_size, micro_batch_size, cfg.seed, device, train["length"], start=done)
+    for step in run.steps(done):
+        micro_batches = next(batches)  # this rank's share of one optimizer step
+        learning_rate = schedule.get_last_lr()[0]
+        counts = [torch.stack([(batch["labels"] != IGNORED).sum(), batch["attention_mask"].sum()]) for batch in micro_batches]
+        labels, sources = ranks.all_sum(torch.stack(counts).sum(0))  # tokens over every rank and micro-batch
+        step_loss = torch.zeros((), device=device)
+        for batch in micro_batches:
+            loss = token_losses(logits_of(engine, batch), batch["labels"], cfg.label_smoothing).sum() / labels
+            engine.backward(veto_if_not_finite(loss) * accumulation_steps * ranks.world_size())  # undoes DeepSpeed's two divisions
+            engine.step()  # changes the weights after the last micro-batch only
+            step_loss += loss.detach()
+        run.log_step(step, step_loss, labels + sources, learning_rate, engine.get_global_grad_norm())
+        if run.due(step, cfg.eval_every):
+            scores, _ = evaluate("validation")
+            run.log_evaluation(step, "validation", scores)
+            checkpoints.score(step, scores["bleu"])
+        checkpoints.end_step(step, micro_batches)  # saves when due, or asked to stop; a loss that is not finite has changed no weight
+
+    checkpoints.take_best()
+    export(engine, source_tokenizer, run.folder / "model")
+    target_tokenizer.save_pretrained(run.folder / "model" / "target_tokenizer")
+    scores, translations = evaluate("test")
+    run.log_evaluation(run.total_steps, "test", scores)
+    test = splits["test"]
+    for row in range(min(3, len(test))):
+        run.say(f"sample   {test['source'][row]} -> {translations[row]}")
+    nearest = ranks.on_rank0(lambda: baselines.nearest_training_target(*texts, test["source"]))
+    beside = {
+        "nearest training source's": translation_scores(nearest, test["target"], cfg.bleu_tokenizer),
+        "copy of the source": translation_scores(test["source"], test["target"], cfg.bleu_tokenizer),
+    }
+    run.say(f"BLEU     {bleu_signature(cfg.bleu_tokenizer)}")
+    run.finish({f"this model, {len(test):,} test rows": scores, **beside})
+    return {"model": scores, **beside}
+
+
+if __name__ == "__main__":
+    cli(main, Config)
