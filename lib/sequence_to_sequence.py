@@ -57,6 +57,7 @@ def build_model(cfg: Any, target_tokenizer: PreTrainedTokenizerBase) -> PreTrain
             encoder_layers=cfg.num_layers, encoder_attention_heads=cfg.num_heads, encoder_ffn_dim=cfg.intermediate_size,
             decoder_layers=cfg.num_layers, decoder_attention_heads=cfg.num_heads, decoder_ffn_dim=cfg.intermediate_size,
             **special, decoder_start_token_id=special["bos_token_id"], forced_eos_token_id=None, scale_embedding=True,
+            init_std=cfg.hidden_size**-0.5,  # 0.02, made for larger models, would leave a small one's attention idle for most of a short run
         )  # fmt: skip
         return BartForConditionalGeneration(set_dropout(bart, 0.0))
     config = load_config(cfg.model, 0.0, cfg.trust_remote_code)
@@ -66,6 +67,7 @@ def build_model(cfg: Any, target_tokenizer: PreTrainedTokenizerBase) -> PreTrain
     decoder = BertConfig(
         vocab_size=len(target_tokenizer), hidden_size=cfg.hidden_size, num_hidden_layers=cfg.num_layers, num_attention_heads=cfg.num_heads,
         intermediate_size=cfg.intermediate_size, max_position_embeddings=cfg.max_target_length + 1, **special, is_decoder=True, add_cross_attention=True,
+        initializer_range=cfg.hidden_size**-0.5,
     )  # fmt: skip
     both = EncoderDecoderConfig.from_encoder_decoder_configs(
         encoder.config, set_dropout(decoder, 0.0), **special, decoder_start_token_id=special["bos_token_id"]

@@ -86,6 +86,7 @@ def build_model(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Mod
     config = new_config(
         cfg.architecture, cfg.num_heads, cfg.hidden_size, vocab_size=len(tokenizer), intermediate_size=cfg.intermediate_size,
         num_hidden_layers=cfg.num_layers, max_position_embeddings=cfg.max_length, pad_token_id=tokenizer.pad_token_id,
+        initializer_range=cfg.hidden_size**-0.5,  # 0.02, made for larger models, would leave a small one's attention idle for most of a short run
     )  # fmt: skip
     return AutoModelForMaskedLM.from_config(config, dtype=torch.float32)
 

@@ -1,14 +1,15 @@
-"""Useful (not padded) tokens a second beside the HF Trainer's default, on the same rows, model and DeepSpeed config. Run by hand:
+"""Useful (not padded) tokens a second beside the HF Trainer, on the same rows, model and DeepSpeed config. Run by hand:
 
-    python tests/benchmark_padding.py classification
-    python tests/benchmark_padding.py language_model
+    python tests/benchmark_padding.py text_classification
+    python tests/benchmark_padding.py causal_lm, or translation, question_answering
 
-Fresh processes in turn, the recipe's and the Trainer's, each with 2 ranks at ZeRO-2. The Trainer shuffles and pads each batch to its
-longest row; the language model's rows are lines of the sample, of which about half of such a batch is padding. Seconds are those of
-training alone, without the first steps.
+Fresh processes in turn, each with 2 ranks at ZeRO-2: the recipe, the Trainer as it is by default (random order, each batch padded to its
+longest row), and the Trainer with its batches grouped by length. The language model's rows are lines of the sample, of which about half of
+a random batch is padding. Seconds are those of training alone, without the first steps.
 """
 
 import argparse
+import functools
 import importlib
 import json
 import os
@@ -18,73 +19,115 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+from lib.config import load
+from lib.data import IGNORED
+
 WARMUP, BATCH, MICRO = 5, 32, 16
-MODEL = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4}
+SAMPLES = {"text_classification": "docstrings", "causal_lm": "sotu", "translation": "messages_fr", "question_answering": "docstring_questions"}
+TRAINER_MODES = {"random": "HF Trainer", "group_by_length": "HF Trainer, grouped by length"}
 
 
-def prepare(task: str, folder: Path) -> None:
-    """Write the rows that both train on, and for the language model the tokenizer and the untrained model."""
+def prepare(recipe: str, folder: Path) -> None:
+    """Write the rows that all train on, and the untrained model and its tokenizer where the recipe does not start from MiniLM."""
+    from transformers import AutoModelForCausalLM
+
+    from lib import ranks
+    from lib.model import new_config, train_tokenizer
     from lib.samples import load_sample
+    from lib.sequence_to_sequence import build_model, load_tokenizers
 
-    if task == "classification":
-        rows = load_sample("docstrings")
+    rows = load_sample(SAMPLES[recipe])
+    if recipe == "causal_lm":
+        lines = [line[:1200] for text in rows["train"]["text"][100:160] for line in text.split("\n") if len(line) > 200]
+        for split, part in {"train": lines, "validation": lines[:4], "test": lines[:4]}.items():
+            (folder / f"{split}.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in part))
+    else:
         for split in ("train", "validation", "test"):
             rows[split].select(range(len(rows[split]) if split == "train" else 16)).to_json(folder / f"{split}.jsonl")
-        return
-    from transformers import LlamaConfig, LlamaForCausalLM
+    if recipe in ("causal_lm", "translation"):
+        ranks.init(timeout_minutes=10)
+        cfg: Any = settings(recipe)
+        model: Any
+        if recipe == "causal_lm":
+            tokenizer = train_tokenizer(lines, cfg.vocab_size, {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"})
+            sizes = {"intermediate_size": cfg.intermediate_size, "num_hidden_layers": cfg.num_layers, "max_position_embeddings": cfg.max_length}
+            model = AutoModelForCausalLM.from_config(new_config("llama", cfg.num_heads, cfg.hidden_size, vocab_size=len(tokenizer), **sizes))
+        else:
+            tokenizer, _ = load_tokenizers(cfg, rows["train"]["source"], rows["train"]["target"])
+            model = build_model(cfg, tokenizer)
+        model.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
 
-    lines = [line for text in load_sample("sotu")["train"]["text"][100:160] for line in text.split("\n") if len(line) > 200]
-    for split, part in {"train": lines, "validation": lines[:4], "test": lines[:4]}.items():
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps({"text": line[:1200]}) + "\n" for line in part))
-    importlib.import_module("recipes.causal_lm").train_tokenizer({"text": lines}, MODEL["vocab_size"]).save_pretrained(folder / "model")
-    LlamaForCausalLM(LlamaConfig(**MODEL, tie_word_embeddings=True, max_position_embeddings=512)).save_pretrained(folder / "model")
+
+def settings(recipe: str) -> Any:
+    return load(importlib.import_module(f"recipes.{recipe}").Config, ROOT / "recipes" / f"{recipe}.yaml", {})
 
 
-def hf_trainer(task: str, folder: Path, steps: int) -> None:
-    """The Trainer with its default sampler and collator; rank 0 writes hf.json."""
-    import deepspeed
+def for_trainer(recipe: str, folder: Path) -> tuple[Any, Any, Callable[[list[dict[str, Any]]], dict[str, Any]]]:
+    """(model, tokenized rows, collator) as a user of the Trainer would have them, with the recipe's lengths."""
     from datasets import load_dataset
-    from transformers import (
+    from transformers import (  # fmt: skip
         AutoModelForCausalLM,
+        AutoModelForQuestionAnswering,
+        AutoModelForSeq2SeqLM,
         AutoModelForSequenceClassification,
         AutoTokenizer,
         DataCollatorForLanguageModeling,
+        DataCollatorForSeq2Seq,
         DataCollatorWithPadding,
-        Trainer,
-        TrainerCallback,
-        TrainingArguments,
-    )  # fmt: skip
+    )
 
     from lib.model import model_folder
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    rows = load_dataset("json", data_files=str(folder / "train.jsonl"))["train"]
-    name = model_folder("minilm") if task == "classification" else str(folder / "model")
+    rows, cfg = load_dataset("json", data_files=str(folder / "train.jsonl"))["train"], settings(recipe)
+    name = str(folder / "model") if (folder / "model").exists() else model_folder("minilm")
     tokenizer = AutoTokenizer.from_pretrained(name)
-    limit = 64 if task == "classification" else 256
-    model: Any
-    collator: Any
-    if task == "classification":
+    if recipe == "text_classification":
         names = sorted(set(rows["label"]))
-        model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=len(names))
-        rows = rows.map(lambda row: tokenizer(row["text"], truncation=True, max_length=limit) | {"label": names.index(row["label"])})
-        collator = DataCollatorWithPadding(tokenizer)
-    else:
-        tokenizer.pad_token = tokenizer.eos_token
-        model = AutoModelForCausalLM.from_pretrained(name)
-        rows = rows.map(lambda row: tokenizer(row["text"], truncation=True, max_length=limit), remove_columns=["text"])
-        collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    seen: list[tuple[float, int, int]] = []  # (time, useful tokens, tokens with padding) of each micro-batch
+        rows = rows.map(lambda row: tokenizer(row["text"], truncation=True, max_length=cfg.max_length) | {"label": names.index(row["label"])})
+        return AutoModelForSequenceClassification.from_pretrained(name, num_labels=len(names)), rows, DataCollatorWithPadding(tokenizer)
+    if recipe == "causal_lm":
+        rows = rows.map(lambda row: tokenizer(row["text"], truncation=True, max_length=cfg.max_length), remove_columns=["text"])
+        return AutoModelForCausalLM.from_pretrained(name), rows, DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    if recipe == "translation":
+        lengths = cfg.max_source_length
+        rows = rows.map(
+            lambda row: tokenizer(row["source"], text_target=row["target"], truncation=True, max_length=lengths), remove_columns=["source", "target"]
+        )
+        rows = rows.map(lambda row: {"length": len(row["input_ids"]) + len(row["labels"])})
+        model = AutoModelForSeq2SeqLM.from_pretrained(name)
+        return model, rows, DataCollatorForSeq2Seq(tokenizer, model)
+    question_answering: Any = importlib.import_module("recipes.question_answering")
+    rows = rows.add_column("row", list(range(len(rows))))
+    tokenize = functools.partial(question_answering.tokenize, tokenizer=tokenizer, max_length=cfg.max_length, stride=cfg.stride)
+    rows = rows.map(tokenize, batched=True, remove_columns=rows.column_names)
+    rows = rows.rename_columns({"start": "start_positions", "end": "end_positions"}).remove_columns(["characters", "row", "first", "last"])
+    pad = DataCollatorWithPadding(tokenizer)
+    return AutoModelForQuestionAnswering.from_pretrained(name), rows, lambda features: pad([feature | {"length": 0} for feature in features])
+
+
+def hf_trainer(recipe: str, folder: Path, steps: int, order: str) -> None:
+    """The Trainer with its own sampler; rank 0 writes hf.json."""
+    import deepspeed
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    model, rows, collator = for_trainer(recipe, folder)
+    seen: list[tuple[int, int]] = []  # (useful tokens, tokens with padding) of each micro-batch
 
     def counting(features: list[dict[str, Any]]) -> Any:
         batch = collator(features)
-        seen.append((time.perf_counter(), int(batch["attention_mask"].sum()), batch["attention_mask"].numel()))
+        batch.pop("length", None)
+        counted = [batch["attention_mask"] > 0, *([batch["labels"] != IGNORED] if recipe == "translation" else [])]
+        seen.append((sum(int(real.sum()) for real in counted), sum(real.numel() for real in counted)))
         return batch
 
     class Clock(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by mypy
@@ -97,14 +140,15 @@ def hf_trainer(task: str, folder: Path, steps: int) -> None:
     clock = Clock()
     arguments = TrainingArguments(
         output_dir=str(folder / "trainer"), per_device_train_batch_size=MICRO, max_steps=steps, learning_rate=1e-4, deepspeed=ds_config(),
-        report_to=[], save_strategy="no", logging_steps=10, use_cpu=os.environ["DS_ACCELERATOR"] == "cpu", disable_tqdm=True,
+        report_to=[], save_strategy="no", logging_steps=10, use_cpu=os.environ["DS_ACCELERATOR"] == "cpu", disable_tqdm=True, train_sampling_strategy=order,
+        remove_unused_columns=recipe != "question_answering",
     )  # fmt: skip
     trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=counting, callbacks=[clock])
     trainer.train()
     assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine"
     if trainer.args.process_index == 0:
-        counted = seen[WARMUP:steps]
-        useful, padded = sum(tokens for _, tokens, _ in counted), sum(total for _, _, total in counted)
+        counts = seen[WARMUP:steps]
+        useful, padded = sum(tokens for tokens, _ in counts), sum(total for _, total in counts)
         result = {"tokens_per_second": 2 * useful / (clock.times[-1] - clock.times[WARMUP - 1]), "padding": 1 - useful / padded}
         (folder / "ds" / "hf.json").write_text(json.dumps(result))
 
@@ -124,39 +168,42 @@ def launch(script: str, *arguments: object) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("task", choices=["classification", "language_model"])
+    parser.add_argument("recipe", choices=list(SAMPLES))
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--series", type=int, default=3)
     parser.add_argument("--trainer_in", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--order", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.trainer_in:
-        hf_trainer(options.task, options.trainer_in, options.steps)
+        hf_trainer(options.recipe, options.trainer_in, options.steps, options.order)
         return
     folder = Path(tempfile.mkdtemp())
-    prepare(options.task, folder)
     (folder / "ds").mkdir()
     (folder / "ds" / "ds.json").write_text(json.dumps(ds_config()))
-    common = ["--deepspeed_config", folder / "ds" / "ds.json", "--dataset", folder, "--batch_size", BATCH, "--max_steps", options.steps, "--warmup_steps", 0,
-              "--learning_rate", 1e-4, "--log_every", WARMUP, "--eval_every", "null", "--run_dir", folder / "run", "--overwrite", "true"]  # fmt: skip
-    if options.task == "classification":
-        recipe = ["recipes/text_classification.py", *common]
-    else:
-        recipe = ["recipes/causal_lm.py", *common, "--model", folder / "model", "--max_length", 256, "--samples", 0]
-    ratios = []
+    prepare(options.recipe, folder)
+    arguments = ["--deepspeed_config", folder / "ds" / "ds.json", "--dataset", folder, "--batch_size", BATCH, "--max_steps", options.steps, "--epochs", "null",
+                 "--warmup_steps", 0, "--learning_rate", 1e-4, "--log_every", WARMUP, "--eval_every", "null", "--save_minutes", "null",
+                 "--run_dir", folder / "run", "--overwrite", "true"]  # fmt: skip
+    if (folder / "model").exists():
+        arguments += ["--model", folder / "model"]
+    if options.recipe == "causal_lm":
+        arguments += ["--samples", 0]
+    ratios: dict[str, list[float]] = {order: [] for order in TRAINER_MODES}
     for series in range(options.series):
-        launch(*recipe)
+        launch(f"recipes/{options.recipe}.py", *arguments)
         entries = [entry for entry in map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines()) if "loss" in entry][WARMUP:]
         ours = sum(entry["tokens"] for entry in entries) / sum(entry["step_seconds"] for entry in entries)
-        launch("tests/benchmark_padding.py", options.task, "--trainer_in", folder, "--steps", options.steps)
-        trainer = json.loads((folder / "ds" / "hf.json").read_text())
-        ratios.append(ours / trainer["tokens_per_second"])
-        print(
-            f"series {series + 1}: recipe {ours:,.0f} useful tokens/s, HF Trainer {trainer['tokens_per_second']:,.0f} "
-            f"({trainer['padding']:.0%} of its tokens are padding), ratio {ratios[-1]:.2f}",
-            flush=True,
-        )
-    print(f"ratio, median: {statistics.median(ratios):.2f}")
+        print(f"series {series + 1}: recipe {ours:,.0f} useful tokens/s", flush=True)
+        for order, name in TRAINER_MODES.items():
+            launch("tests/benchmark_padding.py", options.recipe, "--trainer_in", folder, "--steps", options.steps, "--order", order)
+            trainer = json.loads((folder / "ds" / "hf.json").read_text())
+            ratios[order].append(ours / trainer["tokens_per_second"])
+            print(
+                f"  {name} {trainer['tokens_per_second']:,.0f} ({trainer['padding']:.0%} of its tokens are padding), ratio {ratios[order][-1]:.2f}", flush=True
+            )
+    for order, name in TRAINER_MODES.items():
+        print(f"ratio to {name}, median: {statistics.median(ratios[order]):.2f}")
 
 
 if __name__ == "__main__":

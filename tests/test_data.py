@@ -1,4 +1,4 @@
-"""Data: own files with every fault a user meets, the order of rows, fillers, packing, baselines."""
+"""Data: own files with every fault a user meets, the order of rows, fillers, packing, what is drawn."""
 
 import json
 from pathlib import Path
@@ -9,10 +9,11 @@ import pytest
 import torch
 from datasets import Dataset
 
-from lib import baselines, ranks
+from lib import ranks
 from lib.config import UserError
-from lib.data import IGNORED, Blocks, StepRows, evaluation_batches, label_ids, load_rows, training_batches
+from lib.data import IGNORED, Blocks, StepRows, check_answers, evaluation_batches, label_ids, load_rows, pad_tokens, random_numbers, training_batches
 from lib.samples import LIBRARIES, load_sample, split_of
+from lib.search import Corpus
 
 ROWS = [{"body": f"row number {i}, NA", "kind": "even" if i % 2 == 0 else "odd"} for i in range(100)]
 
@@ -198,14 +199,84 @@ def test_blocks_predict_every_token_but_the_first_once(tokens: int) -> None:
     real = got["labels"] != IGNORED
     assert got["labels"][real].tolist() == stream[1:].tolist()
     assert (got["labels"][real] == got["input_ids"][real] + 1).all()
-    assert len(Blocks(stream, 8, drop_last=True)) == (tokens - 1) // 8
+    if tokens > 8:
+        assert len(Blocks(stream, 8, drop_last=True)) == (tokens - 1) // 8
+    else:
+        with pytest.raises(UserError, match="do not fill one block"):
+            Blocks(stream, 8, drop_last=True)
 
 
-def test_the_unigram_baseline_is_the_cross_entropy_of_the_counts() -> None:
-    scores = baselines.unigram(np.array([0, 0, 1]), np.array([3, 0, 1]), vocab_size=4, test_texts=["ab"])
-    assert scores["perplexity"] == pytest.approx((7 / 3 * 7 / 2) ** 0.5)
-    assert scores["bits_per_byte"] == pytest.approx(np.log2(7 / 3 * 7 / 2) / 2)
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_what_is_drawn_for_a_row_does_not_depend_on_the_ranks(monkeypatch: pytest.MonkeyPatch, world_size: int) -> None:
+    rows = Dataset.from_dict({"value": list(range(64))})
+    seen: dict[int, int] = {}  # row -> its draw
+
+    def note(part: dict[str, Any]) -> dict[str, torch.Tensor]:
+        seen.update(zip(part["value"], map(int, part["draw"]), strict=True))
+        return collate(part)
+
+    def drawn(world_size: int, step: int) -> dict[int, int]:
+        seen.clear()
+        for rank in range(world_size):
+            monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+            monkeypatch.setattr(ranks, "world_size", lambda: world_size)
+            next(training_batches(rows, note, 16, 2, 0, torch.device("cpu"), start=step))
+        return dict(seen)
+
+    assert drawn(world_size, 3) == drawn(1, 3)
+    assert len(set(drawn(1, 3).values())) == 16 and not set(drawn(1, 3).values()) & set(drawn(1, 4).values())
 
 
-def test_classification_scores_are_scikit_learns() -> None:
-    assert baselines.majority_class([0, 1, 1], [0, 1, 1, 1]) == {"accuracy": 0.75, "macro_f1": pytest.approx((0 + 6 / 7) / 2)}
+def test_random_numbers_are_uniform_and_each_rows_own() -> None:
+    draws = np.random.SeedSequence(7).generate_state(2000, np.uint64)
+    numbers = random_numbers(draws, 50)
+    assert numbers.min() >= 0 and numbers.max() < 1
+    assert np.abs(np.histogram(numbers, 20)[0] / 5000 - 1).max() < 0.1
+    assert abs(np.corrcoef(numbers[:, 0], numbers[:, 1])[0, 1]) < 0.1
+    assert (random_numbers(draws[5:6], 50) == numbers[5:6]).all() and len(np.unique(numbers)) == numbers.size
+
+
+def test_token_ids_are_padded_to_the_longest() -> None:
+    batch = pad_tokens([[5, 6, 7], [8]], pad_token_id=9)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]] and batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+SQUAD = {"context": "The cat sat on the mat.", "question": "Where did it sit?", "answers": {"text": ["on the mat"], "answer_start": [12]}}
+
+
+def load_squad(path: Path, rows: list[dict[str, Any]]) -> dict[str, Dataset]:
+    numbered = [row | {"context": f"{row['context']} {number}"} for number, row in enumerate(rows)]
+    splits = load_rows(str(write(path, numbered)), None, text={"context": "context", "question": "question"}, answers={"answers": "answers"})
+    check_answers(splits)
+    return splits
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_answers_as_in_squad(tmp_path: Path, suffix: str) -> None:
+    none: dict[str, Any] = SQUAD | {"answers": {"text": [], "answer_start": []}}
+    splits = load_squad(tmp_path / f"mine{suffix}", [SQUAD, none] * 50)
+    assert sum(len(answers["text"]) for rows in splits.values() for answers in rows["answers"]) == 50
+    assert load_squad(tmp_path / f"none{suffix}", [none] * 50)["train"]["answers"][0]["text"] == []
+
+
+@pytest.mark.parametrize(
+    ("answers", "words"),
+    [
+        ({"text": ["on the mat"], "answer_start": [11]}, ["'on the mat'", "character 11"]),
+        ({"text": ["on the mat"], "answer_start": []}, ["1 answers, but 0 starts"]),
+        ({"text": [""], "answer_start": [3]}, ["''"]),
+        ({"text": "on the mat", "answer_start": 12}, ["line 1", "as in SQuAD"]),
+        ("on the mat", ["line 1", "as in SQuAD"]),
+        ({"text": ["on the mat"]}, ["line 1", "as in SQuAD"]),
+    ],
+)
+def test_faulty_answers(tmp_path: Path, answers: Any, words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        load_squad(tmp_path / "mine.jsonl", [SQUAD | {"answers": answers}] * 60)
+    for word in words:
+        assert word in str(error.value), str(error.value)
+
+
+def test_what_is_relevant_to_a_query() -> None:
+    corpus = Corpus(["b", "a", "b", "c"], ["x", "y", "z", "x"])
+    assert (corpus.queries, corpus.documents, corpus.relevant) == (["b", "a", "c"], ["x", "y", "z"], [{0, 2}, {1}, {0}])
