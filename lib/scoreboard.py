@@ -3,8 +3,9 @@
     ./launch.sh results                          all recipes, one after the other
     ./launch.sh results translation causal_lm    these
     ./launch.sh results --readme                 and put the table into README.md
+    ./launch.sh results --quick                  with the settings of --quick, to see that all works
 
-Each recipe leaves its run in runs/results/<recipe>. What has finished there, at the settings that are in the recipe's YAML now, is not run
+Each recipe leaves its run in runs/results/<recipe> (runs/results-quick). What has finished there, at the settings that are in the recipe's YAML now, is not run
 again (delete its folder to run it anew); what was interrupted goes on from its newest checkpoint. A recipe's first score is
 the one in the table, the first row below its own in the run's last lines is the baseline.
 """
@@ -28,7 +29,6 @@ import yaml
 from lib.config import ROOT, Parser, UserError, did_you_mean, load, shown
 from lib.run import MAY_CHANGE
 
-FOLDER = ROOT / "runs" / "results"
 BEGIN, END = "<!-- made by ./launch.sh results --readme -->", "<!-- end -->"
 
 
@@ -41,29 +41,28 @@ def recipes(asked: list[str]) -> list[str]:
     return asked or there
 
 
-def is_current(recipe: str) -> bool:
+def is_current(recipe: str, run: Path, quick: bool) -> bool:
     """Whether the run that is there was made with what the recipe's YAML says now. False where there is none."""
-    path = FOLDER / recipe / "config.yaml"
+    path = run / "config.yaml"
     if not path.is_file():
         return False
     before = yaml.safe_load(path.read_text(encoding="utf-8"))
-    now: Any = load(importlib.import_module(f"recipes.{recipe}").Config, ROOT / "recipes" / f"{recipe}.yaml", {})
+    now: Any = load(importlib.import_module(f"recipes.{recipe}").Config, ROOT / "recipes" / f"{recipe}.yaml", {}, quick)
     decides = {name: value for name, value in dataclasses.asdict(now).items() if name not in MAY_CHANGE or name in ("max_steps", "epochs")}
     return decides == {name: before.get(name) for name in decides}
 
 
-def train(recipe: str) -> None:
+def train(recipe: str, run: Path, quick: bool) -> None:
     """Run a recipe to its end, unless that was done. Raises UserError if it does not get there."""
-    how = "--resume" if is_current(recipe) else "--overwrite"
+    how = "--resume" if is_current(recipe, run, quick) else "--overwrite"
     print(f"\n== {recipe}", flush=True)
-    code = subprocess.run([ROOT / "launch.sh", recipe, "--run_dir", FOLDER / recipe, how], check=False).returncode
+    code = subprocess.run([ROOT / "launch.sh", recipe, "--run_dir", run, how, *(["--quick"] if quick else [])], check=False).returncode
     if code:
         raise UserError(f"{recipe} ended with exit code {code}; ./launch.sh results goes on with it")
 
 
-def row(recipe: str) -> list[str]:
+def row(recipe: str, run: Path) -> list[str]:
     """recipe, task, data, metric, score, baseline, minutes."""
-    run = FOLDER / recipe
     result, settings = json.loads((run / "result.json").read_text(encoding="utf-8")), yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     (_, scores), (beside, baseline) = list(result["scores"].items())[:2]
     metric, score = next(iter(scores.items()))
@@ -72,12 +71,12 @@ def row(recipe: str) -> list[str]:
     return [name, task, settings["dataset"], metric, f"{score:.3g}", f"{beside}: {baseline[metric]:.3g}", f"{result['seconds'] / 60:.1f}"]
 
 
-def table(names: list[str]) -> str:
+def table(runs: dict[str, Path]) -> str:
     """The Markdown table, and a line that says what it was made with."""
-    versions = json.loads((FOLDER / names[0] / "versions.json").read_text(encoding="utf-8"))
-    newest = max((FOLDER / name / "result.json").stat().st_mtime for name in names)
+    versions = json.loads((next(iter(runs.values())) / "versions.json").read_text(encoding="utf-8"))
+    newest = max((run / "result.json").stat().st_mtime for run in runs.values())
     header = ["recipe", "task", "data", "metric", "score", "baseline", "minutes"]
-    lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *map(row, names))]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *(row(*run) for run in runs.items()))]
     made = f"deepspeed {versions['deepspeed']}, torch {versions['torch']}, {datetime.date.fromtimestamp(newest)}"
     return "\n".join(lines) + f"\n\n*Test scores; minutes from start to end, with the baseline. {os.cpu_count()} CPU cores, {made}.*"
 
@@ -86,12 +85,16 @@ def main() -> None:
     parser = Parser(prog="./launch.sh results", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="*", help="which (default: all)")
     parser.add_argument("--readme", action="store_true", help="put the table into README.md")
+    parser.add_argument("--quick", action="store_true", help="with the settings of --quick")
     try:
         options = parser.parse_args()
-        names = recipes(options.recipes)
-        for name in names:
-            train(name)
-        text = table(names)
+        if options.quick and options.readme:
+            raise UserError("--quick and --readme: the scores of quick runs say nothing; leave one of them out")
+        folder = ROOT / "runs" / ("results-quick" if options.quick else "results")
+        runs = {name: folder / name for name in recipes(options.recipes)}
+        for name, run in runs.items():
+            train(name, run, options.quick)
+        text = table(runs)
         print(f"\n{text}")
         if options.readme:
             readme = ROOT / "README.md"

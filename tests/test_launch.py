@@ -68,6 +68,21 @@ def test_a_mistake_in_the_settings_ends_all_ranks_with_one_line(tmp_path: Path, 
 
 
 @pytest.mark.slow
+def test_results_are_a_table_of_runs_that_are_not_run_twice() -> None:
+    """In runs/results-quick of this checkout."""
+    first = launch("results", "recurrent_lm", "--quick")
+    assert first.returncode == 0, first.stderr
+    result = json.loads((ROOT / "runs" / "results-quick" / "recurrent_lm" / "result.json").read_text())
+    scores, unigram = result["scores"].values()
+    (row,) = [line for line in first.stdout.splitlines() if line.startswith("| [`recurrent_lm`]")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[2:6] == ["sotu", "perplexity", f"{scores['perplexity']:.3g}", f"unigram: {unigram['perplexity']:.3g}"]
+    again = launch("results", "recurrent_lm", "--quick")
+    assert "has finished already" in again.stdout + again.stderr and row in again.stdout
+    assert "did you mean 'recurrent_lm'" in launch("results", "recurent_lm").stderr
+
+
+@pytest.mark.slow
 def test_the_plain_launcher_trains_and_leaves_nothing_behind(tmp_path: Path) -> None:
     shared_memory = set(Path("/dev/shm").iterdir())
     arguments = ["--deepspeed_config", "ds_configs/text_classification/zero3.json", "--quick", "--run_dir", tmp_path / "run"]
