@@ -120,12 +120,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, special_tokens: Mappi
 
     special_tokens: by transformers' names, such as {"eos_token": "</s>"}. template: what a text becomes, with $A in its place.
     """
-    if vocab_size < 256 + len(special_tokens):
-        raise UserError(f"vocab_size is {vocab_size}; it must hold 256 bytes and {len(special_tokens)} special tokens: {256 + len(special_tokens)} or more")
+    names = list(dict.fromkeys(map(str, special_tokens.values())))
+    if vocab_size < 256 + len(names):
+        raise UserError(f"vocab_size is {vocab_size}; it must hold 256 bytes and {len(names)} special tokens: {256 + len(names)} or more")
 
     def learn() -> PreTrainedTokenizerBase:
         bpe = ByteLevelBPETokenizer()
-        names = list(dict.fromkeys(map(str, special_tokens.values())))
         bpe.train_from_iterator(texts, vocab_size, special_tokens=names, show_progress=False)
         if template != "$A":
             bpe._tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=[(name, bpe.token_to_id(name)) for name in names])

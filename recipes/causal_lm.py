@@ -162,7 +162,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     for text in texts:
         run.say(f"sample   {' '.join(text.split())}")
     baseline = baselines.unigram(streams["train"], streams["test"], len(tokenizer), splits["test"]["text"])
-    run.finish({f"this model, {len(streams['test']):,} test tokens": scores, "unigram": baseline})
+    run.finish({f"this model, {len(streams['test']) - 1:,} test tokens": scores, "unigram": baseline})
     return {"model": scores, "unigram": baseline}
 
 

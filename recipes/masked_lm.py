@@ -9,7 +9,7 @@ unigram model. `--model <hub id or folder>` goes on training a pre-trained encod
 Method: choose 15 % of the tokens at random; replace 80 % of these with the mask, 10 % with a random token, leave 10 %; minimize the
 mean of -log p(token | the changed text) over the chosen ones (Devlin et al. 2019, BERT, section 3.1). Other tokens are chosen
 each time a block comes by (Liu et al. 2019, RoBERTa, section 4.1). With `whole_words`, all tokens of a word are chosen together.
-There is no second sentence and no dropout. Pseudo-perplexity hides one token at a time (Salazar et al. 2020, section 2.1).
+Documents follow each other in the blocks; there is no second sentence and no dropout. Pseudo-perplexity hides one token at a time (Salazar et al. 2020, section 2.1).
 
 Change first: the YAML beside this file (data, sizes), then build_model(), tokenize() and hide().
 """
@@ -76,7 +76,7 @@ class Config(RunSettings):
     warmup_steps: NonNegativeInt  # optimizer steps over which the learning rate rises from 0
     weight_decay: NonNegativeFloat  # of matrices and embeddings, not of biases and norms
     gradient_clipping: NonNegativeFloat  # highest norm of the gradient; 0: no clipping
-    pseudo_perplexity_tokens: PositiveInt  # test tokens, drawn at random, that are hidden one at a time in the end
+    scored_tokens: PositiveInt  # tokens of the validation and of the test documents, drawn at random, that are hidden one at a time for the scores
 
 
 def build_model(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Module:
@@ -143,15 +143,15 @@ def logits_of(engine: Any, batch: Batch) -> torch.Tensor:
     return engine(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
 
 
-def evaluate(engine: Any, blocks: Dataset, collate_blocks: Any, batch_size: int) -> tuple[float, float]:
-    """(perplexity, accuracy) over the hidden tokens of all blocks."""
+def evaluate(engine: Any, one_hidden: Dataset, collate_hidden: Any, batch_size: int) -> dict[str, float]:
+    """Pseudo-perplexity, and how often the likeliest token is the right one, over blocks with one hidden token each."""
 
     def sums(batch: Batch) -> torch.Tensor:
         logits, labels = logits_of(engine, batch), batch["labels"]
-        return torch.stack([token_losses(logits, labels).sum(1), (logits.argmax(-1) == labels).sum(1), (labels != IGNORED).sum(1)], dim=1).double()
+        return torch.stack([token_losses(logits, labels).sum(1), (logits.argmax(-1) == labels).sum(1)], dim=1).double()
 
-    nats, right, hidden = inference.for_each_row(engine, blocks, collate_blocks, batch_size, sums).sum(0).tolist()
-    return evaluation.perplexity(nats, hidden), right / hidden
+    nats, right = inference.for_each_row(engine, one_hidden, collate_hidden, batch_size, sums).sum(0).tolist()
+    return {"pseudo_perplexity": evaluation.perplexity(nats, len(one_hidden)), "masked_accuracy": right / len(one_hidden)}
 
 
 def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -166,7 +166,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     else:
         tokenizer = load_tokenizer(cfg.model, cfg.max_length, cfg.trust_remote_code)
     blocks = map_rows(splits, tokenize, tokenizer=tokenizer, max_length=cfg.max_length)
-    one_hidden = Dataset.from_dict(hide_one(blocks["test"], cfg.pseudo_perplexity_tokens, tokenizer.mask_token_id))
+    one_hidden = {name: Dataset.from_dict(hide_one(blocks[name], cfg.scored_tokens, tokenizer.mask_token_id)) for name in ("validation", "test")}
     collate_hidden = functools.partial(collate, tokenizer=tokenizer)
 
     def hide_and_collate(rows: dict[str, Any]) -> Batch:
@@ -200,20 +200,19 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
             step_loss += loss.detach()
         run.log_step(step, step_loss, tokens, learning_rate, engine.get_global_grad_norm())
         if run.due(step, cfg.eval_every):
-            perplexity, accuracy = evaluate(engine, blocks["validation"], hide_and_collate, micro_batch_size)
-            run.log_evaluation(step, "validation", {"masked_perplexity": perplexity, "masked_accuracy": accuracy})
-            checkpoints.score(step, -perplexity)
+            scores = evaluate(engine, one_hidden["validation"], collate_hidden, micro_batch_size)
+            run.log_evaluation(step, "validation", scores)
+            checkpoints.score(step, -scores["pseudo_perplexity"])
         checkpoints.end_step(step, micro_batches)  # saves when due, or asked to stop; a loss that is not finite has changed no weight
 
     checkpoints.take_best()
     export(engine, tokenizer, run.folder / "model")
-    pseudo_perplexity, _ = evaluate(engine, one_hidden, collate_hidden, micro_batch_size)
-    _, accuracy = evaluate(engine, blocks["test"], hide_and_collate, micro_batch_size)
-    scores = {"pseudo_perplexity": pseudo_perplexity, "masked_accuracy": accuracy}
+    scores = evaluate(engine, one_hidden["test"], collate_hidden, micro_batch_size)
     run.log_evaluation(run.total_steps, "test", scores)
-    hidden = [next(label for label in labels if label != IGNORED) for labels in one_hidden["labels"]]
-    baseline = baselines.unigram_masked(token_stream(blocks["train"]), hidden, len(tokenizer))
-    run.finish({f"this model, {len(blocks['test']):,} test blocks": scores, "unigram": baseline})
+    hidden = [next(label for label in labels if label != IGNORED) for labels in one_hidden["test"]["labels"]]
+    text = token_stream(blocks["train"])[token_stream(blocks["train"], "words") >= 0]  # without the marks of the blocks' ends
+    baseline = baselines.unigram_masked(text, hidden, len(tokenizer))
+    run.finish({f"this model, {len(hidden):,} test tokens": scores, "unigram": baseline})
     return {"model": scores, "unigram": baseline}
 
 

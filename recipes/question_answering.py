@@ -4,7 +4,7 @@
     deepspeed --num_accelerators 2 recipes/question_answering.py --deepspeed_config ds_configs/question_answering/zero2.json
 
 The default teaches MiniLM (22.7 M parameters) to find what a docstring says of a parameter, and compares it with answering by the
-first sentence, or by the one that shares most words with the question.
+first sentence, or by the one that shares most words with the question, and with never answering.
 
 Method: two linear layers give each token a score as the start and as the end of the answer; minimize the mean of their two cross
 entropies over the tokens of the question and the text. Where there is no answer, the first token is the right one (Devlin et al. 2019,
@@ -70,7 +70,7 @@ def tokenize(rows: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, max
     """Questions and contexts -> windows: input_ids, token_type_ids, their length; the row that each is of; the first and last token of the
     context in it, the characters that each token stands for; start and end, the answer's first and last token (0, 0: not in this window)."""
     longest = max(len(ids) for ids in tokenizer(rows["question"])["input_ids"])
-    if longest + 1 + stride >= max_length:
+    if longest + tokenizer.num_special_tokens_to_add(pair=True) - tokenizer.num_special_tokens_to_add() + stride >= max_length:
         raise UserError(f"a question has {longest} tokens, which leaves no room for a text in max_length {max_length} with stride {stride}; set a larger one")
     encoded = tokenizer(
         rows["question"], rows["context"], truncation="only_second", max_length=max_length, stride=stride, return_overflowing_tokens=True,
@@ -192,6 +192,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     gold = [found["text"] for found in test["answers"]]
     overlap = [baselines.longest_overlap(question, context) for question, context in zip(test["question"], test["context"], strict=True)]
     beside = {
+        "always none": question_answering_scores([""] * len(test), gold),
         "longest overlap": question_answering_scores(overlap, gold),
         "first sentence": question_answering_scores([baselines.first_sentence(context) for context in test["context"]], gold),
     }

@@ -66,7 +66,7 @@ class RecurrentLM(torch.nn.Module):
         self.config = config
         self.embedding = torch.nn.Embedding(config["vocab_size"], config["hidden_size"])
         self.lstm = torch.nn.LSTM(config["hidden_size"], config["hidden_size"], config["num_layers"], batch_first=True)
-        self.output = torch.nn.Linear(config["hidden_size"], config["vocab_size"])
+        self.output = torch.nn.Linear(config["hidden_size"], config["vocab_size"], bias=False)
         torch.nn.init.normal_(self.embedding.weight, std=config["hidden_size"] ** -0.5)  # so that the first logits are of the order of 1
         self.output.weight = self.embedding.weight
 
@@ -129,7 +129,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     scores = language_model_scores(engine, test, micro_batch_size, logits_of, splits["test"]["text"])
     run.log_evaluation(run.total_steps, "test", scores)
     baseline = baselines.unigram(streams["train"], streams["test"], len(tokenizer), splits["test"]["text"])
-    run.finish({f"this model, {len(streams['test']):,} test tokens": scores, "unigram": baseline})
+    run.finish({f"this model, {len(streams['test']) - 1:,} test tokens": scores, "unigram": baseline})
     return {"model": scores, "unigram": baseline}
 
 

@@ -4,8 +4,8 @@
     deepspeed --num_accelerators 2 recipes/semantic_search.py --deepspeed_config ds_configs/semantic_search/zero2.json
     ./launch.sh search runs/semantic_search-... "sort the rows by a column"
 
-The default teaches MiniLM (22.7 M parameters) to find the rest of a docstring by its first line, and compares it with BM25 and with
-MiniLM as it was. The run leaves an index of the test documents, which `./launch.sh search` searches.
+The default teaches MiniLM (22.7 M parameters) to find the rest of a docstring by its first paragraph, and compares it with BM25, which
+reads whole documents, and with MiniLM as it was. The run leaves an index of the test documents, which `./launch.sh search` searches.
 
 Method: a text's vector is the mean of the encoder's last layer over its tokens, scaled to length 1 (Reimers and Gurevych 2019). Minimize
 the cross entropy of each query's own document among all documents of the step, -log softmax(q D^T / temperature)[own] (Henderson et al.
@@ -180,7 +180,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
         save_sentence_transformer(run.folder / "model", cfg.max_length)
         save_index(run.folder / "index", documents, document_vectors.cpu().numpy())
     run.say(f"search   ./launch.sh search {run.folder} 'your query'  searches the {len(documents):,} test documents")
-    run.finish({f"this model, {len(test):,} test rows": scores, **beside})
+    run.finish({f"this model, {len(set(test['query'])):,} test queries": scores, **beside})
     return {"model": scores, **beside}
 
 

@@ -3,11 +3,11 @@
     ./launch.sh text_classification --stage 2
     deepspeed --num_accelerators 2 recipes/text_classification.py --deepspeed_config ds_configs/text_classification/zero2.json
 
-The default teaches MiniLM (22.7 M parameters) from which of eight Python libraries the first line of a docstring comes, the
+The default teaches MiniLM (22.7 M parameters) from which of eight Python libraries the first paragraph of a docstring comes, the
 libraries' names masked, and compares it with logistic regression on TF-IDF fitted on the same rows.
 
 Method: minimize the cross entropy -log softmax(W h + b)[label] over the encoder and a new linear layer W, b, where h is the encoder's
-vector of the first token (Devlin et al. 2019, BERT, section 4.1). Batches are grouped by length, and there is no dropout unless
+pooled vector of the first token (Devlin et al. 2019, BERT, section 4.1). Batches are grouped by length, and there is no dropout unless
 it is set, so that the losses do not depend on the number of ranks.
 
 Change first: the YAML beside this file (model, dataset, columns), then tokenize(), build_model() and the scores in evaluate().

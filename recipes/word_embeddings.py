@@ -10,9 +10,10 @@ well their cosines agree with human ratings of similarity, and how many words a 
 Methods, both over a vector v and a context vector u for each word:
 skip_gram: for each word w and each word c beside it, minimize -log s(v_w u_c) - sum over k random words n of log s(-v_w u_n), where s is
 the logistic function (Mikolov et al. 2013, equation 4). Unlike there, the random words are drawn once for each w, which costs less; frequent
-words are subsampled once and not in each epoch; and the optimizer is AdamW with large batches, not SGD word by word.
+words are subsampled once and not in each epoch; and the optimizer is AdamW with large batches, not SGD word by word. There is no
+validation beside the ratings that are the test, so there is no best checkpoint to keep.
 glove: for each pair that occurs X times, words d apart counting 1 / d, minimize f(X) (v_w u_c + a_w + b_c - log X)^2 with
-f(X) = min(1, (X / x_max)^0.75), and take v + u (Pennington et al. 2014, equation 8).
+f(X) = min(1, (X / x_max)^0.75), and take v + u (Pennington et al. 2014, equations 8 and 9; AdaGrad and a larger window and x_max there).
 
 Change first: the YAML beside this file (data, sizes), then words_of() and the two classes of rows.
 """
@@ -38,7 +39,7 @@ from transformers import get_scheduler
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
 from lib import baselines, evaluation, ranks
 from lib.checkpoints import Checkpoints
-from lib.config import Seed, cli
+from lib.config import Seed, UserError, cli
 from lib.data import Batch, load_rows, random_numbers, training_batches
 from lib.model import export, full_state_dict, load_model, make_adamw, true_stage0, veto_if_not_finite
 from lib.run import Run, RunSettings
@@ -174,6 +175,8 @@ def trained_vectors(engine: Any, method: str) -> np.ndarray:
 
 def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     device = ranks.init(cfg.rank_timeout)
+    if cfg.keep_best:
+        raise UserError("keep_best is true, but word vectors have no validation scores to choose by; set it to false")
     run = Run(cfg, ds_config, __file__)
     micro_batch_size, accumulation_steps = ds_config["train_micro_batch_size_per_gpu"], ds_config["gradient_accumulation_steps"]
 
@@ -213,15 +216,12 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
             step_loss += loss.detach()
         run.log_step(step, step_loss, pairs, learning_rate, engine.get_global_grad_norm())
         if run.due(step, cfg.eval_every):
-            scores = evaluation.similarity_scores(words, trained_vectors(engine, cfg.method))
-            run.log_evaluation(step, "validation", scores)
-            checkpoints.score(step, scores["wordsim353"])
+            run.log_evaluation(step, "ratings", evaluation.similarity_scores(words, trained_vectors(engine, cfg.method)))
         checkpoints.end_step(step, micro_batches)  # saves when due, or asked to stop; a loss that is not finite has changed no weight
 
     seconds = time.perf_counter() - started
     words_per_second = sum(map(len, texts)) * (run.total_steps - done) * cfg.batch_size / len(rows) / seconds
 
-    checkpoints.take_best()
     export(engine, None, run.folder / "model")
     vectors = trained_vectors(engine, cfg.method)
     keyed = KeyedVectors(cfg.dimensions)
@@ -234,7 +234,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
         if word in number:
             run.say(f"nearest  {word}: {', '.join(near for near, _ in keyed.similar_by_word(word, 8))}")
     gensim = functools.partial(baselines.gensim_word2vec, texts, cfg.dimensions, cfg.window, cfg.negatives, cfg.min_count)
-    passes = round(max(1, run.total_steps * cfg.batch_size / len(rows)))
+    passes = max(1, round(run.total_steps * cfg.batch_size / len(rows))) if cfg.method == "skip_gram" else 5  # GloVe's are not over the text
     names, beside, speed = ranks.on_rank0(lambda: gensim(passes, cfg.subsample, cfg.seed, workers=1))
     run.say(f"speed    {words_per_second:,.0f} words/s on {ranks.world_size()} ranks; gensim {speed:,.0f} on one thread")
     baseline = evaluation.similarity_scores(names, beside)
