@@ -134,12 +134,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, special_tokens: Mappi
     return ranks.on_rank0(learn)
 
 
-def check_causal(model: PreTrainedModel) -> PreTrainedModel:
-    """The model, unless its answer at a position depends on later tokens, as a masked language model's does."""
+def is_causal(model: PreTrainedModel) -> bool:
+    """Whether what it says of a position does not depend on later tokens, as in a decoder."""
     tokens = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]])
     with torch.no_grad():
-        first, second = model.eval()(input_ids=tokens).logits[:, :3]
-    if not torch.allclose(first, second, atol=1e-4, rtol=1e-3):
+        first, second = model.eval()(input_ids=tokens)[0][:, :3]
+    return torch.allclose(first, second, atol=1e-4, rtol=1e-3)
+
+
+def check_causal(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, unless it sees the tokens that it is to predict."""
+    if not is_causal(model):
         raise UserError(f"{type(model).__name__} sees the tokens that it is to predict; take an architecture that is a decoder")
     return model
 

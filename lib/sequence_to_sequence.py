@@ -22,7 +22,7 @@ from transformers import (
 from lib import inference, ranks
 from lib.config import UserError
 from lib.data import IGNORED, Batch, pad, pad_tokens
-from lib.model import load_config, load_tokenizer, load_weights, set_dropout, train_tokenizer
+from lib.model import is_causal, load_config, load_tokenizer, load_weights, set_dropout, train_tokenizer
 
 SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
@@ -64,6 +64,8 @@ def build_model(cfg: Any, target_tokenizer: PreTrainedTokenizerBase) -> PreTrain
     if config.is_encoder_decoder:
         return load_weights(AutoModelForSeq2SeqLM, cfg.model, config, cfg.trust_remote_code)
     encoder = load_weights(AutoModel, cfg.model, config, cfg.trust_remote_code)
+    if is_causal(encoder):
+        raise UserError(f"model {cfg.model} is a decoder; take an encoder, which gets a new decoder, or an encoder-decoder")
     decoder = BertConfig(
         vocab_size=len(target_tokenizer), hidden_size=cfg.hidden_size, num_hidden_layers=cfg.num_layers, num_attention_heads=cfg.num_heads,
         intermediate_size=cfg.intermediate_size, max_position_embeddings=cfg.max_target_length + 1, **special, is_decoder=True, add_cross_attention=True,

@@ -1,13 +1,15 @@
 """Models: dropout under each architecture's names, tokenizers and models that do not fit, training mode."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import BertConfig, BertLMHeadModel, DistilBertConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import BertConfig, BertLMHeadModel, BertModel, DistilBertConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from lib.config import UserError
-from lib.model import check_causal, load_model, load_tokenizer, set_dropout
+from lib.model import check_causal, load_model, load_tokenizer, set_dropout, train_tokenizer
+from lib.sequence_to_sequence import SPECIAL_TOKENS, build_model
 
 TINY_BERT = BertConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, initializer_range=0.5)
 
@@ -25,6 +27,17 @@ def test_a_model_that_sees_the_future_is_refused() -> None:
     with pytest.raises(UserError, match="decoder"):
         check_causal(BertLMHeadModel(TINY_BERT))
     check_causal(GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2)))
+
+
+def test_a_decoder_is_no_encoder_to_translate_with(tmp_path: Path) -> None:
+    GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    sizes = {"hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "num_layers": 1, "max_source_length": 8, "max_target_length": 8}
+    cfg = SimpleNamespace(model=str(tmp_path), trust_remote_code=False, **sizes)
+    tokenizer = train_tokenizer(["a few words"], 259, SPECIAL_TOKENS)
+    with pytest.raises(UserError, match="is a decoder"):
+        build_model(cfg, tokenizer)
+    BertModel(TINY_BERT).save_pretrained(tmp_path)
+    assert build_model(cfg, tokenizer).config.is_encoder_decoder
 
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
