@@ -1,6 +1,7 @@
 """Runs a recipe's main() under many configs in one launch, for tests/test_recipes.py. Arguments: recipe, folder, case ...
 
-A case is NAME:JSON:setting=value,... It leaves its run in folder/NAME-WORLD_SIZE, the scores that main() returned in scores.json, and
+A case is NAME:JSON:setting=value,... or, to go on from the checkpoint that another case wrote after 10 of its steps,
+NAME:JSON:setting=value,...:RUN. It leaves its run in folder/NAME-WORLD_SIZE, the scores that main() returned in scores.json, and
 in probe.pt the last training inputs of the engine and what it answers to them after training. A recipe that starts from MiniLM starts from a smaller encoder here.
 """
 
@@ -8,6 +9,7 @@ import dataclasses
 import importlib
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +25,7 @@ import plain_torch
 from transformers import AutoTokenizer, BertConfig, BertModel, set_seed
 
 from lib import config, ranks
+from lib.checkpoint_files import folder_of
 from lib.ds_config import load_ds_config
 from lib.model import model_folder
 
@@ -47,8 +50,10 @@ def main(recipe_name: str, folder: Path, cases: list[str]) -> None:
     recipe: Any = importlib.import_module(f"recipes.{recipe_name}")
     real_export = recipe.export
     for case in cases:
-        name, json_path, settings = case.split(":")
+        name, json_path, settings, *source = case.split(":")
         run_dir = folder / f"{name}-{os.environ['WORLD_SIZE']}"
+        if source and ranks.rank() == 0:
+            shutil.copytree(folder / source[0], run_dir, ignore=shutil.ignore_patterns(folder_of(20), "result.json", "model", ".lock"))
         given = {"run_dir": str(run_dir), "log_every": "7", "max_steps": "20"} | dict(setting.split("=") for setting in settings.split(","))
         cfg = config.load(recipe.Config, ROOT / "recipes" / f"{recipe_name}.yaml", given, quick=True)
         if getattr(cfg, "model", None) == "minilm":
