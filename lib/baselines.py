@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lib.evaluation import classification_scores, language_model_scores, perplexity
-from lib.evaluation import sentences as sentences  # one rule for baselines and scores
+from lib.evaluation import classification_scores, language_model_scores, perplexity, sentences
 
 
 def majority_class(train_labels: Sequence[int], test_labels: Sequence[int]) -> dict[str, float]:
@@ -78,11 +77,6 @@ def _words(text: str) -> set[str]:
     return set(re.findall(r"\w+", text.lower()))
 
 
-def lead_sentence(body: str) -> str:
-    """The first sentence of a text ("" if it has none), as its summary: hard to beat on news, whose writers put first what matters."""
-    return first_sentence(body)
-
-
 def bm25(queries: Sequence[str], documents: Sequence[str], depth: int) -> np.ndarray:
     """[queries, depth] numbers of the documents with the highest BM25 score, best first, by bm25s with its defaults.
 
@@ -100,7 +94,7 @@ def bm25(queries: Sequence[str], documents: Sequence[str], depth: int) -> np.nda
 
 
 def gensim_word2vec(
-    documents: list[list[str]], dims: int, window: int, negatives: int, min_count: int, epochs: int, sample: float, seed: int, workers: int
+    documents: list[list[str]], dims: int, window: int, negatives: int, min_count: int, epochs: int, sample: float, seed: int
 ) -> tuple[list[str], np.ndarray, float]:
     """Word vectors by gensim's skip-gram with negative sampling (Mikolov et al., 2013), its C loop: (words, vectors, words_per_second).
 
@@ -114,9 +108,7 @@ def gensim_word2vec(
 
     # gensim would ignore the rest of a longer document without a word
     pieces = [words[start : start + MAX_WORDS_IN_BATCH] for words in documents for start in range(0, len(words), MAX_WORDS_IN_BATCH)]
-    model = Word2Vec(
-        sg=1, hs=0, vector_size=dims, window=window, negative=negatives, min_count=min_count, epochs=epochs, sample=sample, seed=seed, workers=workers
-    )
+    model = Word2Vec(sg=1, hs=0, vector_size=dims, window=window, negative=negatives, min_count=min_count, epochs=epochs, sample=sample, seed=seed, workers=1)
     model.build_vocab(pieces)
     start = time.perf_counter()
     model.train(pieces, total_examples=len(pieces), epochs=epochs)

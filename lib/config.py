@@ -162,9 +162,9 @@ def parse(config_class: type[C], recipe: str, argv: list[str]) -> tuple[C, Path]
     parser.add_argument("--quick", action="store_true", help="overlay the YAML's 'quick:' section: a short run, to see that all works")
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)  # customary beside --deepspeed_config
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's
-    names = list(help_texts)
-    group = parser.add_argument_group("settings (they win over the YAML)")
     kinds = typing.get_type_hints(config_class, include_extras=True)
+    names = sorted(kinds, key=lambda name: list(help_texts).index(name) if name in help_texts else -1)
+    group = parser.add_argument_group("settings (they win over the YAML)")
     for name in names:
         alone: dict[str, Any] = {"nargs": "?", "const": "true"} if kinds[name] is bool else {}  # --resume is --resume true
         group.add_argument(f"--{name}", metavar="", help=help_texts.get(name, "").replace("%", "%%"), **alone)

@@ -364,7 +364,7 @@ def evaluation_batches(
 
 def pad(sequences: Sequence[Sequence[int]], value: int) -> torch.Tensor:
     """Sequences of any lengths, filled up with `value`: [rows, longest], int64."""
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(sequence) for sequence in sequences], batch_first=True, padding_value=value)
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(sequence, dtype=torch.long) for sequence in sequences], batch_first=True, padding_value=value)
 
 
 def pad_tokens(sequences: Sequence[Sequence[int]], pad_token_id: int) -> Batch:
@@ -431,14 +431,14 @@ def token_streams(splits: dict[str, Dataset], tokenizer: Any) -> dict[str, np.nd
 
 
 def token_stream(rows: Dataset, column: str = "input_ids") -> np.ndarray:
-    """All token ids of a data set one after the other, [tokens] int32, in a file that all ranks map into memory.
+    """All token ids (or other numbers in lists) of a data set one after the other, [tokens] int32, in a file that all ranks map into memory.
 
     Rank 0 writes it beside the data set's own cache, under its fingerprint.
     """
     folder = Path(rows.cache_files[0]["filename"]).parent if rows.cache_files else None
     if folder is None:
         return np.asarray(list(itertools.chain.from_iterable(rows[column])), dtype=np.int32)
-    file = folder / f"tokens-{rows._fingerprint}.npy"
+    file = folder / f"{column}-{rows._fingerprint}.npy"
 
     def write() -> None:
         if not file.exists():

@@ -23,7 +23,7 @@ def classification_scores(labels: Sequence[int], predictions: Sequence[int]) -> 
 
 def perplexity(nats: float, tokens: float) -> float:
     """From the summed negative log-likelihood of so many tokens; infinite where it is too large for a number."""
-    return math.exp(nats / tokens) if nats / tokens < 700 else math.inf
+    return math.inf if nats / tokens > 700 else math.exp(nats / tokens)
 
 
 def language_model_scores(loss_sum: float, tokens: int, text_bytes: int) -> dict[str, float]:
@@ -161,11 +161,3 @@ def similarity_scores(words: Sequence[str], vectors: np.ndarray) -> dict[str, fl
         scores[name] = float(spearmanr(cosines, [rating for *_, rating in known]).statistic)
         scores[f"{name}_pairs"] = len(known)
     return scores
-
-
-def nearest_neighbours(words: Sequence[str], vectors: np.ndarray, word: str, count: int) -> list[str]:
-    """The `count` words whose vectors [words, dims] have the largest cosine with that of `word` (which must be known), best first, without itself."""
-    unit = _unit(vectors)
-    own = words.index(word)
-    order = np.argsort(-(unit @ unit[own]), kind="stable")
-    return [words[i] for i in order if i != own][:count]

@@ -196,8 +196,8 @@ def load_model(build: Callable[[], torch.nn.Module], ds_config: dict[str, Any], 
     return model
 
 
-def make_adamw(model: torch.nn.Module, ds_config: dict[str, Any], learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW, with weight decay on matrices and embeddings but not on biases and norms.
+def make_adamw(model: torch.nn.Module, ds_config: dict[str, Any], learning_rate: float, weight_decay: float, eps: float = 1e-8) -> torch.optim.Optimizer:
+    """AdamW, with weight decay on matrices and embeddings but not on biases and norms. eps: what is added to the root of the second moment.
 
     torch's, which compiles nothing. With the optimizer offloaded, DeepSpeed asks for its own CPU version (compiled at first use, a
     minute or more, and faster from then on) unless the JSON says "zero_force_ds_cpu_optimizer": false.
@@ -211,8 +211,8 @@ def make_adamw(model: torch.nn.Module, ds_config: dict[str, Any], learning_rate:
     groups = [group for group in groups if group["params"]]
     if offload_device(ds_config, "optimizer") != "none" and ds_config.get("zero_force_ds_cpu_optimizer", True):
         ranks.rank0_first(lambda: check_compilation("cpu_adam"))
-        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, lr=learning_rate)
-    return torch.optim.AdamW(groups, lr=learning_rate)
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, lr=learning_rate, eps=eps)
+    return torch.optim.AdamW(groups, lr=learning_rate, eps=eps)
 
 
 def check_compilation(operator: str) -> None:
@@ -296,10 +296,12 @@ def full_state_dict(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor
     return state
 
 
-def export(engine: deepspeed.DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+def export(
+    engine: deepspeed.DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase | None, folder: Path, target_tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:  # fmt: skip
     """Write the trained model and its tokenizer, if it has one, to a folder that from_pretrained loads. Every rank must call it.
 
-    safetensors only; tied weights stay tied. Of a model that is not one of transformers', model.safetensors has the state_dict and
+    target_tokenizer: that of an encoder-decoder's output, for the folder target_tokenizer in it. safetensors only; tied weights stay tied. Of a model that is not one of transformers', model.safetensors has the state_dict and
     config.json its `config`.
     """
     state_dict = full_state_dict(engine)
@@ -312,4 +314,6 @@ def export(engine: deepspeed.DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase
             save_file(state_dict, folder / "model.safetensors")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        if target_tokenizer is not None:
+            target_tokenizer.save_pretrained(folder / "target_tokenizer")
     dist.barrier()

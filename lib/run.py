@@ -391,8 +391,9 @@ class Run:
         seconds = int(self.seconds())
         self.say(f"{shown(self.folder)}: the model in model/, every step in metrics.jsonl; {seconds // 60} min {seconds % 60} s")
         if ranks.rank() == 0:
-            result = {"finished": True, "steps": self.total_steps, "skipped_steps": self.skipped_steps, "seconds": round(self.seconds(), 1), "scores": scores}
-            self._write_file("result.json", json.dumps(result, indent=2) + "\n")
+            known = {row: {name: value if math.isfinite(value) else None for name, value in values.items()} for row, values in scores.items()}
+            result = {"finished": True, "steps": self.total_steps, "skipped_steps": self.skipped_steps, "seconds": round(self.seconds(), 1), "scores": known}
+            self._write_file("result.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
         self.close()
 
     def close(self) -> None:

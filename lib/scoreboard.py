@@ -16,6 +16,7 @@ import datetime
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,9 +25,10 @@ from typing import Any
 if not __package__:  # started as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # instead of lib/
 
+import torch
 import yaml
 
-from lib.config import ROOT, Parser, UserError, did_you_mean, load, shown
+from lib.config import ROOT, STOPPED, Parser, Stopped, UserError, did_you_mean, load, shown
 from lib.run import MAY_CHANGE
 
 BEGIN, END = "<!-- made by ./launch.sh results --readme -->", "<!-- end -->"
@@ -56,7 +58,13 @@ def train(recipe: str, run: Path, quick: bool) -> None:
     """Run a recipe to its end, unless that was done. Raises UserError if it does not get there."""
     how = "--resume" if is_current(recipe, run, quick) else "--overwrite"
     print(f"\n== {recipe}", flush=True)
-    code = subprocess.run([ROOT / "launch.sh", recipe, "--run_dir", run, how, *(["--quick"] if quick else [])], check=False).returncode
+    process = subprocess.Popen([ROOT / "launch.sh", recipe, "--run_dir", run, how, *(["--quick"] if quick else [])])
+    # A signal to stop is the run's to handle, which saves; Ctrl-C has reached it already.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    code = process.wait()
+    if code == STOPPED:
+        raise Stopped(f"{recipe} has stopped and is saved; ./launch.sh results goes on with it", STOPPED)
     if code:
         raise UserError(f"{recipe} ended with exit code {code}; ./launch.sh results goes on with it")
 
@@ -68,7 +76,12 @@ def row(recipe: str, run: Path) -> list[str]:
     metric, score = next(iter(scores.items()))
     task = (importlib.import_module(f"recipes.{recipe}").__doc__ or "").splitlines()[0].rstrip(".").lower()
     name = f"[`{recipe}`](recipes/{recipe}.py)"
-    return [name, task, settings["dataset"], metric, f"{score:.3g}", f"{beside}: {baseline[metric]:.3g}", f"{result['seconds'] / 60:.1f}"]
+    return [name, task, settings["dataset"], metric, shown_score(score), f"{beside}: {shown_score(baseline[metric])}", f"{result['seconds'] / 60:.1f}"]
+
+
+def shown_score(score: float | None) -> str:
+    """Three digits, or all before the point; None: not a number."""
+    return "-" if score is None else f"{score:,.0f}" if abs(score) >= 100 else f"{score:.3g}"
 
 
 def table(runs: dict[str, Path]) -> str:
@@ -77,8 +90,9 @@ def table(runs: dict[str, Path]) -> str:
     newest = max((run / "result.json").stat().st_mtime for run in runs.values())
     header = ["recipe", "task", "data", "metric", "score", "baseline", "minutes"]
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *(row(*run) for run in runs.items()))]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     made = f"deepspeed {versions['deepspeed']}, torch {versions['torch']}, {datetime.date.fromtimestamp(newest)}"
-    return "\n".join(lines) + f"\n\n*Test scores; minutes from start to end, with the baseline. {os.cpu_count()} CPU cores, {made}.*"
+    return "\n".join(lines) + f"\n\n*Test scores; minutes from start to end, with the baseline. {device}, {made}.*"
 
 
 def main() -> None:
@@ -104,7 +118,11 @@ def main() -> None:
                 raise UserError(f"{shown(readme)} has no place for the table, between '{BEGIN}' and '{END}'")
             readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.code)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,8 @@ def main() -> None:
         for cosine, document in search(options.run, options.query, options.top):
             print(f"{cosine:.3f}  {' '.join(document.split())[:200]}")
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

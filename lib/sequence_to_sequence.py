@@ -1,6 +1,7 @@
 """Encoder-decoders: from scratch, a pre-trained encoder with a new decoder, or a whole pre-trained one; their pairs of texts; generation."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -77,6 +78,12 @@ def build_model(cfg: Any, target_tokenizer: PreTrainedTokenizerBase) -> PreTrain
     return EncoderDecoderModel(both, encoder, BertLMHeadModel(both.decoder))
 
 
+def logits_of(engine: Any, batch: Batch) -> torch.Tensor:
+    """[rows, longest target, tokens of the vocabulary], in fp32."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "decoder_input_ids")}
+    return engine(**inputs).logits.float()
+
+
 def tokenize_pairs(
     rows: dict[str, list[Any]], source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase, max_source_length: int, max_target_length: int
 ) -> dict[str, list[Any]]:  # fmt: skip
@@ -90,6 +97,16 @@ def tokenize_pairs(
         "length": [len(source.ids) + len(target.ids) for source, target in pairs],
         "truncated": [bool(source.overflowing or target.overflowing) for source, target in pairs],
     }
+
+
+def collator(model: PreTrainedModel, source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase) -> Callable[[dict[str, Any]], Batch]:
+    """collate_pairs for this model and its tokenizers."""
+    start = getattr(model.config, "decoder_start_token_id", None)
+    if start is None:
+        start = model.generation_config.decoder_start_token_id
+    if start is None:
+        raise UserError(f"{type(model).__name__}: neither its config nor its generation config says the decoder_start_token_id; add it there")
+    return functools.partial(collate_pairs, source_pad=source_tokenizer.pad_token_id, target_pad=target_tokenizer.pad_token_id, decoder_start=start)
 
 
 def collate_pairs(rows: dict[str, list[Any]], source_pad: int, target_pad: int, decoder_start: int) -> Batch:

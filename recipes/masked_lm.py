@@ -18,19 +18,19 @@ import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import deepspeed
 import numpy as np
 import torch
 from datasets import Dataset
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from transformers import AddedToken, AutoModelForMaskedLM, PreTrainedTokenizerBase, get_scheduler
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, AddedToken, AutoModelForMaskedLM, PreTrainedTokenizerBase, get_scheduler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
 from lib import baselines, evaluation, inference, ranks
 from lib.checkpoints import Checkpoints
-from lib.config import Probability, Seed, cli
+from lib.config import Seed, UserError, cli, did_you_mean
 from lib.data import IGNORED, Batch, load_rows, map_rows, pad, pad_tokens, token_stream, training_batches
 from lib.model import (
     export,
@@ -68,8 +68,8 @@ class Config(RunSettings):
     batch_size: PositiveInt  # blocks an optimizer step, over all ranks
     max_steps: PositiveInt | None  # optimizer steps; null: epochs decide
     epochs: PositiveFloat | None  # passes over the training blocks; null: max_steps decide
-    max_length: PositiveInt  # tokens a block, with the first and last, which mark its ends
-    mask_rate: Probability  # share of the tokens to predict
+    max_length: Annotated[int, Field(ge=3)]  # tokens a block, with the first and last, which mark its ends
+    mask_rate: Annotated[float, Field(gt=0, lt=1)]  # share of the tokens to predict
     whole_words: bool  # whether all tokens of a word are chosen together
     learning_rate: PositiveFloat  # the highest, after the warm-up
     lr_schedule: Literal["linear", "cosine", "constant"]  # what the learning rate does after the warm-up
@@ -85,9 +85,12 @@ def build_model(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Mod
         return load_weights(AutoModelForMaskedLM, cfg.model, load_config(cfg.model, 0.0, cfg.trust_remote_code), cfg.trust_remote_code)
     config = new_config(
         cfg.architecture, cfg.num_heads, cfg.hidden_size, vocab_size=len(tokenizer), intermediate_size=cfg.intermediate_size,
-        num_hidden_layers=cfg.num_layers, max_position_embeddings=cfg.max_length, pad_token_id=tokenizer.pad_token_id,
+        num_hidden_layers=cfg.num_layers, max_position_embeddings=cfg.max_length + 8, pad_token_id=tokenizer.pad_token_id,  # RoBERTa counts positions from pad_token_id + 1
         initializer_range=cfg.hidden_size**-0.5,  # 0.02, made for larger models, would leave a small one's attention idle for most of a short run
     )  # fmt: skip
+    if type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
+        names = [kind.model_type for kind in MODEL_FOR_MASKED_LM_MAPPING]
+        raise UserError(f"architecture '{cfg.architecture}' has no masked language model{did_you_mean(cfg.architecture, names)}; take bert, or modernbert")
     return AutoModelForMaskedLM.from_config(config, dtype=torch.float32)
 
 
@@ -165,6 +168,8 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
         tokenizer = train_tokenizer(splits["train"]["text"], cfg.vocab_size, SPECIAL_TOKENS, "<s> $A </s>")
     else:
         tokenizer = load_tokenizer(cfg.model, cfg.max_length, cfg.trust_remote_code)
+        if None in (tokenizer.mask_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id):
+            raise UserError(f"model {cfg.model}: its tokenizer has no mask, or no tokens for the ends of a text; take a masked language model")
     blocks = map_rows(splits, tokenize, tokenizer=tokenizer, max_length=cfg.max_length)
     one_hidden = {name: Dataset.from_dict(hide_one(blocks[name], cfg.scored_tokens, tokenizer.mask_token_id)) for name in ("validation", "test")}
     collate_hidden = functools.partial(collate, tokenizer=tokenizer)
@@ -194,7 +199,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
         )
         step_loss = torch.zeros((), device=device)
         for batch in micro_batches:
-            loss = token_losses(logits_of(engine, batch), batch["labels"]).sum() / labels
+            loss = token_losses(logits_of(engine, batch), batch["labels"]).sum() / labels.clamp(min=1)  # chance may choose none
             engine.backward(veto_if_not_finite(loss) * accumulation_steps * ranks.world_size())  # undoes DeepSpeed's two divisions
             engine.step()  # changes the weights after the last micro-batch only
             step_loss += loss.detach()

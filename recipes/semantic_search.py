@@ -33,7 +33,7 @@ from transformers import AutoModel, PreTrainedTokenizerBase, get_scheduler
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
 from lib import evaluation, inference, ranks
 from lib.checkpoints import Checkpoints
-from lib.config import Seed, cli
+from lib.config import Seed, UserError, cli
 from lib.data import Batch, load_rows, map_rows, pad_tokens, training_batches
 from lib.model import export, load_config, load_model, load_tokenizer, load_weights, make_adamw, true_stage0, veto_if_not_finite
 from lib.run import Run, RunSettings
@@ -65,16 +65,21 @@ class Config(RunSettings):
 
 def build_model(cfg: Config) -> torch.nn.Module:
     """The encoder, whole, in host memory."""
-    return load_weights(AutoModel, cfg.model, load_config(cfg.model, 0.0, cfg.trust_remote_code), cfg.trust_remote_code)
+    config = load_config(cfg.model, 0.0, cfg.trust_remote_code)
+    if config.is_encoder_decoder:
+        raise UserError(f"model {cfg.model} is an encoder-decoder; take an encoder")
+    return load_weights(AutoModel, cfg.model, config, cfg.trust_remote_code)
 
 
 def tokenize(rows: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[Any]]:
-    """Columns query and document -> their token ids, the length of both together, and whether either was truncated."""
+    """Columns query and document -> their token ids, the length of each and of both together, and whether either was truncated."""
     queries, documents = (tokenizer(rows[name], truncation=True, max_length=max_length) for name in ("query", "document"))
     pairs = list(zip(queries.encodings, documents.encodings, strict=True))
     return {
         "query": queries["input_ids"],
         "document": documents["input_ids"],
+        "query_length": [len(query.ids) for query, _ in pairs],
+        "document_length": [len(document.ids) for _, document in pairs],
         "length": [len(query.ids) + len(document.ids) for query, document in pairs],
         "truncated": [bool(query.overflowing or document.overflowing) for query, document in pairs],
     }
@@ -90,7 +95,7 @@ def embed(engine: Any, batch: Batch, name: str) -> torch.Tensor:
     """The vectors of a batch's queries or documents: [rows, dims] of length 1, in fp32."""
     mask = batch[f"{name}_attention_mask"]
     states = engine(input_ids=batch[f"{name}_input_ids"], attention_mask=mask).last_hidden_state.float()
-    mean = (states * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
+    mean = (states * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
     return F.normalize(mean, dim=-1)
 
 
@@ -108,7 +113,7 @@ def evaluate(engine: Any, split: Dataset, tokenized: Dataset, collate_rows: Any,
     """(scores of all queries of a split against all of its documents, those documents, their vectors)."""
 
     def vectors_of(name: str, rows: Dataset) -> torch.Tensor:
-        return inference.for_each_row(engine, rows, collate_rows, batch_size, lambda batch: embed(engine, batch, name), rows["length"])
+        return inference.for_each_row(engine, rows, collate_rows, batch_size, lambda batch: embed(engine, batch, name), rows[f"{name}_length"])
 
     corpus = Corpus(split["query"], split["document"])
     queries = vectors_of("query", tokenized.select(corpus.query_rows))
@@ -123,7 +128,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     micro_batch_size, accumulation_steps = ds_config["train_micro_batch_size_per_gpu"], ds_config["gradient_accumulation_steps"]
 
     # Data: queries and documents to token ids.
-    splits = load_rows(cfg.dataset, cfg.max_rows, text={"query": cfg.query_column, "document": cfg.document_column})
+    splits = load_rows(cfg.dataset, cfg.max_rows, text={"document": cfg.document_column, "query": cfg.query_column})  # a document is in one split
     tokenizer = load_tokenizer(cfg.model, cfg.max_length, cfg.trust_remote_code)
     tokenized = map_rows(splits, tokenize, tokenizer=tokenizer, max_length=cfg.max_length)
     train = tokenized["train"]

@@ -15,7 +15,6 @@ by beam search. Batches are grouped by length, and there is no dropout.
 Change first: the YAML beside this file (model, dataset, columns); the model and its texts are in lib/sequence_to_sequence.py.
 """
 
-import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launch
 from lib import baselines, ranks
 from lib.checkpoints import Checkpoints
 from lib.config import Probability, Seed, cli
-from lib.data import IGNORED, Batch, load_rows, map_rows, training_batches
+from lib.data import IGNORED, load_rows, map_rows, training_batches
 from lib.evaluation import bleu_signature, translation_scores
 from lib.model import export, load_model, make_adamw, token_losses, true_stage0, veto_if_not_finite
 from lib.run import Run, RunSettings
-from lib.sequence_to_sequence import build_model, collate_pairs, generate_texts, load_tokenizers, tokenize_pairs
+from lib.sequence_to_sequence import build_model, collator, generate_texts, load_tokenizers, logits_of, tokenize_pairs
 
 
 @dataclass
@@ -67,12 +66,6 @@ class Config(RunSettings):
     bleu_tokenizer: Literal["13a", "intl", "zh", "char"]  # sacrebleu's, for BLEU: char for Japanese, zh for Chinese
 
 
-def logits_of(engine: Any, batch: Batch) -> torch.Tensor:
-    """[rows, longest target, tokens of the vocabulary], in fp32."""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "decoder_input_ids")}
-    return engine(**inputs).logits.float()
-
-
 def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     device = ranks.init(cfg.rank_timeout)
     run = Run(cfg, ds_config, __file__)
@@ -97,8 +90,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     truncated = sum(train["truncated"])
     run.header(model, {name: len(rows) for name, rows in tokenized.items()}, [f"{truncated:,} training pairs truncated"] if truncated else [])
 
-    pads = source_tokenizer.pad_token_id, target_tokenizer.pad_token_id
-    collate = functools.partial(collate_pairs, source_pad=pads[0], target_pad=pads[1], decoder_start=model.config.decoder_start_token_id)
+    collate = collator(model, source_tokenizer, target_tokenizer)
 
     def evaluate(split: str) -> tuple[dict[str, float], list[str]]:
         translations = generate_texts(engine, tokenized[split], collate, micro_batch_size, target_tokenizer, cfg.max_target_length, cfg.beams)
@@ -126,8 +118,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
         checkpoints.end_step(step, micro_batches)  # saves when due, or asked to stop; a loss that is not finite has changed no weight
 
     checkpoints.take_best()
-    export(engine, source_tokenizer, run.folder / "model")
-    target_tokenizer.save_pretrained(run.folder / "model" / "target_tokenizer")
+    export(engine, source_tokenizer, run.folder / "model", target_tokenizer)
     scores, translations = evaluate("test")
     run.log_evaluation(run.total_steps, "test", scores)
     test = splits["test"]

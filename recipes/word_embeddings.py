@@ -10,7 +10,7 @@ well their cosines agree with human ratings of similarity, and how many words a 
 Methods, both over a vector v and a context vector u for each word:
 skip_gram: for each word w and each word c beside it, minimize -log s(v_w u_c) - sum over k random words n of log s(-v_w u_n), where s is
 the logistic function (Mikolov et al. 2013, equation 4). Unlike there, the random words are drawn once for each w, which costs less; frequent
-words are subsampled once and not in each epoch; and the optimizer is AdamW with large batches, not SGD word by word. There is no
+words are subsampled once and not in each epoch; and the optimizer is AdamW with large batches, not SGD word by word; a random word may be one that stands beside it. There is no
 validation beside the ratings that are the test, so there is no best checkpoint to keep.
 glove: for each pair that occurs X times, words d apart counting 1 / d, minimize f(X) (v_w u_c + a_w + b_c - log X)^2 with
 f(X) = min(1, (X / x_max)^0.75), and take v + u (Pennington et al. 2014, equations 8 and 9; AdaGrad and a larger window and x_max there).
@@ -102,7 +102,8 @@ class SkipGrams:
         self.stream = np.concatenate([gap, *(part for document in kept for part in (document, gap))])
         self.places = np.flatnonzero(self.stream >= 0)
         self.offsets = np.array([offset for offset in range(-cfg.window, cfg.window + 1) if offset])
-        self.noise = np.cumsum(counts**0.75) / (counts**0.75).sum()
+        noise = np.cumsum(counts**0.75)
+        self.noise = noise / noise[-1]
         self.cfg = cfg
 
     def __len__(self) -> int:
@@ -187,13 +188,15 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     words, counts = [word for word, _ in found], np.array([count for _, count in found])
     number = {word: place for place, word in enumerate(words)}
     documents = [np.array([number[word] for word in text if word in number], dtype=np.int64) for text in texts]
+    if len(words) < 2:
+        raise UserError(f"dataset {cfg.dataset}: {len(words)} words occur {cfg.min_count} times or more; set a smaller --min_count, or give more text")
     rows = (Cooccurrences if cfg.method == "glove" else SkipGrams)(documents, counts, cfg)
     run.plan(len(rows))
 
     # Model, optimizer, engine.
     sizes = {"words": len(words), "dimensions": cfg.dimensions, "biases": int(cfg.method == "glove")}
     model = load_model(lambda: WordVectors(sizes), ds_config, cfg.seed)
-    optimizer = make_adamw(model, ds_config, cfg.learning_rate, cfg.weight_decay)
+    optimizer = make_adamw(model, ds_config, cfg.learning_rate, cfg.weight_decay, eps=1e-12)  # a word's share of the mean loss is tiny
     schedule = get_scheduler(cfg.lr_schedule, optimizer, cfg.warmup_steps, run.total_steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
     true_stage0(engine)
@@ -210,7 +213,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
         pairs = ranks.all_sum(torch.stack([batch["pairs"].sum() for batch in micro_batches]).sum())  # over every rank and micro-batch
         step_loss = torch.zeros((), device=device)
         for batch in micro_batches:
-            loss = rows.loss(engine(words=batch["words"], others=batch["others"]).float(), batch) / pairs
+            loss = rows.loss(engine(words=batch["words"], others=batch["others"]).float(), batch) / pairs.clamp(min=1)
             engine.backward(veto_if_not_finite(loss) * accumulation_steps * ranks.world_size())  # undoes DeepSpeed's two divisions
             engine.step()  # changes the weights after the last micro-batch only
             step_loss += loss.detach()
@@ -235,7 +238,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
             run.say(f"nearest  {word}: {', '.join(near for near, _ in keyed.similar_by_word(word, 8))}")
     gensim = functools.partial(baselines.gensim_word2vec, texts, cfg.dimensions, cfg.window, cfg.negatives, cfg.min_count)
     passes = max(1, round(run.total_steps * cfg.batch_size / len(rows))) if cfg.method == "skip_gram" else 5  # GloVe's are not over the text
-    names, beside, speed = ranks.on_rank0(lambda: gensim(passes, cfg.subsample, cfg.seed, workers=1))
+    names, beside, speed = ranks.on_rank0(lambda: gensim(passes, cfg.subsample, cfg.seed))
     run.say(f"speed    {words_per_second:,.0f} words/s on {ranks.world_size()} ranks; gensim {speed:,.0f} on one thread")
     baseline = evaluation.similarity_scores(names, beside)
     run.finish({f"this model, {len(words):,} words": scores, f"gensim's word2vec, {passes} epochs": baseline})

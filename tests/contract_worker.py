@@ -72,8 +72,8 @@ def main(recipe_name: str, folder: Path, cases: list[str]) -> None:
             everything[0].module.register_forward_pre_hook(note_inputs, with_kwargs=True)
             return everything
 
-        def export_and_probe(engine: Any, tokenizer: Any, model_folder: Path, run_dir: Path = run_dir, inputs: dict[str, Any] = inputs) -> None:
-            real_export(engine, tokenizer, model_folder)
+        def export_and_probe(engine: Any, *rest: Any, run_dir: Path = run_dir, inputs: dict[str, Any] = inputs) -> None:
+            real_export(engine, *rest)
             engine.eval()
             probe = dict(inputs)
             with torch.no_grad():

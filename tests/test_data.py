@@ -11,7 +11,19 @@ from datasets import Dataset
 
 from lib import ranks
 from lib.config import UserError
-from lib.data import IGNORED, Blocks, StepRows, check_answers, evaluation_batches, label_ids, load_rows, pad_tokens, random_numbers, training_batches
+from lib.data import (
+    IGNORED,
+    Blocks,
+    StepRows,
+    check_answers,
+    evaluation_batches,
+    label_ids,
+    load_rows,
+    pad_tokens,
+    random_numbers,
+    token_stream,
+    training_batches,
+)
 from lib.samples import LIBRARIES, load_sample, split_of
 from lib.search import Corpus
 
@@ -280,3 +292,9 @@ def test_faulty_answers(tmp_path: Path, answers: Any, words: list[str]) -> None:
 def test_what_is_relevant_to_a_query() -> None:
     corpus = Corpus(["b", "a", "b", "c"], ["x", "y", "z", "x"])
     assert (corpus.queries, corpus.documents, corpus.relevant) == (["b", "a", "c"], ["x", "y", "z"], [{0, 2}, {1}, {0}])
+
+
+def test_a_stream_for_each_column(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.parquet", [{"a": [1, 2], "b": [3, 4]}, {"a": [5], "b": [6]}])
+    rows = Dataset.from_parquet(str(path), cache_dir=str(tmp_path))
+    assert token_stream(rows, "a").tolist() == [1, 2, 5] and token_stream(rows, "b").tolist() == [3, 4, 6]
