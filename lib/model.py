@@ -196,8 +196,8 @@ def load_model(build: Callable[[], torch.nn.Module], ds_config: dict[str, Any], 
     return model
 
 
-def make_adamw(model: torch.nn.Module, ds_config: dict[str, Any], learning_rate: float, weight_decay: float, eps: float = 1e-8) -> torch.optim.Optimizer:
-    """AdamW, with weight decay on matrices and embeddings but not on biases and norms. eps: what is added to the root of the second moment.
+def make_adamw(model: torch.nn.Module, ds_config: dict[str, Any], learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW, with weight decay on matrices and embeddings but not on biases and norms.
 
     torch's, which compiles nothing. With the optimizer offloaded, DeepSpeed asks for its own CPU version (compiled at first use, a
     minute or more, and faster from then on) unless the JSON says "zero_force_ds_cpu_optimizer": false.
@@ -211,8 +211,8 @@ def make_adamw(model: torch.nn.Module, ds_config: dict[str, Any], learning_rate:
     groups = [group for group in groups if group["params"]]
     if offload_device(ds_config, "optimizer") != "none" and ds_config.get("zero_force_ds_cpu_optimizer", True):
         ranks.rank0_first(lambda: check_compilation("cpu_adam"))
-        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, lr=learning_rate, eps=eps)
-    return torch.optim.AdamW(groups, lr=learning_rate, eps=eps)
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, lr=learning_rate)
+    return torch.optim.AdamW(groups, lr=learning_rate)
 
 
 def check_compilation(operator: str) -> None:

@@ -30,9 +30,9 @@ from lib.ds_config import load_ds_config
 from lib.model import model_folder
 
 
-def first_tensor(output: Any) -> torch.Tensor:
-    """What a model answered: the logits, mostly."""
-    return output if isinstance(output, torch.Tensor) else output[0]
+def tensors_of(output: Any) -> list[torch.Tensor]:
+    """What a model answered: logits, hidden states."""
+    return [output] if isinstance(output, torch.Tensor) else [part for part in output.to_tuple() if isinstance(part, torch.Tensor)]
 
 
 def small_encoder(folder: Path) -> Path:
@@ -77,7 +77,7 @@ def main(recipe_name: str, folder: Path, cases: list[str]) -> None:
             engine.eval()
             probe = dict(inputs)
             with torch.no_grad():
-                answered = first_tensor(engine(**probe))
+                answered = tensors_of(engine(**probe))
             if ranks.rank() == 0:
                 torch.save((probe, answered), run_dir / "probe.pt")
 

@@ -16,9 +16,9 @@ from transformers import BartConfig, BartForConditionalGeneration
 
 from lib import config, ranks
 from lib.model import load_model, make_adamw, train_tokenizer
-from lib.sequence_to_sequence import SPECIAL_TOKENS, collate_pairs, generate_texts
+from lib.sequence_to_sequence import SPECIAL_TOKENS, collator, generate_texts
 
-ROWS = 13  # odd, so that fillers are needed
+ROWS = {"many": 13, "one": 1}  # odd, and fewer than ranks, so that fillers are needed
 MAX_LENGTH = 12
 
 
@@ -26,9 +26,11 @@ def main(file: Path, configs: list[str]) -> None:
     ranks.init(timeout_minutes=3)
     tokenizer = train_tokenizer(["a few words, and more of them"] * 9, 280, SPECIAL_TOKENS, "$A </s>")
     random = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, 30, (ROWS,), generator=random).tolist()
-    sources = [torch.randint(3, len(tokenizer), (length,), generator=random).tolist() for length in lengths]
-    rows = Dataset.from_dict({"input_ids": sources, "labels": [[5]] * ROWS, "length": lengths})
+    data: dict[str, Dataset] = {}
+    for name, count in ROWS.items():
+        lengths = torch.randint(1, 30, (count,), generator=random).tolist()
+        sources = [torch.randint(3, len(tokenizer), (length,), generator=random).tolist() for length in lengths]
+        data[name] = Dataset.from_dict({"input_ids": sources, "labels": [[5]] * count, "length": lengths})
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     bart = BartConfig(
         vocab_size=len(tokenizer), d_model=32, max_position_embeddings=64, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=64, decoder_layers=1,
@@ -51,9 +53,8 @@ def main(file: Path, configs: list[str]) -> None:
         model = load_model(build, ds_config, seed=0)
         engine, *_ = deepspeed.initialize(model=model, optimizer=make_adamw(model, ds_config, 1e-3, 0.0), config=ds_config)
         for beams in (1, 3):
-            pads = {"source_pad": special["pad_token_id"], "target_pad": special["pad_token_id"], "decoder_start": special["bos_token_id"]}
-            texts = generate_texts(engine, rows, lambda batch, pads=pads: collate_pairs(batch, **pads), 2, tokenizer, MAX_LENGTH, beams)
-            found[f"{name} {beams}"] = texts
+            texts = [generate_texts(engine, rows, collator(engine.module, tokenizer, tokenizer), 2, tokenizer, MAX_LENGTH, beams) for rows in data.values()]
+            found[f"{name} {beams}"] = [*texts[0], *texts[1]]
         engine.destroy()
     if ranks.rank() == 0:
         file.write_text(json.dumps(found))

@@ -70,8 +70,9 @@ def test_a_mistake_in_the_settings_ends_all_ranks_with_one_line(tmp_path: Path, 
 @pytest.mark.slow
 def test_results_are_a_table_of_runs_that_are_not_run_twice() -> None:
     """In runs/results-quick of this checkout."""
+    shutil.rmtree(ROOT / "runs" / "results-quick" / "recurrent_lm", ignore_errors=True)
     first = launch("results", "recurrent_lm", "--quick")
-    assert first.returncode == 0, first.stderr
+    assert first.returncode == 0 and "step 20/20" in first.stdout, first.stderr
     result = json.loads((ROOT / "runs" / "results-quick" / "recurrent_lm" / "result.json").read_text())
     scores, unigram = result["scores"].values()
     (row,) = [line for line in first.stdout.splitlines() if line.startswith("| [`recurrent_lm`]")]

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import CONFIGS, MEASURED, RECIPES, ROOT, deepspeed, read_losses
-from contract_worker import first_tensor
+from contract_worker import tensors_of
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -47,23 +47,24 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     bf16 = [f"{name}_bf16:{with_micro_batch(name, MICRO)}:{BF16}" for name in CONFIGS[:4]]
     plain = f"plain:{with_micro_batch('zero0', BATCH)}:{FP32}"
     learn = f"learn:{with_micro_batch('zero2', 4)}:lr_schedule=constant,max_steps=60"
-    random = f"random:{with_micro_batch('zero2', MICRO)}:{random_settings(recipe)},{SAVING}"
+    other = f"other:{with_micro_batch('zero2', MICRO)}:{other_settings(recipe)},{SAVING}"
 
     def launch_cases(world_size: int, cases: list[str]) -> None:
         done = deepspeed(world_size, "tests/contract_worker.py", recipe, folder, *cases, OMP_NUM_THREADS="1")
         assert done.returncode == 0, f"{done.stdout[-1000:]}\n{done.stderr[-4000:]}"
 
-    same = [resumed("zero2_fp32-2", "zero2", FP32), resumed("zero3_fp32-2", "zero3", FP32), resumed("random-2", "zero2", random_settings(recipe))]
-    launch_cases(2, [*fp32.values(), *bf16, learn, random, *same])
+    same = [resumed("zero2_fp32-2", "zero2", FP32), resumed("zero3_fp32-2", "zero3", FP32), resumed("other-2", "zero2", other_settings(recipe))]
+    launch_cases(2, [*fp32.values(), *bf16, learn, other, *same])
     launch_cases(1, [plain, fp32["zero0"], fp32["zero2"], fp32["zero3"], resumed("zero3_fp32-2", "zero0", FP32)])
     launch_cases(4, [fp32["zero0"], fp32["zero2"], fp32["zero3"], resumed("zero2_fp32-2", "zero3", FP32)])
     return recipe, folder
 
 
-def random_settings(recipe: str) -> str:
-    """What the recipe can be set to draw at random in a step: dropout, where it has one."""
+def other_settings(recipe: str) -> str:
+    """What the recipe can be set to do otherwise, by default or not: dropout, the other method, whole words."""
     kinds = importlib.import_module(f"recipes.{recipe}").Config.__annotations__
-    return f"{FP32},dropout=0.2" if "dropout" in kinds else FP32
+    others = {"dropout": "0.2", "method": "glove", "whole_words": "true"}
+    return ",".join([FP32, *(f"{name}={value}" for name, value in others.items() if name in kinds)])
 
 
 def difference(runs: tuple[str, Path], run: str, reference: str) -> float:
@@ -92,7 +93,7 @@ def test_stages_agree_in_bf16(runs: tuple[str, Path], config: str) -> None:
     assert difference(runs, f"{config}_bf16-2", "zero2_bf16-2") < 2e-3
 
 
-@pytest.mark.parametrize("run", ["zero2_fp32-2_to_zero2-2", "zero3_fp32-2_to_zero3-2", "random-2_to_zero2-2"])
+@pytest.mark.parametrize("run", ["zero2_fp32-2_to_zero2-2", "zero3_fp32-2_to_zero3-2", "other-2_to_zero2-2"])
 def test_interrupted_and_resumed_equals_uninterrupted(runs: tuple[str, Path], run: str) -> None:
     """Bit for bit: every loss, and the weights in the end."""
     _, folder = runs
@@ -145,7 +146,7 @@ def test_the_export_is_the_trained_model(runs: tuple[str, Path], config: str) ->
     model = load_export(recipe, run / "model")
     inputs, answered = torch.load(run / "probe.pt")
     with torch.no_grad():
-        torch.testing.assert_close(first_tensor(model(**inputs)), answered, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(tensors_of(model(**inputs)), answered, rtol=1e-5, atol=1e-5)
     assert {path.suffix for path in (run / "model").rglob("*") if path.is_file()} <= {".json", ".safetensors", ".txt", ".jinja", ".md"}
     if (run / "model" / "tokenizer.json").exists():
         assert transformers.AutoTokenizer.from_pretrained(run / "model").vocab_size > 0
