@@ -115,6 +115,9 @@ def new_config(architecture: str, num_heads: int, hidden_size: int, **sizes: Any
     return set_dropout(AutoConfig.for_model(architecture, hidden_size=hidden_size, num_attention_heads=num_heads, **sizes), 0.0)
 
 
+END_OF_TEXT = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}  # the special tokens of a language model
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int, special_tokens: Mapping[str, str | AddedToken], template: str = "$A") -> PreTrainedTokenizerBase:
     """Learn a byte-level BPE from texts: any text encodes to it and back without loss. Every rank must call it; rank 0 learns.
 

@@ -30,6 +30,7 @@ from lib.config import Seed, Text, cli
 from lib.data import IGNORED, Batch, Blocks, collate_blocks, load_rows, token_streams, training_batches
 from lib.inference import language_model_scores
 from lib.model import (
+    END_OF_TEXT,
     check_causal,
     export,
     load_config,
@@ -44,8 +45,6 @@ from lib.model import (
     veto_if_not_finite,
 )  # fmt: skip
 from lib.run import Run, RunSettings
-
-END_OF_TEXT = "<|endoftext|>"
 
 
 @dataclass
@@ -116,7 +115,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     # Data: documents to one stream of tokens a split, to blocks.
     splits = load_rows(cfg.dataset, cfg.max_rows, text={"text": cfg.text_column})
     if cfg.model is None:
-        tokenizer = train_tokenizer(splits["train"]["text"], cfg.vocab_size, {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT})
+        tokenizer = train_tokenizer(splits["train"]["text"], cfg.vocab_size, END_OF_TEXT)
     else:
         tokenizer = load_tokenizer(cfg.model, cfg.max_length, cfg.trust_remote_code)
     streams = token_streams(splits, tokenizer)

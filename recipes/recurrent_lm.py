@@ -31,10 +31,8 @@ from lib.checkpoints import Checkpoints
 from lib.config import Seed, cli
 from lib.data import IGNORED, Batch, Blocks, collate_blocks, load_rows, token_streams, training_batches
 from lib.inference import language_model_scores
-from lib.model import export, load_model, make_adamw, token_losses, train_tokenizer, true_stage0, veto_if_not_finite
+from lib.model import END_OF_TEXT, export, load_model, make_adamw, token_losses, train_tokenizer, true_stage0, veto_if_not_finite
 from lib.run import Run, RunSettings
-
-END_OF_TEXT = "<|endoftext|>"
 
 
 @dataclass
@@ -88,7 +86,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
 
     # Data: documents to one stream of tokens a split, to blocks.
     splits = load_rows(cfg.dataset, cfg.max_rows, text={"text": cfg.text_column})
-    tokenizer = train_tokenizer(splits["train"]["text"], cfg.vocab_size, {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT})
+    tokenizer = train_tokenizer(splits["train"]["text"], cfg.vocab_size, END_OF_TEXT)
     streams = token_streams(splits, tokenizer)
     train = Blocks(streams["train"], cfg.max_length, drop_last=True)
     validation, test = (Blocks(streams[name], cfg.max_length, drop_last=False) for name in ("validation", "test"))

@@ -40,7 +40,7 @@ def prepare(recipe: str, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from lib import ranks
-    from lib.model import new_config, train_tokenizer
+    from lib.model import END_OF_TEXT, new_config, train_tokenizer
     from lib.samples import load_sample
     from lib.sequence_to_sequence import build_model, load_tokenizers
 
@@ -57,7 +57,7 @@ def prepare(recipe: str, folder: Path) -> None:
         cfg: Any = settings(recipe)
         model: Any
         if recipe == "causal_lm":
-            tokenizer = train_tokenizer(lines, cfg.vocab_size, {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"})
+            tokenizer = train_tokenizer(lines, cfg.vocab_size, END_OF_TEXT | {"pad_token": END_OF_TEXT["eos_token"]})
             sizes = {"intermediate_size": cfg.intermediate_size, "num_hidden_layers": cfg.num_layers, "max_position_embeddings": cfg.max_length}
             model = AutoModelForCausalLM.from_config(new_config("llama", cfg.num_heads, cfg.hidden_size, vocab_size=len(tokenizer), **sizes))
         else:
