@@ -56,7 +56,7 @@ def main() -> None:
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
     true_stage0(engine)
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, 2_000_000).astype(np.int32)
-    batches = training_batches(Blocks(tokens, cfg.max_length, drop_last=True), causal_lm.collate, cfg.batch_size, micro, 0, device)
+    batches = training_batches(Blocks(tokens, cfg.max_length, drop_last=True), causal_lm.collate_blocks, cfg.batch_size, micro, 0, device)
     ready = [next(batches) for _ in range(4)]
 
     def bare() -> None:

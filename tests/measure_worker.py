@@ -27,7 +27,7 @@ from lib.results import INSPECTED
 from lib.run import Run
 
 causal_lm: Any = importlib.import_module("recipes.causal_lm")
-collate = causal_lm.collate
+collate_blocks = causal_lm.collate_blocks
 # Settings of a model whose matrices are above stage3_param_persistence_threshold and whose norms are below.
 WIDE = "hidden_size=384,intermediate_size=512,vocab_size=300"
 SLOW = {"data": 0.05, "forward": 0.1, "backward": 0.15, "optimizer": 0.2}  # seconds that each phase of a case named "slow..." takes longer
@@ -65,7 +65,7 @@ def main(folder: Path, cases: list[str]) -> None:
         slow = name.startswith("slow")
         causal_lm.deepspeed = SimpleNamespace(initialize=meter.initialize(initialize_slowly if slow else deepspeed.initialize))
         causal_lm.training_batches = meter.training_batches(batches)
-        causal_lm.collate = slowly("data", collate) if slow else collate
+        causal_lm.collate_blocks = slowly("data", collate_blocks) if slow else collate_blocks
         runs: list[Run] = []
         causal_lm.Run = lambda *arguments, runs=runs: (runs.append(Run(*arguments)), runs[0])[1]
         with contextlib.suppress(Stopped):
