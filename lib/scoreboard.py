@@ -7,7 +7,7 @@
 
 Each recipe leaves its run in runs/results/<recipe> (runs/results-quick). What has finished there, at the settings that are in the recipe's YAML now, is not run
 again (delete its folder to run it anew); what was interrupted goes on from its newest checkpoint. A recipe's first score is
-the one in the table, the first row below its own in the run's last lines is the baseline.
+the one in the table.
 """
 
 import argparse
@@ -70,13 +70,14 @@ def train(recipe: str, run: Path, quick: bool) -> None:
 
 
 def row(recipe: str, run: Path) -> list[str]:
-    """recipe, task, data, metric, score, baseline, minutes."""
+    """recipe, task, data, metric, score, baselines, minutes."""
     result, settings = json.loads((run / "result.json").read_text(encoding="utf-8")), yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    (_, scores), (beside, baseline) = list(result["scores"].items())[:2]
+    (_, scores), *baselines = result["scores"].items()
     metric, score = next(iter(scores.items()))
+    beside = "; ".join(f"{name} {shown_score(values[metric])}" for name, values in baselines)
     task = (importlib.import_module(f"recipes.{recipe}").__doc__ or "").splitlines()[0].rstrip(".").lower()
     name = f"[`{recipe}`](recipes/{recipe}.py)"
-    return [name, task, settings["dataset"], metric, shown_score(score), f"{beside}: {shown_score(baseline[metric])}", f"{result['seconds'] / 60:.1f}"]
+    return [name, task, settings["dataset"], metric, shown_score(score), beside, f"{result['seconds'] / 60:.1f}"]
 
 
 def shown_score(score: float | None) -> str:
@@ -88,7 +89,7 @@ def table(runs: dict[str, Path]) -> str:
     """The Markdown table, and a line that says what it was made with."""
     versions = json.loads((next(iter(runs.values())) / "versions.json").read_text(encoding="utf-8"))
     newest = max((run / "result.json").stat().st_mtime for run in runs.values())
-    header = ["recipe", "task", "data", "metric", "score", "baseline", "minutes"]
+    header = ["recipe", "task", "data", "metric", "score", "baselines", "minutes"]
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *(row(*run) for run in runs.items()))]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     made = f"deepspeed {versions['deepspeed']}, torch {versions['torch']}, {datetime.date.fromtimestamp(newest)}"

@@ -58,7 +58,8 @@ def main(recipe_name: str, folder: Path, cases: list[str]) -> None:
         cfg = config.load(recipe.Config, ROOT / "recipes" / f"{recipe_name}.yaml", given, quick=True)
         if getattr(cfg, "model", None) == "minilm":
             cfg.model = str(ranks.on_rank0(lambda: small_encoder(folder / "encoder")))
-            cfg.learning_rate = 5e-3  # it is small, and starts from nothing
+            if name == "learn":
+                cfg.learning_rate = 5e-3  # it is small, and starts from nothing
         ds_config = load_ds_config(Path(json_path), cfg, int(os.environ["WORLD_SIZE"]))
         real_initialize = plain_torch.initialize if name == "plain" else deepspeed.initialize
         inputs: dict[str, Any] = {}

