@@ -78,12 +78,6 @@ def build_model(cfg: Any, target_tokenizer: PreTrainedTokenizerBase) -> PreTrain
     return EncoderDecoderModel(both, encoder, BertLMHeadModel(both.decoder))
 
 
-def logits_of(engine: Any, batch: Batch) -> torch.Tensor:
-    """[rows, longest target, tokens of the vocabulary], in fp32."""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "decoder_input_ids")}
-    return engine(**inputs).logits.float()
-
-
 def tokenize_pairs(
     rows: dict[str, list[Any]], source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase, max_source_length: int, max_target_length: int
 ) -> dict[str, list[Any]]:  # fmt: skip

@@ -145,7 +145,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     splits = {name: rows.add_column("row", list(range(len(rows)))) for name, rows in splits.items()}
     tokenizer = load_tokenizer(cfg.model, cfg.max_length, cfg.trust_remote_code)
     windows = map_rows(splits, tokenize, tokenizer=tokenizer, max_length=cfg.max_length, stride=cfg.stride)
-    train = windows["train"]
+    train = windows["train"].remove_columns("characters")  # which only answers are made from
     collate_windows = functools.partial(collate, pad_token_id=tokenizer.pad_token_id, has_types="token_type_ids" in tokenizer.model_input_names)
     run.plan(len(train))
 

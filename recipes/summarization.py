@@ -29,11 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launch
 from lib import baselines, ranks
 from lib.checkpoints import Checkpoints
 from lib.config import Probability, Seed, cli
-from lib.data import IGNORED, load_rows, map_rows, training_batches
+from lib.data import IGNORED, Batch, load_rows, map_rows, training_batches
 from lib.evaluation import summarization_scores
 from lib.model import export, load_model, make_adamw, token_losses, true_stage0, veto_if_not_finite
 from lib.run import Run, RunSettings
-from lib.sequence_to_sequence import build_model, collator, generate_texts, load_tokenizers, logits_of, tokenize_pairs
+from lib.sequence_to_sequence import build_model, collator, generate_texts, load_tokenizers, tokenize_pairs
 
 
 @dataclass
@@ -63,6 +63,12 @@ class Config(RunSettings):
     weight_decay: NonNegativeFloat  # of matrices and embeddings, not of biases and norms
     gradient_clipping: NonNegativeFloat  # highest norm of the gradient; 0: no clipping
     beams: PositiveInt  # of the beam search; 1: greedy
+
+
+def logits_of(engine: Any, batch: Batch) -> torch.Tensor:
+    """[rows, longest target, tokens of the vocabulary], in fp32."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "decoder_input_ids")}
+    return engine(**inputs).logits.float()
 
 
 def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
