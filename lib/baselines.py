@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lib.evaluation import classification_scores, language_model_scores, perplexity, sentences
+from lib.evaluation import classification_scores, perplexity, perplexity_and_bits, sentences
 
 
 def majority_class(train_labels: Sequence[int], test_labels: Sequence[int]) -> dict[str, float]:
@@ -36,7 +36,7 @@ def unigram(train_tokens: np.ndarray, test_tokens: np.ndarray, vocab_size: int, 
     counts = np.bincount(train_tokens, minlength=vocab_size) + 1
     log_probabilities = np.log(counts / counts.sum())
     predicted = test_tokens[1:]
-    return language_model_scores(float(-log_probabilities[predicted].sum()), len(predicted), sum(len(text.encode()) for text in test_texts))
+    return perplexity_and_bits(float(-log_probabilities[predicted].sum()), len(predicted), sum(len(text.encode()) for text in test_texts))
 
 
 def unigram_masked(train_tokens: np.ndarray, hidden_tokens: Sequence[int], vocab_size: int) -> dict[str, float]:

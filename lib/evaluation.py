@@ -26,7 +26,7 @@ def perplexity(nats: float, tokens: float) -> float:
     return math.inf if nats / tokens > 700 else math.exp(nats / tokens)
 
 
-def language_model_scores(loss_sum: float, tokens: int, text_bytes: int) -> dict[str, float]:
+def perplexity_and_bits(loss_sum: float, tokens: int, text_bytes: int) -> dict[str, float]:
     """Perplexity a token and bits a byte, from the summed negative log-likelihood (nats) of `tokens` that encode `text_bytes`."""
     return {"perplexity": perplexity(loss_sum, tokens), "bits_per_byte": loss_sum / math.log(2) / text_bytes}
 

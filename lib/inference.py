@@ -38,4 +38,4 @@ def language_model_scores(
         return torch.stack([losses.sum(1), (batch["labels"] != IGNORED).sum(1)], dim=1).double()
 
     nats, tokens = for_each_row(engine, blocks, collate_blocks, batch_size, nats_and_tokens).sum(0).tolist()
-    return evaluation.language_model_scores(nats, int(tokens), sum(len(text.encode()) for text in texts))
+    return evaluation.perplexity_and_bits(nats, int(tokens), sum(len(text.encode()) for text in texts))

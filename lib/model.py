@@ -22,7 +22,9 @@ from tokenizers.processors import TemplateProcessing
 from torch.utils import cpp_extension
 from transformers import (
     CONFIG_MAPPING,
+    MODEL_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -92,7 +94,7 @@ def load_tokenizer(name: str, max_length: int, trust_remote_code: bool) -> PreTr
 
 
 def _load_tokenizer(name: str, max_length: int, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    limit = getattr(load_config(name, 0.0, trust_remote_code), "max_position_embeddings", None)
+    limit = _longest_text(load_config(name, 0.0, trust_remote_code), trust_remote_code)
     if limit and max_length > limit:
         raise UserError(f"max_length is {max_length}, but the model reads at most {limit} tokens; set --max_length {limit} or less")
     with hub_errors(name):
@@ -113,6 +115,21 @@ def new_config(architecture: str, num_heads: int, hidden_size: int, **sizes: Any
     if hidden_size % num_heads:
         raise UserError(f"hidden_size {hidden_size} is no multiple of num_heads {num_heads}")
     return set_dropout(AutoConfig.for_model(architecture, hidden_size=hidden_size, num_attention_heads=num_heads, **sizes), 0.0)
+
+
+def _longest_text(config: PretrainedConfig, trust_remote_code: bool) -> int | None:
+    """How many tokens a model of this config can read; None: its positions have no end."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None or type(config) not in MODEL_MAPPING:
+        return limit
+    with torch.device("meta"):
+        model = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
+    unused = [
+        module.padding_idx + 1  # RoBERTa and its kin count positions from there
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+    ]
+    return limit - max(unused, default=0)
 
 
 END_OF_TEXT = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}  # the special tokens of a language model

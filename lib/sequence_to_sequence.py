@@ -1,5 +1,6 @@
 """Encoder-decoders: from scratch, a pre-trained encoder with a new decoder, or a whole pre-trained one; their pairs of texts; generation."""
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,14 +11,15 @@ from datasets import Dataset
 from transformers import (
     AutoModel,
     AutoModelForSeq2SeqLM,
-    BartConfig,
-    BartForConditionalGeneration,
     BertConfig,
     BertLMHeadModel,
     EncoderDecoderConfig,
     EncoderDecoderModel,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    T5GemmaConfig,
+    T5GemmaForConditionalGeneration,
+    T5GemmaModuleConfig,
 )  # fmt: skip
 
 from lib import inference, ranks
@@ -46,21 +48,26 @@ def load_tokenizers(cfg: Any, sources: Sequence[str], targets: Sequence[str]) ->
 def build_model(cfg: Any, target_tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The encoder-decoder, whole, in host memory.
 
-    cfg: model (null: a BART from scratch; an encoder: with a new BERT as its decoder; an encoder-decoder: as it is), trust_remote_code,
+    cfg: model (null: a small T5Gemma from scratch; an encoder: with a new BERT as its decoder; an encoder-decoder: as it is), trust_remote_code,
     hidden_size, intermediate_size, num_layers, num_heads, max_source_length, max_target_length.
     """
     special = {name: getattr(target_tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    if cfg.hidden_size % cfg.num_heads:
-        raise UserError(f"hidden_size {cfg.hidden_size} is no multiple of num_heads {cfg.num_heads}")
+    head_dim = cfg.hidden_size // cfg.num_heads
+    if cfg.hidden_size % cfg.num_heads or head_dim % 2:
+        raise UserError(f"hidden_size {cfg.hidden_size} is no multiple of twice num_heads {cfg.num_heads}, as rotary positions need")
+    deviation = cfg.hidden_size**-0.5  # 0.02, made for larger models, would leave a small one's attention idle for most of a short run
     if cfg.model is None:
-        bart = BartConfig(
-            vocab_size=len(target_tokenizer), d_model=cfg.hidden_size, max_position_embeddings=max(cfg.max_source_length, cfg.max_target_length + 1),
-            encoder_layers=cfg.num_layers, encoder_attention_heads=cfg.num_heads, encoder_ffn_dim=cfg.intermediate_size,
-            decoder_layers=cfg.num_layers, decoder_attention_heads=cfg.num_heads, decoder_ffn_dim=cfg.intermediate_size,
-            **special, decoder_start_token_id=special["bos_token_id"], forced_eos_token_id=None, scale_embedding=True,
-            init_std=cfg.hidden_size**-0.5,  # 0.02, made for larger models, would leave a small one's attention idle for most of a short run
+        half: Any = T5GemmaModuleConfig(
+            vocab_size=len(target_tokenizer), hidden_size=cfg.hidden_size, intermediate_size=cfg.intermediate_size, num_hidden_layers=cfg.num_layers,
+            num_attention_heads=cfg.num_heads, num_key_value_heads=cfg.num_heads, head_dim=head_dim, query_pre_attn_scalar=head_dim,
+            attn_logit_softcapping=None, final_logit_softcapping=None, max_position_embeddings=max(cfg.max_source_length, cfg.max_target_length + 1),
+            initializer_range=deviation, **special,
         )  # fmt: skip
-        return BartForConditionalGeneration(set_dropout(bart, 0.0))
+        both: Any = T5GemmaConfig(
+            encoder=half, decoder=copy.deepcopy(half), initializer_range=deviation, vocab_size=len(target_tokenizer), **special,
+            decoder_start_token_id=special["bos_token_id"],
+        )  # fmt: skip
+        return T5GemmaForConditionalGeneration(both)
     config = load_config(cfg.model, 0.0, cfg.trust_remote_code)
     if config.is_encoder_decoder:
         return load_weights(AutoModelForSeq2SeqLM, cfg.model, config, cfg.trust_remote_code)
@@ -70,7 +77,7 @@ def build_model(cfg: Any, target_tokenizer: PreTrainedTokenizerBase) -> PreTrain
     decoder = BertConfig(
         vocab_size=len(target_tokenizer), hidden_size=cfg.hidden_size, num_hidden_layers=cfg.num_layers, num_attention_heads=cfg.num_heads,
         intermediate_size=cfg.intermediate_size, max_position_embeddings=cfg.max_target_length + 1, **special, is_decoder=True, add_cross_attention=True,
-        initializer_range=cfg.hidden_size**-0.5,
+        initializer_range=deviation,
     )  # fmt: skip
     both = EncoderDecoderConfig.from_encoder_decoder_configs(
         encoder.config, set_dropout(decoder, 0.0), **special, decoder_start_token_id=special["bos_token_id"]

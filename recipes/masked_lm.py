@@ -3,8 +3,8 @@
     ./launch.sh masked_lm --stage 2
     deepspeed --num_accelerators 2 recipes/masked_lm.py --deepspeed_config ds_configs/masked_lm/zero2.json
 
-The default trains a small BERT and its byte-level BPE from scratch on the State of the Union addresses, and compares it with a
-unigram model. `--model <hub id or folder>` goes on training a pre-trained encoder instead, with its own tokenizer.
+The default trains a small ModernBERT and its byte-level BPE from scratch on the State of the Union addresses, and compares it with
+a unigram model. `--model <hub id or folder>` goes on training a pre-trained encoder instead, with its own tokenizer.
 
 Method: choose 15 % of the tokens at random; replace 80 % of these with the mask, 10 % with a random token, leave 10 %; minimize the
 mean of -log p(token | the changed text) over the chosen ones (Devlin et al. 2019, BERT, section 3.1). Other tokens are chosen
@@ -54,7 +54,7 @@ SPECIAL_TOKENS = {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>",
 class Config(RunSettings):
     model: str | None  # a folder or hub id to go on training; null: from scratch, as the next six settings say
     trust_remote_code: bool  # whether code and pickled weights that come with the model may run; only for sources that you trust
-    architecture: str  # transformers' name for it: bert, modernbert, electra, ...
+    architecture: str  # transformers' name for it: modernbert, bert, electra, ...
     vocab_size: PositiveInt  # tokens of the byte-level BPE; at least 260
     hidden_size: PositiveInt  # width of the residual stream; a multiple of num_heads
     intermediate_size: PositiveInt  # width inside the MLPs
@@ -85,12 +85,14 @@ def build_model(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Mod
         return load_weights(AutoModelForMaskedLM, cfg.model, load_config(cfg.model, 0.0, cfg.trust_remote_code), cfg.trust_remote_code)
     config = new_config(
         cfg.architecture, cfg.num_heads, cfg.hidden_size, vocab_size=len(tokenizer), intermediate_size=cfg.intermediate_size,
-        num_hidden_layers=cfg.num_layers, max_position_embeddings=cfg.max_length + 8, pad_token_id=tokenizer.pad_token_id,  # RoBERTa counts positions from pad_token_id + 1
+        num_hidden_layers=cfg.num_layers, max_position_embeddings=cfg.max_length + tokenizer.pad_token_id + 1,  # RoBERTa's positions begin there
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.cls_token_id, eos_token_id=tokenizer.sep_token_id,
+        cls_token_id=tokenizer.cls_token_id, sep_token_id=tokenizer.sep_token_id,
         initializer_range=cfg.hidden_size**-0.5,  # 0.02, made for larger models, would leave a small one's attention idle for most of a short run
     )  # fmt: skip
     if type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
         names = [kind.model_type for kind in MODEL_FOR_MASKED_LM_MAPPING]
-        raise UserError(f"architecture '{cfg.architecture}' has no masked language model{did_you_mean(cfg.architecture, names)}; take bert, or modernbert")
+        raise UserError(f"architecture '{cfg.architecture}' has no masked language model{did_you_mean(cfg.architecture, names)}; take modernbert, or bert")
     return AutoModelForMaskedLM.from_config(config, dtype=torch.float32)
 
 

@@ -81,6 +81,8 @@ def tokenize(rows: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, max
         windows[name] = []
     for window, (row, characters) in enumerate(zip(encoded["overflow_to_sample_mapping"], encoded["offset_mapping"], strict=True)):
         context = [place for place, part in enumerate(encoded.sequence_ids(window)) if part == 1]
+        if not context:
+            raise UserError(f"question {rows['question'][row]!r}: the model's tokenizer leaves nothing of its context; take that row out")
         first, last = context[0], context[-1]
         answers, start, end = rows["answers"][row], 0, 0
         if answers["text"]:

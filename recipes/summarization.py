@@ -4,7 +4,7 @@
     ./launch.sh summarization --model minilm
     deepspeed --num_accelerators 2 recipes/summarization.py --deepspeed_config ds_configs/summarization/zero2.json
 
-The default trains a small BART and its byte-level BPE from scratch to write the first paragraph of a docstring, mostly a sentence,
+The default trains a small T5Gemma and its byte-level BPE from scratch to write the first paragraph of a docstring, mostly a sentence,
 from the rest of it. `--model`
 takes a pre-trained encoder (minilm), which gets a new decoder and a BPE for it, or any pre-trained encoder-decoder. The summaries are
 scored beside the lead sentence, and beside the summary of the most similar text of the training rows (both read whole texts).

@@ -4,7 +4,7 @@
     ./launch.sh translation --model minilm
     deepspeed --num_accelerators 2 recipes/translation.py --deepspeed_config ds_configs/translation/zero2.json
 
-The default trains a small BART and one byte-level BPE for both languages from scratch on 2,500 user-interface messages, English to
+The default trains a small T5Gemma and one byte-level BPE for both languages from scratch on 2,500 user-interface messages, English to
 French. `--model` takes a pre-trained encoder (minilm), which gets a new decoder and a BPE for it, or any pre-trained encoder-decoder.
 The translations are scored beside copies of the source, and beside the translation of the most similar source of the training rows.
 

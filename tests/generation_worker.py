@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,11 +13,10 @@ sys.path.insert(0, str(ROOT))
 
 import deepspeed
 from datasets import Dataset
-from transformers import BartConfig, BartForConditionalGeneration
 
 from lib import config, ranks
 from lib.model import load_model, make_adamw, train_tokenizer
-from lib.sequence_to_sequence import SPECIAL_TOKENS, collator, generate_texts
+from lib.sequence_to_sequence import SPECIAL_TOKENS, build_model, collator, generate_texts
 
 ROWS = {"many": 13, "one": 1}  # odd, and fewer than ranks, so that fillers are needed
 MAX_LENGTH = 12
@@ -31,12 +31,18 @@ def main(file: Path, configs: list[str]) -> None:
         lengths = torch.randint(1, 30, (count,), generator=random).tolist()
         sources = [torch.randint(3, len(tokenizer), (length,), generator=random).tolist() for length in lengths]
         data[name] = Dataset.from_dict({"input_ids": sources, "labels": [[5]] * count, "length": lengths})
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    bart = BartConfig(
-        vocab_size=len(tokenizer), d_model=32, max_position_embeddings=64, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=64, decoder_layers=1,
-        decoder_attention_heads=2, decoder_ffn_dim=64, dropout=0.0, init_std=0.4, **special, decoder_start_token_id=special["bos_token_id"],
-        forced_eos_token_id=None,
-    )  # fmt: skip
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 1, "num_heads": 2, "max_source_length": 64, "max_target_length": MAX_LENGTH}
+    cfg = SimpleNamespace(model=None, **sizes)
+
+    def build() -> Any:
+        """The recipes' model, but one whose texts differ, and end early or late: untrained, it repeats one token."""
+        model = build_model(cfg, tokenizer)
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.dim() == 1:
+                    weight.normal_(0, 2)
+            model.get_output_embeddings().weight[tokenizer.eos_token_id] *= 2
+        return model
 
     found: dict[str, Any] = {}
     for name in configs:
@@ -45,7 +51,7 @@ def main(file: Path, configs: list[str]) -> None:
         if name.startswith("zero3"):
             knobs = ["stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size"]
             ds_config["zero_optimization"] |= dict.fromkeys(knobs, 0)
-        model = load_model(lambda: BartForConditionalGeneration(bart), ds_config, seed=0)
+        model = load_model(build, ds_config, seed=0)
         engine, *_ = deepspeed.initialize(model=model, optimizer=make_adamw(model, ds_config, 1e-3, 0.0), config=ds_config)
         for beams in (1, 3):
             texts = [generate_texts(engine, rows, collator(engine.module, tokenizer, tokenizer), 2, tokenizer, MAX_LENGTH, beams) for rows in data.values()]

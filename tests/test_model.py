@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import BertConfig, BertLMHeadModel, BertModel, DistilBertConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import BertConfig, BertLMHeadModel, BertModel, DistilBertConfig, GPT2Config, GPT2LMHeadModel, PretrainedConfig, PreTrainedModel, RobertaConfig
 
 from lib.config import UserError
 from lib.model import check_causal, load_model, load_tokenizer, set_dropout, train_tokenizer
@@ -44,6 +44,15 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
     BertLMHeadModel(TINY_BERT).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="tokenizer"):
         load_tokenizer(str(tmp_path), 8, trust_remote_code=False)
+
+
+@pytest.mark.parametrize(("config", "longest"), [(RobertaConfig(max_position_embeddings=18, pad_token_id=1), 16), (BertConfig(max_position_embeddings=16), 16)])
+def test_a_text_longer_than_the_model_reads_is_refused(config: PretrainedConfig, longest: int, tmp_path: Path) -> None:
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"at most {longest} tokens"):
+        load_tokenizer(str(tmp_path), longest + 1, trust_remote_code=False)
+    with pytest.raises(UserError, match="tokenizer"):  # which is what this folder lacks
+        load_tokenizer(str(tmp_path), longest, trust_remote_code=False)
 
 
 def test_a_loaded_model_is_in_training_mode() -> None:
