@@ -1,7 +1,9 @@
 """Models: dropout under each architecture's names, tokenizers and models that do not fit, training mode."""
 
+import importlib
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +55,18 @@ def test_a_text_longer_than_the_model_reads_is_refused(config: PretrainedConfig,
         load_tokenizer(str(tmp_path), longest + 1, trust_remote_code=False)
     with pytest.raises(UserError, match="tokenizer"):  # which is what this folder lacks
         load_tokenizer(str(tmp_path), longest, trust_remote_code=False)
+
+
+def test_a_context_of_which_the_tokenizer_leaves_nothing_is_refused() -> None:
+    question_answering: Any = importlib.import_module("recipes.question_answering")
+    rows: dict[str, list[Any]] = {
+        "question": ["Which?", "What?"],
+        "context": ["A word.", "\u200b"],
+        "answers": [{"text": [], "answer_start": []}] * 2,
+        "row": [0, 1],
+    }
+    with pytest.raises(UserError, match=r"'What\?'.*nothing"):
+        question_answering.tokenize(rows, load_tokenizer("minilm", 32, trust_remote_code=False), max_length=32, stride=8)
 
 
 def test_a_loaded_model_is_in_training_mode() -> None:
