@@ -113,7 +113,7 @@ def processes_of(run_dir: Path, *words: str) -> list[int]:
     return [process for process, line in command_lines().items() if all(word.encode() in line for word in (str(run_dir), *words))]
 
 
-LONG = ["causal_lm", "--quick", "--max_steps", 400, "--log_every", 1, "--samples", 0]
+LONG = ["causal_lm", "--quick", "--max_steps", 200, "--log_every", 1, "--samples", 0]
 
 
 @pytest.fixture(scope="module")
