@@ -94,7 +94,7 @@ def load_tokenizer(name: str, max_length: int, trust_remote_code: bool) -> PreTr
 
 
 def _load_tokenizer(name: str, max_length: int, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    limit = _longest_text(load_config(name, 0.0, trust_remote_code), trust_remote_code)
+    limit = _longest_text(load_config(name, 0.0, trust_remote_code))
     if limit and max_length > limit:
         raise UserError(f"max_length is {max_length}, but the model reads at most {limit} tokens; set --max_length {limit} or less")
     with hub_errors(name):
@@ -117,13 +117,13 @@ def new_config(architecture: str, num_heads: int, hidden_size: int, **sizes: Any
     return set_dropout(AutoConfig.for_model(architecture, hidden_size=hidden_size, num_attention_heads=num_heads, **sizes), 0.0)
 
 
-def _longest_text(config: PretrainedConfig, trust_remote_code: bool) -> int | None:
+def _longest_text(config: PretrainedConfig) -> int | None:
     """How many tokens a model of this config can read; None: its positions have no end."""
     limit = getattr(config, "max_position_embeddings", None)
     if limit is None or type(config) not in MODEL_MAPPING:
         return limit
     with torch.device("meta"):
-        model = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
+        model = AutoModel.from_config(config)
     unused = [
         module.padding_idx + 1  # RoBERTa and its kin count positions from there
         for name, module in model.named_modules()

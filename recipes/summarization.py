@@ -5,9 +5,8 @@
     deepspeed --num_accelerators 2 recipes/summarization.py --deepspeed_config ds_configs/summarization/zero2.json
 
 The default trains a small T5Gemma and its byte-level BPE from scratch to write the first paragraph of a docstring, mostly a sentence,
-from the rest of it. `--model`
-takes a pre-trained encoder (minilm), which gets a new decoder and a BPE for it, or any pre-trained encoder-decoder. The summaries are
-scored beside the lead sentence, and beside the summary of the most similar text of the training rows (both read whole texts).
+from the rest of it. `--model` takes a pre-trained encoder (minilm), which gets a new decoder and a BPE for it, or any pre-trained
+encoder-decoder. The summaries are scored beside the lead sentence, and beside the summary of the most similar text of the training rows (both read whole texts).
 
 Method: minimize the mean of the cross entropy of each token of the summary, given the text and the tokens before it, with label
 smoothing (Szegedy et al. 2016, section 7); write by beam search. Batches are grouped by length, and there is no dropout.
@@ -41,7 +40,7 @@ class Config(RunSettings):
     model: str | None  # "minilm", a folder or a hub id: an encoder or an encoder-decoder; null: from scratch
     trust_remote_code: bool  # whether code and pickled weights that come with the model may run; only for sources that you trust
     vocab_size: PositiveInt  # tokens of the BPE that is learned, unless the model has one for its output; at least 259
-    hidden_size: PositiveInt  # width of what is trained from scratch; a multiple of num_heads
+    hidden_size: PositiveInt  # width of what is trained from scratch; a multiple of twice num_heads
     intermediate_size: PositiveInt  # width inside its MLPs
     num_layers: PositiveInt  # its layers, in the encoder and in the decoder
     num_heads: PositiveInt  # its attention heads

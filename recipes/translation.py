@@ -41,7 +41,7 @@ class Config(RunSettings):
     model: str | None  # "minilm", a folder or a hub id: an encoder or an encoder-decoder; null: from scratch
     trust_remote_code: bool  # whether code and pickled weights that come with the model may run; only for sources that you trust
     vocab_size: PositiveInt  # tokens of the BPE that is learned, unless the model has one for its output; at least 259
-    hidden_size: PositiveInt  # width of what is trained from scratch; a multiple of num_heads
+    hidden_size: PositiveInt  # width of what is trained from scratch; a multiple of twice num_heads
     intermediate_size: PositiveInt  # width inside its MLPs
     num_layers: PositiveInt  # its layers, in the encoder and in the decoder
     num_heads: PositiveInt  # its attention heads
