@@ -32,6 +32,8 @@ from lib.samples import load_sample
 
 pytestmark = pytest.mark.slow
 
+LENGTHS = ("--max_source_length", "32", "--max_target_length", "24", "--beams", "2")  # tokens, and beams; what the tests below generate with, too
+
 
 def train(recipe: str, folder: Path, *settings: str) -> tuple[Path, dict[str, float]]:
     """(exported folder, test scores) of a short run at stage 3 on 2 ranks."""
@@ -104,7 +106,7 @@ def test_masked_scores_are_those_of_the_exported_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("encoder", ["from scratch", "pre-trained"])
 def test_translations_are_those_of_the_exported_model(tmp_path: Path, encoder: str) -> None:
     model = "null" if encoder == "from scratch" else str(small_encoder(tmp_path / "encoder"))
-    model_folder, scores = train("translation", tmp_path, "--model", model, "--max_steps", "200", "--max_rows", "21", "--label_smoothing", "0")
+    model_folder, scores = train("translation", tmp_path, "--model", model, "--max_steps", "200", "--max_rows", "21", "--label_smoothing", "0", *LENGTHS)
     translator, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
     target_tokenizer = AutoTokenizer.from_pretrained(model_folder / "target_tokenizer")
     rows = rows_of_test("messages_fr", 21)
@@ -118,7 +120,7 @@ def test_translations_are_those_of_the_exported_model(tmp_path: Path, encoder: s
 
 
 def test_summaries_are_those_of_the_exported_model(tmp_path: Path) -> None:
-    model_folder, scores = train("summarization", tmp_path, "--max_steps", "100", "--max_rows", "21")
+    model_folder, scores = train("summarization", tmp_path, "--max_steps", "100", "--max_rows", "21", *LENGTHS)
     writer, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
     rows, scorer, found = rows_of_test("docstring_pairs", 21), RougeScorer(["rouge1", "rougeL"], use_stemmer=True), []
     for body, summary in zip(rows["body"], rows["summary"], strict=True):
