@@ -216,23 +216,36 @@ def load_model(build: Callable[[], torch.nn.Module], ds_config: dict[str, Any], 
     return model
 
 
-def make_adamw(model: torch.nn.Module, ds_config: dict[str, Any], learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+def make_adamw(
+    model: torch.nn.Module,
+    ds_config: dict[str, Any],
+    learning_rate: float,
+    weight_decay: float,
+    pretrained: Iterable[torch.nn.Parameter] = (),
+    pretrained_learning_rate: float = 0.0,
+) -> torch.optim.Optimizer:
     """AdamW, with weight decay on matrices and embeddings but not on biases and norms.
 
+    The pretrained parameters have a learning rate of their own; where it is 0 they are frozen: without gradients, and so without cost.
     torch's, which compiles nothing. With the optimizer offloaded, DeepSpeed asks for its own CPU version (compiled at first use, a
     minute or more, and faster from then on) unless the JSON says "zero_force_ds_cpu_optimizer": false.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    is_matrix = [len(getattr(parameter, "ds_shape", parameter.shape)) >= 2 for parameter in parameters]  # ds_shape: before partitioning
-    groups = [
-        {"params": [p for p, matrix in zip(parameters, is_matrix, strict=True) if matrix], "weight_decay": weight_decay},
-        {"params": [p for p, matrix in zip(parameters, is_matrix, strict=True) if not matrix], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    pretrained = list(pretrained)
+    if pretrained_learning_rate == 0:
+        for parameter in pretrained:
+            parameter.requires_grad_(False)
+    brought = set(map(id, pretrained))
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            is_brought, is_vector = id(parameter) in brought, len(getattr(parameter, "ds_shape", parameter.shape)) < 2  # ds_shape: before partitioning
+            rates = {"lr": pretrained_learning_rate if is_brought else learning_rate, "weight_decay": 0.0 if is_vector else weight_decay}
+            groups.setdefault((is_brought, is_vector), {"params": [], **rates})["params"].append(parameter)
+    in_order = [groups[key] for key in sorted(groups)]  # the learning rate of the first one is what a run logs
     if offload_device(ds_config, "optimizer") != "none" and ds_config.get("zero_force_ds_cpu_optimizer", True):
         ranks.rank0_first(lambda: check_compilation("cpu_adam"))
-        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, lr=learning_rate)
-    return torch.optim.AdamW(groups, lr=learning_rate)
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(in_order, lr=learning_rate)
+    return torch.optim.AdamW(in_order, lr=learning_rate)
 
 
 def check_compilation(operator: str) -> None:

@@ -226,14 +226,15 @@ class Run:
 
     def header(self, model: torch.nn.Module, rows: dict[str, int], notes: list[str] | None = None) -> None:
         """Say what is about to run. rows: their number by split."""
-        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+        sizes = {parameter: getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters()}
+        total, trained = sum(sizes.values()), sum(size for parameter, size in sizes.items() if parameter.requires_grad)
         cfg, micro = self.cfg, self.ds_config["train_micro_batch_size_per_gpu"]
         accumulation, world = self.ds_config["gradient_accumulation_steps"], ranks.world_size()
         offloaded = [what for what in ("optimizer", "param") if offload_device(self.ds_config, what) != "none"]
         offload = f", offloaded: {', '.join('parameters' if what == 'param' else what for what in offloaded)}" if offloaded else ""
         device = get_accelerator().device_name(0) if get_accelerator().device_name() != "cpu" else f"CPU, {torch.get_num_threads()} threads a rank"
         lines = {
-            "model": f"{type(model).__name__}, {parameters / 1e6:.1f} M parameters",
+            "model": f"{type(model).__name__}, {total / 1e6:.1f} M parameters" + (f", {trained / 1e6:.1f} M of them trained" if trained < total else ""),
             "data": f"{cfg.dataset}: " + ", ".join(f"{count:,} {split}" for split, count in rows.items()),
             "device": f"{world} rank{'s' if world > 1 else ''} x {device}",
             "memory": f"ZeRO stage {stage_of(self.ds_config)}{offload}, {cfg.precision}",

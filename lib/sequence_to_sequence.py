@@ -11,10 +11,10 @@ from datasets import Dataset
 from transformers import (
     AutoModel,
     AutoModelForSeq2SeqLM,
-    BertConfig,
-    BertLMHeadModel,
     EncoderDecoderConfig,
     EncoderDecoderModel,
+    GPT2Config,
+    GPT2LMHeadModel,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     T5GemmaConfig,
@@ -40,15 +40,29 @@ def load_tokenizers(cfg: Any, sources: Sequence[str], targets: Sequence[str]) ->
         joint = train_tokenizer([*sources, *targets], cfg.vocab_size, SPECIAL_TOKENS, "$A </s>")
         return joint, joint
     source_tokenizer = load_tokenizer(cfg.model, max(cfg.max_source_length, cfg.max_target_length), cfg.trust_remote_code)
-    if ranks.rank0_first(lambda: load_config(cfg.model, 0.0, cfg.trust_remote_code)).is_encoder_decoder:
+    if _brings_decoder(cfg):
+        if cfg.pretrained_learning_rate == 0:
+            raise UserError(f"model {cfg.model} is pre-trained as a whole, and with pretrained_learning_rate 0 nothing is trained; set it, to 3e-5 perhaps")
         return source_tokenizer, source_tokenizer
     return source_tokenizer, train_tokenizer(targets, cfg.vocab_size, SPECIAL_TOKENS, "$A </s>")
+
+
+def _brings_decoder(cfg: Any) -> bool:
+    """Whether cfg.model is a pre-trained encoder-decoder. Every rank must call it."""
+    return cfg.model is not None and ranks.rank0_first(lambda: load_config(cfg.model, 0.0, cfg.trust_remote_code)).is_encoder_decoder
+
+
+def pretrained_parameters(cfg: Any, model: PreTrainedModel) -> list[torch.nn.Parameter]:
+    """The parameters that cfg.model brought to the model of build_model: none, the encoder's, or all. Every rank must call it."""
+    if _brings_decoder(cfg):
+        return list(model.parameters())
+    return [] if cfg.model is None else list(model.get_encoder().parameters())
 
 
 def build_model(cfg: Any, target_tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The encoder-decoder, whole, in host memory.
 
-    cfg: model (null: a small T5Gemma from scratch; an encoder: with a new BERT as its decoder; an encoder-decoder: as it is), trust_remote_code,
+    cfg: model (null: a small T5Gemma from scratch; an encoder: with a new GPT-2 as its decoder; an encoder-decoder: as it is), trust_remote_code,
     hidden_size, intermediate_size, num_layers, num_heads, max_source_length, max_target_length.
     """
     special = {name: getattr(target_tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -74,15 +88,14 @@ def build_model(cfg: Any, target_tokenizer: PreTrainedTokenizerBase) -> PreTrain
     encoder = load_weights(AutoModel, cfg.model, config, cfg.trust_remote_code)
     if is_causal(encoder):
         raise UserError(f"model {cfg.model} is a decoder; take an encoder, which gets a new decoder, or an encoder-decoder")
-    decoder = BertConfig(
-        vocab_size=len(target_tokenizer), hidden_size=cfg.hidden_size, num_hidden_layers=cfg.num_layers, num_attention_heads=cfg.num_heads,
-        intermediate_size=cfg.intermediate_size, max_position_embeddings=cfg.max_target_length + 1, **special, is_decoder=True, add_cross_attention=True,
-        initializer_range=deviation,
+    decoder = GPT2Config(
+        vocab_size=len(target_tokenizer), n_embd=cfg.hidden_size, n_layer=cfg.num_layers, n_head=cfg.num_heads, n_inner=cfg.intermediate_size,
+        n_positions=cfg.max_target_length + 1, **special, add_cross_attention=True, initializer_range=deviation,
     )  # fmt: skip
     both = EncoderDecoderConfig.from_encoder_decoder_configs(
         encoder.config, set_dropout(decoder, 0.0), **special, decoder_start_token_id=special["bos_token_id"]
     )
-    return EncoderDecoderModel(both, encoder, BertLMHeadModel(both.decoder))
+    return EncoderDecoderModel(both, encoder, GPT2LMHeadModel(both.decoder))
 
 
 def tokenize_pairs(
@@ -117,13 +130,17 @@ def collate_pairs(rows: dict[str, list[Any]], source_pad: int, target_pad: int, 
 
 
 def generate_texts(
-    engine: Any, rows: Dataset, collate: Any, batch_size: int, tokenizer: PreTrainedTokenizerBase, max_length: int, beams: int
+    engine: Any, rows: Dataset, collate: Any, batch_size: int, tokenizer: PreTrainedTokenizerBase, max_length: int, beams: int, length_penalty: float
 ) -> list[str]:  # fmt: skip
-    """The text that the model makes of each row's source, by beam search (1 beam: greedily), the same on every rank."""
+    """The text that the model makes of each row's source, the same on every rank, by beam search (1 beam: greedily).
+
+    length_penalty: of the finished texts, the search takes the one whose log probability / length^length_penalty is the highest.
+    """
+    search: dict[str, Any] = {"num_beams": beams, "do_sample": False} | ({"length_penalty": length_penalty} if beams > 1 else {})
 
     def generate(batch: Batch) -> torch.Tensor:
         tokens = engine.module.generate(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], num_beams=beams, do_sample=False, max_new_tokens=max_length,
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=max_length, **search,
             synced_gpus=engine.zero_optimization_stage() == 3,  # a rank that is done goes on with the others, which need its parameters
         )  # fmt: skip
         return F.pad(tokens, (0, 1 + max_length - tokens.shape[1]), value=tokenizer.pad_token_id)

@@ -1,12 +1,13 @@
 """Train an encoder-decoder to translate.
 
     ./launch.sh translation --stage 2
-    ./launch.sh translation --model minilm
+    ./launch.sh translation --model null
     deepspeed --num_accelerators 2 recipes/translation.py --deepspeed_config ds_configs/translation/zero2.json
 
-The default trains a small T5Gemma and one byte-level BPE for both languages from scratch on 2,500 user-interface messages, English to
-French. `--model` takes a pre-trained encoder (minilm), which gets a new decoder and a BPE for it, or any pre-trained encoder-decoder.
-The translations are scored beside copies of the source, and beside the translation of the most similar source of the training rows.
+The default puts a new decoder on MiniLM, a pre-trained encoder, which stays as it is, and trains it and a byte-level BPE for it on 2,500
+user-interface messages, English to French. `--model` takes any pre-trained encoder or encoder-decoder; with null, a small T5Gemma and one
+BPE for both languages start from scratch. The translations are scored beside copies of the source, and beside the translation of the most
+similar source of the training rows.
 
 Method: minimize the mean of the cross entropy of each target token, given the source and the target tokens before it, with a share of
 the probability spread over the vocabulary (label smoothing: Szegedy et al. 2016, section 7; Vaswani et al. 2017, section 5.4); translate
@@ -33,7 +34,7 @@ from lib.data import IGNORED, Batch, load_rows, map_rows, training_batches
 from lib.evaluation import bleu_signature, translation_scores
 from lib.model import export, load_model, make_adamw, token_losses, true_stage0, veto_if_not_finite
 from lib.run import Run, RunSettings
-from lib.sequence_to_sequence import build_model, collator, generate_texts, load_tokenizers, tokenize_pairs
+from lib.sequence_to_sequence import build_model, collator, generate_texts, load_tokenizers, pretrained_parameters, tokenize_pairs
 
 
 @dataclass
@@ -57,12 +58,14 @@ class Config(RunSettings):
     max_source_length: PositiveInt  # tokens; longer texts are truncated and counted
     max_target_length: PositiveInt  # tokens, also of what is generated
     label_smoothing: Probability  # share of the probability that is spread over the vocabulary
-    learning_rate: PositiveFloat  # the highest, after the warm-up
+    learning_rate: PositiveFloat  # of what starts from scratch; the highest, after the warm-up
+    pretrained_learning_rate: NonNegativeFloat  # of the weights that `model` brings; 0: they stay as they are, which takes less time
     lr_schedule: Literal["linear", "cosine", "constant"]  # what the learning rate does after the warm-up
     warmup_steps: NonNegativeInt  # optimizer steps over which the learning rate rises from 0
     weight_decay: NonNegativeFloat  # of matrices and embeddings, not of biases and norms
     gradient_clipping: NonNegativeFloat  # highest norm of the gradient; 0: no clipping
     beams: PositiveInt  # of the beam search; 1: greedy
+    length_penalty: float  # of the beam search: the higher, the longer its texts; 1: the highest mean log probability of a token
     bleu_tokenizer: Literal["13a", "intl", "zh", "char"]  # sacrebleu's, for BLEU: char for Japanese, zh for Chinese
 
 
@@ -88,7 +91,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
 
     # Model, optimizer, engine.
     model: Any = load_model(lambda: build_model(cfg, target_tokenizer), ds_config, cfg.seed)
-    optimizer = make_adamw(model, ds_config, cfg.learning_rate, cfg.weight_decay)
+    optimizer = make_adamw(model, ds_config, cfg.learning_rate, cfg.weight_decay, pretrained_parameters(cfg, model), cfg.pretrained_learning_rate)
     schedule = get_scheduler(cfg.lr_schedule, optimizer, cfg.warmup_steps, run.total_steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
     true_stage0(engine)
@@ -99,7 +102,9 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     collate = collator(model, source_tokenizer, target_tokenizer)
 
     def evaluate(split: str) -> tuple[dict[str, float], list[str]]:
-        translations = generate_texts(engine, tokenized[split], collate, micro_batch_size, target_tokenizer, cfg.max_target_length, cfg.beams)
+        translations = generate_texts(
+            engine, tokenized[split], collate, micro_batch_size, target_tokenizer, cfg.max_target_length, cfg.beams, cfg.length_penalty
+        )
         return translation_scores(translations, splits[split]["target"], cfg.bleu_tokenizer), translations
 
     checkpoints = Checkpoints(run, engine, schedule)

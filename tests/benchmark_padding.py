@@ -61,6 +61,7 @@ def prepare(recipe: str, folder: Path) -> None:
             sizes = {"intermediate_size": cfg.intermediate_size, "num_hidden_layers": cfg.num_layers, "max_position_embeddings": cfg.max_length}
             model = AutoModelForCausalLM.from_config(new_config("llama", cfg.num_heads, cfg.hidden_size, vocab_size=len(tokenizer), **sizes))
         else:
+            cfg.model = None  # a small T5Gemma
             tokenizer, _ = load_tokenizers(cfg, rows["train"]["source"], rows["train"]["target"])
             model = build_model(cfg, tokenizer)
         model.save_pretrained(folder / "model")
@@ -189,6 +190,8 @@ def main() -> None:
         arguments += ["--model", folder / "model"]
     if options.recipe == "causal_lm":
         arguments += ["--samples", 0]
+    if options.recipe == "translation":
+        arguments += ["--pretrained_learning_rate", 1e-4]  # of all of it, as the folder has a whole model
     ratios: dict[str, list[float]] = {order: [] for order in TRAINER_MODES}
     for series in range(options.series):
         launch(f"recipes/{options.recipe}.py", *arguments)

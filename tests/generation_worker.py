@@ -54,7 +54,9 @@ def main(file: Path, configs: list[str]) -> None:
         model = load_model(build, ds_config, seed=0)
         engine, *_ = deepspeed.initialize(model=model, optimizer=make_adamw(model, ds_config, 1e-3, 0.0), config=ds_config)
         for beams in (1, 3):
-            texts = [generate_texts(engine, rows, collator(engine.module, tokenizer, tokenizer), 2, tokenizer, MAX_LENGTH, beams) for rows in data.values()]
+            texts = [
+                generate_texts(engine, rows, collator(engine.module, tokenizer, tokenizer), 2, tokenizer, MAX_LENGTH, beams, 1.0) for rows in data.values()
+            ]
             found[f"{name} {beams}"] = [*texts[0], *texts[1]]
         engine.destroy()
     if ranks.rank() == 0:

@@ -10,8 +10,8 @@ import torch
 from transformers import BertConfig, BertLMHeadModel, BertModel, DistilBertConfig, GPT2Config, GPT2LMHeadModel, PretrainedConfig, PreTrainedModel, RobertaConfig
 
 from lib.config import UserError
-from lib.model import check_causal, load_model, load_tokenizer, set_dropout, train_tokenizer
-from lib.sequence_to_sequence import SPECIAL_TOKENS, build_model
+from lib.model import check_causal, load_model, load_tokenizer, make_adamw, set_dropout, train_tokenizer
+from lib.sequence_to_sequence import SPECIAL_TOKENS, build_model, load_tokenizers, pretrained_parameters
 
 TINY_BERT = BertConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, initializer_range=0.5)
 
@@ -31,15 +31,45 @@ def test_a_model_that_sees_the_future_is_refused() -> None:
     check_causal(GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2)))
 
 
+SIZES = {"hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "num_layers": 1, "max_source_length": 8, "max_target_length": 8}
+
+
 def test_a_decoder_is_no_encoder_to_translate_with(tmp_path: Path) -> None:
     GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
-    sizes = {"hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "num_layers": 1, "max_source_length": 8, "max_target_length": 8}
-    cfg = SimpleNamespace(model=str(tmp_path), trust_remote_code=False, **sizes)
+    cfg = SimpleNamespace(model=str(tmp_path), trust_remote_code=False, **SIZES)
     tokenizer = train_tokenizer(["a few words"], 259, SPECIAL_TOKENS)
     with pytest.raises(UserError, match="is a decoder"):
         build_model(cfg, tokenizer)
     BertModel(TINY_BERT).save_pretrained(tmp_path)
     assert build_model(cfg, tokenizer).config.is_encoder_decoder
+
+
+@pytest.mark.parametrize(("given", "prefix"), [("nothing", "-"), ("an encoder", "encoder."), ("an encoder-decoder", "")])
+def test_what_is_pre_trained_learns_at_its_own_rate(given: str, prefix: str, tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(["a few words"], 259, SPECIAL_TOKENS)
+    cfg = SimpleNamespace(model=None, trust_remote_code=False, **SIZES)
+    if given != "nothing":
+        whole = BertModel(TINY_BERT) if given == "an encoder" else build_model(cfg, tokenizer)
+        whole.save_pretrained(tmp_path)
+        cfg.model = str(tmp_path)
+    model = build_model(cfg, tokenizer)
+    optimizer = make_adamw(model, {"zero_optimization": {"stage": 2}}, 1e-3, 0.1, pretrained_parameters(cfg, model), 1e-4)
+    group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        group = group_of[id(parameter)]
+        assert group["lr"] == (1e-4 if name.startswith(prefix) else 1e-3), name
+        assert group["weight_decay"] == (0.1 if parameter.dim() > 1 else 0.0), name
+    assert optimizer.param_groups[0]["lr"] == (1e-4 if given == "an encoder-decoder" else 1e-3)  # which is what a run logs
+
+
+def test_a_whole_model_at_rate_0_is_refused(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(["a few words"], 259, SPECIAL_TOKENS)
+    cfg = SimpleNamespace(model=None, trust_remote_code=False, pretrained_learning_rate=0.0, **SIZES)
+    for part in (build_model(cfg, tokenizer), tokenizer):
+        part.save_pretrained(tmp_path)
+    cfg.model = str(tmp_path)
+    with pytest.raises(UserError, match="nothing is trained; set it"):
+        load_tokenizers(cfg, ["a"], ["b"])
 
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
