@@ -27,6 +27,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 ROOT = Path(__file__).resolve().parents[1]
 Seed = typing.Annotated[int, Field(ge=0, lt=2**32)]
 Probability = typing.Annotated[float, Field(ge=0, lt=1)]
+LengthPenalty = typing.Annotated[float, Field(ge=0, le=10)]
 Minutes = typing.Annotated[float, Field(gt=0, lt=1e6)]
 Text = typing.Annotated[str, Field(min_length=1)]
 C = TypeVar("C")  # a recipe's Config

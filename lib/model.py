@@ -85,18 +85,20 @@ def set_dropout(config: PretrainedConfig, dropout: float) -> PretrainedConfig:
     return config
 
 
-def load_tokenizer(name: str, max_length: int, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, max_length: int, trust_remote_code: bool, setting: str = "max_length") -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or hub id. Every rank must call it. Raises UserError where the model cannot read max_length tokens.
+
+    setting: the name of the one that max_length comes from.
 
     Its end-of-text token stands in for a padding token that it lacks.
     """
-    return ranks.rank0_first(lambda: _load_tokenizer(name, max_length, trust_remote_code))
+    return ranks.rank0_first(lambda: _load_tokenizer(name, max_length, trust_remote_code, setting))
 
 
-def _load_tokenizer(name: str, max_length: int, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def _load_tokenizer(name: str, max_length: int, trust_remote_code: bool, setting: str) -> PreTrainedTokenizerBase:
     limit = _longest_text(load_config(name, 0.0, trust_remote_code))
     if limit and max_length > limit:
-        raise UserError(f"max_length is {max_length}, but the model reads at most {limit} tokens; set --max_length {limit} or less")
+        raise UserError(f"{setting} is {max_length}, but the model reads at most {limit} tokens; set --{setting} {limit} or less")
     with hub_errors(name):
         tokenizer = AutoTokenizer.from_pretrained(model_folder(name), trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast or len(tokenizer) < 16:  # transformers makes an empty one where there are no tokenizer files
@@ -222,25 +224,25 @@ def make_adamw(
     learning_rate: float,
     weight_decay: float,
     pretrained: Iterable[torch.nn.Parameter] = (),
-    pretrained_learning_rate: float = 0.0,
+    pretrained_learning_rate: float | None = None,
 ) -> torch.optim.Optimizer:
     """AdamW, with weight decay on matrices and embeddings but not on biases and norms.
 
-    The pretrained parameters have a learning rate of their own; where it is 0 they are frozen: without gradients, and so without cost.
-    torch's, which compiles nothing. With the optimizer offloaded, DeepSpeed asks for its own CPU version (compiled at first use, a
+    The pretrained parameters have a learning rate of their own; where it is 0, they are frozen: they need neither gradients nor optimizer states.
+    It is torch's AdamW, which compiles nothing. With the optimizer offloaded, DeepSpeed asks for its own CPU version (compiled at first use, a
     minute or more, and faster from then on) unless the JSON says "zero_force_ds_cpu_optimizer": false.
     """
     pretrained = list(pretrained)
     if pretrained_learning_rate == 0:
         for parameter in pretrained:
             parameter.requires_grad_(False)
-    brought = set(map(id, pretrained))
+    known = set(map(id, pretrained))
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            is_brought, is_vector = id(parameter) in brought, len(getattr(parameter, "ds_shape", parameter.shape)) < 2  # ds_shape: before partitioning
-            rates = {"lr": pretrained_learning_rate if is_brought else learning_rate, "weight_decay": 0.0 if is_vector else weight_decay}
-            groups.setdefault((is_brought, is_vector), {"params": [], **rates})["params"].append(parameter)
+            is_pretrained, is_vector = id(parameter) in known, len(getattr(parameter, "ds_shape", parameter.shape)) < 2  # ds_shape: before partitioning
+            options = {"lr": pretrained_learning_rate if is_pretrained else learning_rate, "weight_decay": 0.0 if is_vector else weight_decay}
+            groups.setdefault((is_pretrained, is_vector), {"params": [], **options})["params"].append(parameter)
     in_order = [groups[key] for key in sorted(groups)]  # the learning rate of the first one is what a run logs
     if offload_device(ds_config, "optimizer") != "none" and ds_config.get("zero_force_ds_cpu_optimizer", True):
         ranks.rank0_first(lambda: check_compilation("cpu_adam"))

@@ -3,6 +3,7 @@
 import copy
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from datasets import Dataset
 from transformers import (
     AutoModel,
     AutoModelForSeq2SeqLM,
+    AutoTokenizer,
     EncoderDecoderConfig,
     EncoderDecoderModel,
     GPT2Config,
@@ -34,17 +36,20 @@ def load_tokenizers(cfg: Any, sources: Sequence[str], targets: Sequence[str]) ->
     """(of the sources, of the targets). Every rank must call it.
 
     From scratch (model null) one byte-level BPE is learned from both; for a pre-trained encoder, one from the targets; a pre-trained
-    encoder-decoder brings its own for both.
+    encoder-decoder brings its own for both, or, as those that these recipes export, another one for the targets in target_tokenizer.
     """
     if cfg.model is None:
         joint = train_tokenizer([*sources, *targets], cfg.vocab_size, SPECIAL_TOKENS, "$A </s>")
         return joint, joint
-    source_tokenizer = load_tokenizer(cfg.model, max(cfg.max_source_length, cfg.max_target_length), cfg.trust_remote_code)
     if _brings_decoder(cfg):
         if cfg.pretrained_learning_rate == 0:
             raise UserError(f"model {cfg.model} is pre-trained as a whole, and with pretrained_learning_rate 0 nothing is trained; set it, to 3e-5 perhaps")
-        return source_tokenizer, source_tokenizer
-    return source_tokenizer, train_tokenizer(targets, cfg.vocab_size, SPECIAL_TOKENS, "$A </s>")
+        longer = max("max_source_length", "max_target_length", key=lambda name: getattr(cfg, name))
+        tokenizer = load_tokenizer(cfg.model, getattr(cfg, longer), cfg.trust_remote_code, longer)
+        of_targets = Path(cfg.model) / "target_tokenizer"
+        return tokenizer, AutoTokenizer.from_pretrained(of_targets) if of_targets.is_dir() else tokenizer
+    tokenizer = load_tokenizer(cfg.model, cfg.max_source_length, cfg.trust_remote_code, "max_source_length")
+    return tokenizer, train_tokenizer(targets, cfg.vocab_size, SPECIAL_TOKENS, "$A </s>")
 
 
 def _brings_decoder(cfg: Any) -> bool:
@@ -66,11 +71,11 @@ def build_model(cfg: Any, target_tokenizer: PreTrainedTokenizerBase) -> PreTrain
     hidden_size, intermediate_size, num_layers, num_heads, max_source_length, max_target_length.
     """
     special = {name: getattr(target_tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    head_dim = cfg.hidden_size // cfg.num_heads
-    if cfg.hidden_size % cfg.num_heads or head_dim % 2:
-        raise UserError(f"hidden_size {cfg.hidden_size} is no multiple of twice num_heads {cfg.num_heads}, as rotary positions need")
     deviation = cfg.hidden_size**-0.5  # 0.02, made for larger models, would leave a small one's attention idle for most of a short run
     if cfg.model is None:
+        head_dim = cfg.hidden_size // cfg.num_heads
+        if cfg.hidden_size % cfg.num_heads or head_dim % 2:
+            raise UserError(f"hidden_size {cfg.hidden_size} is no multiple of twice num_heads {cfg.num_heads}, as rotary positions need")
         half: Any = T5GemmaModuleConfig(
             vocab_size=len(target_tokenizer), hidden_size=cfg.hidden_size, intermediate_size=cfg.intermediate_size, num_hidden_layers=cfg.num_layers,
             num_attention_heads=cfg.num_heads, num_key_value_heads=cfg.num_heads, head_dim=head_dim, query_pre_attn_scalar=head_dim,
@@ -88,6 +93,8 @@ def build_model(cfg: Any, target_tokenizer: PreTrainedTokenizerBase) -> PreTrain
     encoder = load_weights(AutoModel, cfg.model, config, cfg.trust_remote_code)
     if is_causal(encoder):
         raise UserError(f"model {cfg.model} is a decoder; take an encoder, which gets a new decoder, or an encoder-decoder")
+    if cfg.hidden_size % cfg.num_heads:
+        raise UserError(f"hidden_size {cfg.hidden_size} is no multiple of num_heads {cfg.num_heads}")
     decoder = GPT2Config(
         vocab_size=len(target_tokenizer), n_embd=cfg.hidden_size, n_layer=cfg.num_layers, n_head=cfg.num_heads, n_inner=cfg.intermediate_size,
         n_positions=cfg.max_target_length + 1, **special, add_cross_attention=True, initializer_range=deviation,
@@ -134,7 +141,7 @@ def generate_texts(
 ) -> list[str]:  # fmt: skip
     """The text that the model makes of each row's source, the same on every rank, by beam search (1 beam: greedily).
 
-    length_penalty: of the finished texts, the search takes the one whose log probability / length^length_penalty is the highest.
+    length_penalty: the search looks for the text whose log probability / length^length_penalty is the highest.
     """
     search: dict[str, Any] = {"num_beams": beams, "do_sample": False} | ({"length_penalty": length_penalty} if beams > 1 else {})
 

@@ -4,9 +4,9 @@
     ./launch.sh translation --model null
     deepspeed --num_accelerators 2 recipes/translation.py --deepspeed_config ds_configs/translation/zero2.json
 
-The default puts a new decoder on MiniLM, a pre-trained encoder, which stays as it is, and trains it and a byte-level BPE for it on 2,500
-user-interface messages, English to French. `--model` takes any pre-trained encoder or encoder-decoder; with null, a small T5Gemma and one
-BPE for both languages start from scratch. The translations are scored beside copies of the source, and beside the translation of the most
+The default puts a new decoder, with a byte-level BPE of its own, on MiniLM, a pre-trained encoder that stays as it is, and trains that decoder
+on 2,500 user-interface messages, English to French. `--model` takes any pre-trained encoder or encoder-decoder; with null, a small T5Gemma
+and one BPE for both languages start from scratch. The translations are scored beside copies of the source, and beside the translation of the most
 similar source of the training rows.
 
 Method: minimize the mean of the cross entropy of each target token, given the source and the target tokens before it, with a share of
@@ -29,7 +29,7 @@ from transformers import get_scheduler
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
 from lib import baselines, ranks
 from lib.checkpoints import Checkpoints
-from lib.config import Probability, Seed, cli
+from lib.config import LengthPenalty, Probability, Seed, cli
 from lib.data import IGNORED, Batch, load_rows, map_rows, training_batches
 from lib.evaluation import bleu_signature, translation_scores
 from lib.model import export, load_model, make_adamw, token_losses, true_stage0, veto_if_not_finite
@@ -42,9 +42,9 @@ class Config(RunSettings):
     model: str | None  # "minilm", a folder or a hub id: an encoder or an encoder-decoder; null: from scratch
     trust_remote_code: bool  # whether code and pickled weights that come with the model may run; only for sources that you trust
     vocab_size: PositiveInt  # tokens of the BPE that is learned, unless the model has one for its output; at least 259
-    hidden_size: PositiveInt  # width of what is trained from scratch; a multiple of twice num_heads
+    hidden_size: PositiveInt  # width of what starts from scratch; a multiple of num_heads, and of twice that if all does
     intermediate_size: PositiveInt  # width inside its MLPs
-    num_layers: PositiveInt  # its layers, in the encoder and in the decoder
+    num_layers: PositiveInt  # its layers: of the decoder, and of the encoder if that starts from scratch, too
     num_heads: PositiveInt  # its attention heads
     dataset: str  # "messages_fr", _de, _es, _ja (built in), a .jsonl, .csv or .parquet file, a folder of them, or a hub id
     source_column: str  # the column to translate
@@ -59,13 +59,13 @@ class Config(RunSettings):
     max_target_length: PositiveInt  # tokens, also of what is generated
     label_smoothing: Probability  # share of the probability that is spread over the vocabulary
     learning_rate: PositiveFloat  # of what starts from scratch; the highest, after the warm-up
-    pretrained_learning_rate: NonNegativeFloat  # of the weights that `model` brings; 0: they stay as they are, which takes less time
+    pretrained_learning_rate: NonNegativeFloat  # of the weights that `model` brings; 0: they are frozen, which takes less time
     lr_schedule: Literal["linear", "cosine", "constant"]  # what the learning rate does after the warm-up
     warmup_steps: NonNegativeInt  # optimizer steps over which the learning rate rises from 0
     weight_decay: NonNegativeFloat  # of matrices and embeddings, not of biases and norms
     gradient_clipping: NonNegativeFloat  # highest norm of the gradient; 0: no clipping
     beams: PositiveInt  # of the beam search; 1: greedy
-    length_penalty: float  # of the beam search: the higher, the longer its texts; 1: the highest mean log probability of a token
+    length_penalty: LengthPenalty  # of a beam search: the higher, the longer its texts; 1: those with the highest mean log probability of a token
     bleu_tokenizer: Literal["13a", "intl", "zh", "char"]  # sacrebleu's, for BLEU: char for Japanese, zh for Chinese
 
 

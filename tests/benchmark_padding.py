@@ -36,7 +36,7 @@ TRAINER_MODES = {"random": "HF Trainer", "group_by_length": "HF Trainer, grouped
 
 
 def prepare(recipe: str, folder: Path) -> None:
-    """Write the rows that all train on, and the untrained model and its tokenizer where the recipe does not start from MiniLM."""
+    """Write the rows that all train on, and the untrained model and its tokenizer: for translation and causal_lm, from scratch."""
     from transformers import AutoModelForCausalLM
 
     from lib import ranks

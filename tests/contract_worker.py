@@ -39,7 +39,7 @@ def small_encoder(folder: Path) -> Path:
     """An encoder of one narrow layer with MiniLM's tokenizer: its 30,522 embeddings are what the cases would spend their time on."""
     if not (folder / "tokenizer.json").exists():
         set_seed(0)
-        config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, initializer_range=0.1)
+        config = BertConfig(hidden_size=48, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, initializer_range=0.1)
         BertModel(config).save_pretrained(folder)
         AutoTokenizer.from_pretrained(model_folder("minilm")).save_pretrained(folder)
     return folder
@@ -61,7 +61,7 @@ def main(recipe_name: str, folder: Path, cases: list[str]) -> None:
             if name == "learn":
                 cfg.learning_rate = 5e-3  # it is small, and starts from nothing
         ds_config = load_ds_config(Path(json_path), cfg, int(os.environ["WORLD_SIZE"]))
-        real_initialize = plain_torch.initialize if name == "plain" else deepspeed.initialize
+        real_initialize = plain_torch.initialize if name.startswith("plain") else deepspeed.initialize
         inputs: dict[str, Any] = {}
 
         def initialize_and_watch(real: Any = real_initialize, inputs: dict[str, Any] = inputs, **options: Any) -> Any:

@@ -20,6 +20,7 @@ from lib.sequence_to_sequence import SPECIAL_TOKENS, build_model, collator, gene
 
 ROWS = {"many": 13, "one": 1}  # odd, and fewer than ranks, so that fillers are needed
 MAX_LENGTH = 12
+SEARCHES = [(1, 1), (3, 1), (3, 4)]  # beams, length penalty
 
 
 def main(file: Path, configs: list[str]) -> None:
@@ -53,11 +54,12 @@ def main(file: Path, configs: list[str]) -> None:
             ds_config["zero_optimization"] |= dict.fromkeys(knobs, 0)
         model = load_model(build, ds_config, seed=0)
         engine, *_ = deepspeed.initialize(model=model, optimizer=make_adamw(model, ds_config, 1e-3, 0.0), config=ds_config)
-        for beams in (1, 3):
+        for beams, length_penalty in SEARCHES:
             texts = [
-                generate_texts(engine, rows, collator(engine.module, tokenizer, tokenizer), 2, tokenizer, MAX_LENGTH, beams, 1.0) for rows in data.values()
+                generate_texts(engine, rows, collator(engine.module, tokenizer, tokenizer), 2, tokenizer, MAX_LENGTH, beams, length_penalty)
+                for rows in data.values()
             ]
-            found[f"{name} {beams}"] = [*texts[0], *texts[1]]
+            found[f"{name} {beams} {length_penalty}"] = [*texts[0], *texts[1]]
         engine.destroy()
     if ranks.rank() == 0:
         file.write_text(json.dumps(found))

@@ -31,7 +31,7 @@ def test_a_model_that_sees_the_future_is_refused() -> None:
     check_causal(GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2)))
 
 
-SIZES = {"hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "num_layers": 1, "max_source_length": 8, "max_target_length": 8}
+SIZES = {"hidden_size": 20, "num_heads": 2, "intermediate_size": 16, "num_layers": 1, "max_source_length": 8, "max_target_length": 8}
 
 
 def test_a_decoder_is_no_encoder_to_translate_with(tmp_path: Path) -> None:
@@ -44,8 +44,10 @@ def test_a_decoder_is_no_encoder_to_translate_with(tmp_path: Path) -> None:
     assert build_model(cfg, tokenizer).config.is_encoder_decoder
 
 
-@pytest.mark.parametrize(("given", "prefix"), [("nothing", "-"), ("an encoder", "encoder."), ("an encoder-decoder", "")])
-def test_what_is_pre_trained_learns_at_its_own_rate(given: str, prefix: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("given", "rate", "prefix"), [("nothing", 1e-4, "-"), ("an encoder", 1e-4, "encoder."), ("an encoder", 0.0, "encoder."), ("an encoder-decoder", 1e-4, "")]
+)
+def test_what_is_pre_trained_learns_at_its_own_rate_or_not_at_all(given: str, rate: float, prefix: str, tmp_path: Path) -> None:
     tokenizer = train_tokenizer(["a few words"], 259, SPECIAL_TOKENS)
     cfg = SimpleNamespace(model=None, trust_remote_code=False, **SIZES)
     if given != "nothing":
@@ -53,16 +55,17 @@ def test_what_is_pre_trained_learns_at_its_own_rate(given: str, prefix: str, tmp
         whole.save_pretrained(tmp_path)
         cfg.model = str(tmp_path)
     model = build_model(cfg, tokenizer)
-    optimizer = make_adamw(model, {"zero_optimization": {"stage": 2}}, 1e-3, 0.1, pretrained_parameters(cfg, model), 1e-4)
+    optimizer = make_adamw(model, {"zero_optimization": {"stage": 2}}, 1e-3, 0.1, pretrained_parameters(cfg, model), rate)
     group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
-        group = group_of[id(parameter)]
-        assert group["lr"] == (1e-4 if name.startswith(prefix) else 1e-3), name
-        assert group["weight_decay"] == (0.1 if parameter.dim() > 1 else 0.0), name
+        assert parameter.requires_grad == (id(parameter) in group_of) == (rate > 0 or not name.startswith(prefix)), name
+        if parameter.requires_grad:
+            assert group_of[id(parameter)]["lr"] == (rate if name.startswith(prefix) else 1e-3), name
+            assert group_of[id(parameter)]["weight_decay"] == (0.1 if parameter.dim() > 1 else 0.0), name
     assert optimizer.param_groups[0]["lr"] == (1e-4 if given == "an encoder-decoder" else 1e-3)  # which is what a run logs
 
 
-def test_a_whole_model_at_rate_0_is_refused(tmp_path: Path) -> None:
+def test_a_whole_encoder_decoder_brings_its_tokenizers_and_needs_a_rate(tmp_path: Path) -> None:
     tokenizer = train_tokenizer(["a few words"], 259, SPECIAL_TOKENS)
     cfg = SimpleNamespace(model=None, trust_remote_code=False, pretrained_learning_rate=0.0, **SIZES)
     for part in (build_model(cfg, tokenizer), tokenizer):
@@ -70,6 +73,10 @@ def test_a_whole_model_at_rate_0_is_refused(tmp_path: Path) -> None:
     cfg.model = str(tmp_path)
     with pytest.raises(UserError, match="nothing is trained; set it"):
         load_tokenizers(cfg, ["a"], ["b"])
+    cfg.pretrained_learning_rate = 1e-4
+    assert [len(found) for found in load_tokenizers(cfg, ["a"], ["b"])] == [259, 259]
+    train_tokenizer(["many more words"] * 9, 264, SPECIAL_TOKENS).save_pretrained(tmp_path / "target_tokenizer")  # as in an export
+    assert [len(found) for found in load_tokenizers(cfg, ["a"], ["b"])] == [259, 264]
 
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:

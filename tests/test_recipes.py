@@ -19,6 +19,7 @@ pytestmark = pytest.mark.slow
 
 # 8 rows a step in micro-batches of 2: 4 accumulation steps on 1 rank, 2 on 2 ranks, 1 on 4 ranks.
 BATCH, MICRO = 8, 2
+ENCODERS = {"scratch": "model=null", "trained": "pretrained_learning_rate=1e-3"}  # of encoder-decoders; by default it is frozen
 SAVING = "save_every=10,keep_checkpoints=9"
 FP32, BF16 = f"precision=fp32,batch_size={BATCH}", f"precision=bf16,batch_size={BATCH}"
 
@@ -48,23 +49,29 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     plain = f"plain:{with_micro_batch('zero0', BATCH)}:{FP32}"
     learn = f"learn:{with_micro_batch('zero2', 4)}:lr_schedule=constant,max_steps=60"
     other = f"other:{with_micro_batch('zero2', MICRO)}:{other_settings(recipe)},{SAVING}"
+    encoders = ENCODERS if "pretrained_learning_rate" in kinds_of_settings(recipe) else {}
+    with_encoders = [f"{name}:{with_micro_batch('zero3', MICRO)}:{FP32},{setting}" for name, setting in encoders.items()]
+    plain_with_encoders = [f"plain_{name}:{with_micro_batch('zero0', BATCH)}:{FP32},{setting}" for name, setting in encoders.items()]
 
     def launch_cases(world_size: int, cases: list[str]) -> None:
         done = deepspeed(world_size, "tests/contract_worker.py", recipe, folder, *cases, OMP_NUM_THREADS="1")
         assert done.returncode == 0, f"{done.stdout[-1000:]}\n{done.stderr[-4000:]}"
 
     same = [resumed("zero2_fp32-2", "zero2", FP32), resumed("zero3_fp32-2", "zero3", FP32), resumed("other-2", "zero2", other_settings(recipe))]
-    launch_cases(2, [*fp32.values(), *bf16, learn, other, *same])
-    launch_cases(1, [plain, fp32["zero0"], fp32["zero2"], fp32["zero3"], resumed("zero3_fp32-2", "zero0", FP32)])
+    launch_cases(2, [*fp32.values(), *bf16, learn, other, *same, *with_encoders])
+    launch_cases(1, [plain, *plain_with_encoders, fp32["zero0"], fp32["zero2"], fp32["zero3"], resumed("zero3_fp32-2", "zero0", FP32)])
     launch_cases(4, [fp32["zero0"], fp32["zero2"], fp32["zero3"], resumed("zero2_fp32-2", "zero3", FP32)])
     return recipe, folder
 
 
 def other_settings(recipe: str) -> str:
-    """What the recipe can be set to do otherwise, by default or not: dropout, the other method, whole words, a second learning rate."""
-    kinds = importlib.import_module(f"recipes.{recipe}").Config.__annotations__
+    """What the recipe can be set to do otherwise: dropout, the other method, whole words, an encoder that learns too."""
     others = {"dropout": "0.2", "method": "glove", "whole_words": "true", "pretrained_learning_rate": "1e-3"}
-    return ",".join([FP32, *(f"{name}={value}" for name, value in others.items() if name in kinds)])
+    return ",".join([FP32, *(f"{name}={value}" for name, value in others.items() if name in kinds_of_settings(recipe))])
+
+
+def kinds_of_settings(recipe: str) -> dict[str, Any]:
+    return importlib.import_module(f"recipes.{recipe}").Config.__annotations__
 
 
 def difference(runs: tuple[str, Path], run: str, reference: str) -> float:
@@ -80,6 +87,14 @@ def difference(runs: tuple[str, Path], run: str, reference: str) -> float:
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_stage_trains_as_plain_torch_does(runs: tuple[str, Path], config: str) -> None:
     assert difference(runs, f"{config}_fp32-2", "plain-1") < 1e-5
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_every_encoder_trains_as_plain_torch_does(runs: tuple[str, Path], encoder: str) -> None:
+    recipe, _ = runs
+    if "pretrained_learning_rate" not in kinds_of_settings(recipe):
+        pytest.skip("no encoder-decoder")
+    assert difference(runs, f"{encoder}-2", f"plain_{encoder}-1") < 1e-5
 
 
 @pytest.mark.parametrize("world_size", [1, 4])
