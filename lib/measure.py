@@ -268,6 +268,7 @@ def facts(engine: Any) -> dict[str, Any]:
         "trained": sum(count for parameter, count in parameters.items() if parameter.requires_grad),
         "kept_whole": sum(parameters[parameter] for parameter in kept_whole),
         "in_modules": sum(parameters[parameter] for parameter in uses),  # a tied parameter is gathered for each module that has it
+        "frozen_in_modules": sum(parameters[parameter] for parameter in uses if not parameter.requires_grad),
         # At stages 1 and 2, the parameters that lie at least in part in this rank's share.
         "touching_share": sum(parameter.numel() for group in in_partition for parameter in group) if in_partition is not None else None,
         "stage": stage,
