@@ -27,7 +27,16 @@ from lib.results import collect, written
 def facts(**changes: Any) -> dict[str, Any]:
     """Of a model of 7.5e9 parameters on 64 ranks in bf16, without anything that DeepSpeed does of its own."""
     count = 7_500_000_000
-    alone = {"parameters": count, "trained": count, "kept_whole": 0, "in_modules": count, "touching_share": None, "element_bytes": 2, "world_size": 64}
+    alone = {
+        "parameters": count,
+        "trained": count,
+        "kept_whole": 0,
+        "in_modules": count,
+        "frozen_in_modules": 0,
+        "touching_share": None,
+        "element_bytes": 2,
+        "world_size": 64,
+    }
     return alone | {"accumulation_steps": 1} | changes
 
 
