@@ -88,9 +88,7 @@ def set_dropout(config: PretrainedConfig, dropout: float) -> PretrainedConfig:
 def load_tokenizer(name: str, max_length: int, trust_remote_code: bool, setting: str = "max_length") -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or hub id. Every rank must call it. Raises UserError where the model cannot read max_length tokens.
 
-    setting: the name of the one that max_length comes from.
-
-    Its end-of-text token stands in for a padding token that it lacks.
+    setting: the name of the setting that max_length comes from. Its end-of-text token stands in for a padding token that it lacks.
     """
     return ranks.rank0_first(lambda: _load_tokenizer(name, max_length, trust_remote_code, setting))
 
@@ -232,15 +230,14 @@ def make_adamw(
     It is torch's AdamW, which compiles nothing. With the optimizer offloaded, DeepSpeed asks for its own CPU version (compiled at first use, a
     minute or more, and faster from then on) unless the JSON says "zero_force_ds_cpu_optimizer": false.
     """
-    pretrained = list(pretrained)
-    if pretrained_learning_rate == 0:
-        for parameter in pretrained:
-            parameter.requires_grad_(False)
     known = set(map(id, pretrained))
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for parameter in model.parameters():
+        is_pretrained = id(parameter) in known
+        if is_pretrained and pretrained_learning_rate == 0:
+            parameter.requires_grad_(False)
         if parameter.requires_grad:
-            is_pretrained, is_vector = id(parameter) in known, len(getattr(parameter, "ds_shape", parameter.shape)) < 2  # ds_shape: before partitioning
+            is_vector = len(getattr(parameter, "ds_shape", parameter.shape)) < 2  # ds_shape: before partitioning
             options = {"lr": pretrained_learning_rate if is_pretrained else learning_rate, "weight_decay": 0.0 if is_vector else weight_decay}
             groups.setdefault((is_pretrained, is_vector), {"params": [], **options})["params"].append(parameter)
     in_order = [groups[key] for key in sorted(groups)]  # the learning rate of the first one is what a run logs

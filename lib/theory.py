@@ -108,7 +108,7 @@ def traffic(ds_config: dict[str, Any], facts: dict[str, Any]) -> Expected:
         volume.differs((micro_steps - 1) * each, "parameters are gathered at every micro-batch")
         volume.differs((micro_steps - 1) * gradients, "stage 3 reduces the gradients of every micro-batch, the paper once a step")
         volume.differs(gradients - parameters, "parameters that are not trained have no gradients to reduce")
-        volume.differs(-micro_steps * released * ring * facts["frozen_in_modules"], "and are not gathered for the backward pass")
+        volume.differs(-micro_steps * released * ring * facts["frozen_in_modules"], "parameters that are not trained are not gathered for the backward pass")
     return volume
 
 

@@ -4,10 +4,10 @@
     ./launch.sh summarization --model null
     deepspeed --num_accelerators 2 recipes/summarization.py --deepspeed_config ds_configs/summarization/zero2.json
 
-The default puts a new decoder, with a byte-level BPE of its own, on MiniLM, a pre-trained encoder that stays as it is, and trains that decoder
-to write the first paragraph of a docstring, mostly a sentence, from the rest of it. `--model` takes any pre-trained encoder or encoder-decoder; with
-null, a small T5Gemma and one BPE start from scratch. The summaries are scored beside the lead sentence, and beside the summary of the most
-similar text of the training rows (both read whole texts).
+The default puts a new decoder, with a byte-level BPE of its own, on MiniLM, a pre-trained encoder that stays as it is, and trains that
+decoder to write the first paragraph of a docstring, mostly a sentence, from the rest of it. `--model` takes any pre-trained encoder or
+encoder-decoder; with null, a small T5Gemma and one BPE start from scratch. The summaries are scored beside the lead sentence, and beside
+the summary of the most similar text of the training rows (both read whole texts).
 
 Method: minimize the mean of the cross entropy of each token of the summary, given the text and the tokens before it, with label
 smoothing (Szegedy et al. 2016, section 7); write by beam search. Batches are grouped by length, and there is no dropout.

@@ -4,10 +4,10 @@
     ./launch.sh translation --model null
     deepspeed --num_accelerators 2 recipes/translation.py --deepspeed_config ds_configs/translation/zero2.json
 
-The default puts a new decoder, with a byte-level BPE of its own, on MiniLM, a pre-trained encoder that stays as it is, and trains that decoder
-on 2,500 user-interface messages, English to French. `--model` takes any pre-trained encoder or encoder-decoder; with null, a small T5Gemma
-and one BPE for both languages start from scratch. The translations are scored beside copies of the source, and beside the translation of the most
-similar source of the training rows.
+The default puts a new decoder, with a byte-level BPE of its own, on MiniLM, a pre-trained encoder that stays as it is, and trains that
+decoder on 2,500 user-interface messages, English to French. `--model` takes any pre-trained encoder or encoder-decoder; with null, a small
+T5Gemma and one BPE for both languages start from scratch. The translations are scored beside copies of the source, and beside the
+translation of the most similar source of the training rows.
 
 Method: minimize the mean of the cross entropy of each target token, given the source and the target tokens before it, with a share of
 the probability spread over the vocabulary (label smoothing: Szegedy et al. 2016, section 7; Vaswani et al. 2017, section 5.4); translate

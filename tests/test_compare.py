@@ -71,6 +71,13 @@ def test_traffic_is_that_of_deepspeeds_defaults(stage: int, accumulation: int, k
     assert expected.paper / one_pass == pytest.approx(3 if stage == 3 else 2)
 
 
+def test_what_is_frozen_is_gathered_for_the_forward_pass_only() -> None:
+    """Of a model whose half is frozen, all is gathered forward, a half backward, and the gradients of a half are reduced."""
+    sizes = {"parameters": 1_000_000, "trained": 500_000, "in_modules": 1_000_000, "frozen_in_modules": 500_000}
+    expected = theory.traffic(zero(3, **dict.fromkeys(theory.PAPER_STAGE3, 0)), facts(stage=3, accumulation_steps=1, **sizes))
+    assert expected.total / (2 * 1_000_000 * 63 / 64) == pytest.approx(1 + 0.5 + 0.5)
+
+
 def test_wire_bytes_are_those_of_ring_collectives() -> None:
     logged = {"all_reduce": {"400": 2}, "all_gather_into_tensor": {"100": 1}, "reduce_scatter_tensor": {"400": 1}, "barrier": {"0": 1}}
     assert theory.wire_bytes(logged, 4) == {"all_reduce": 1200, "all_gather_into_tensor": 300, "reduce_scatter_tensor": 300}
