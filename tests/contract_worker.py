@@ -1,7 +1,7 @@
-"""Runs a recipe's main() under many configs in one launch, for tests/test_recipes.py. Arguments: recipe, folder, case ...
+"""Runs the main() of recipes under many configs in one launch, for tests/test_recipes.py. Arguments: folder, case ...
 
-A case is NAME:JSON:setting=value,... or, to go on from the checkpoint that another case wrote after 10 of its steps,
-NAME:JSON:setting=value,...:RUN. It leaves its run in folder/NAME-WORLD_SIZE, the scores that main() returned in scores.json, and
+A case is RECIPE:NAME:JSON:setting=value,... or, to go on from the checkpoint that another case wrote after 10 of its steps,
+RECIPE:NAME:JSON:setting=value,...:RUN. It leaves its run in folder/RECIPE/NAME-WORLD_SIZE, the scores that main() returned in scores.json, and
 in probe.pt the last training inputs of the engine and what it answers to them after training. A recipe that starts from MiniLM starts from a smaller encoder here.
 """
 
@@ -22,6 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import deepspeed
 import plain_torch
+import pytest
 from transformers import AutoTokenizer, BertConfig, BertModel, set_seed
 
 from lib import config, ranks
@@ -45,15 +46,14 @@ def small_encoder(folder: Path) -> Path:
     return folder
 
 
-def main(recipe_name: str, folder: Path, cases: list[str]) -> None:
+def main(folder: Path, cases: list[str]) -> None:
     ranks.init(timeout_minutes=10)
-    recipe: Any = importlib.import_module(f"recipes.{recipe_name}")
-    real_export = recipe.export
     for case in cases:
-        name, json_path, settings, *source = case.split(":")
-        run_dir = folder / f"{name}-{os.environ['WORLD_SIZE']}"
+        recipe_name, name, json_path, settings, *source = case.split(":")
+        recipe: Any = importlib.import_module(f"recipes.{recipe_name}")
+        run_dir = folder / recipe_name / f"{name}-{os.environ['WORLD_SIZE']}"
         if source and ranks.rank() == 0:
-            shutil.copytree(folder / source[0], run_dir, ignore=shutil.ignore_patterns(folder_of(20), "result.json", "model", ".lock"))
+            shutil.copytree(folder / recipe_name / source[0], run_dir, ignore=shutil.ignore_patterns(folder_of(20), "result.json", "model", ".lock"))
         given = {"run_dir": str(run_dir), "log_every": "7", "max_steps": "20"} | dict(setting.split("=") for setting in settings.split(","))
         cfg = config.load(recipe.Config, ROOT / "recipes" / f"{recipe_name}.yaml", given, quick=True)
         if getattr(cfg, "model", None) == "minilm":
@@ -74,7 +74,7 @@ def main(recipe_name: str, folder: Path, cases: list[str]) -> None:
             everything[0].module.register_forward_pre_hook(note_inputs, with_kwargs=True)
             return everything
 
-        def export_and_probe(engine: Any, *rest: Any, run_dir: Path = run_dir, inputs: dict[str, Any] = inputs) -> None:
+        def export_and_probe(engine: Any, *rest: Any, real_export: Any = recipe.export, run_dir: Path = run_dir, inputs: dict[str, Any] = inputs) -> None:
             real_export(engine, *rest)
             engine.eval()
             probe = dict(inputs)
@@ -83,14 +83,15 @@ def main(recipe_name: str, folder: Path, cases: list[str]) -> None:
             if ranks.rank() == 0:
                 torch.save((probe, answered), run_dir / "probe.pt")
 
-        recipe.deepspeed = SimpleNamespace(initialize=initialize_and_watch)
-        recipe.export = export_and_probe
-        scores = recipe.main(cfg, ds_config)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(recipe, "deepspeed", SimpleNamespace(initialize=initialize_and_watch))
+            patch.setattr(recipe, "export", export_and_probe)
+            scores = recipe.main(cfg, ds_config)
         if ranks.rank() == 0:
             (run_dir / "scores.json").write_text(json.dumps({"scores": scores, "settings": dataclasses.asdict(cfg)}))
 
 
 if __name__ == "__main__":
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
-    main(arguments[0], Path(arguments[1]), arguments[2:])
+    main(Path(arguments[0]), arguments[1:])
     config.leave(0)

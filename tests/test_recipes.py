@@ -1,6 +1,6 @@
 """The contract: what every recipe in recipes/ must do, a user's copy included. Real ranks, the real launcher, the real library.
 
-All configs of one number of ranks share one launch, because the launch is what costs.
+All cases of one number of ranks, of all recipes, share one launch, because launches cost.
 """
 
 import importlib
@@ -24,44 +24,58 @@ SAVING = "save_every=10,keep_checkpoints=9"
 FP32, BF16 = f"precision=fp32,batch_size={BATCH}", f"precision=bf16,batch_size={BATCH}"
 
 
-@pytest.fixture(scope="module", params=RECIPES)
-def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """(recipe, folder): the folder holds a run for each case, named <config>_<precision>-<ranks>."""
-    recipe, folder = request.param, tmp_path_factory.mktemp(request.param)
+@pytest.fixture(scope="session")
+def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with <recipe>/<case>-<ranks>, a run for each case of all recipes whose tests were chosen."""
+    folder = tmp_path_factory.mktemp("contract")
+    recipes = sorted({str(item.callspec.params["runs"]) for item in request.session.items if isinstance(item, pytest.Function) and "runs" in item.fixturenames})
+    cases = [cases_of(recipe, folder) for recipe in recipes]
+    for world_size in (2, 1, 4):  # the last two go on from checkpoints of the first
+        chosen = [case for of_recipe in cases for case in of_recipe[world_size]]
+        done = deepspeed(world_size, "tests/contract_worker.py", folder, *chosen, timeout=300 + 30 * len(chosen), OMP_NUM_THREADS="1")
+        assert done.returncode == 0, f"{done.stdout[-1000:]}\n{done.stderr[-4000:]}"
+    return folder
 
-    def with_micro_batch(name: str, micro: int) -> Path:
-        config = json.loads((ROOT / "ds_configs" / recipe / f"{name}.json").read_text()) | {"train_micro_batch_size_per_gpu": micro}
-        if name == "zero3":  # so that a small model is partitioned, gathered and released as a large one is
+
+@pytest.fixture(params=RECIPES)
+def runs(request: pytest.FixtureRequest, launched: Path) -> tuple[str, Path]:
+    """(recipe, folder): the folder holds a run for each case, named <config>_<precision>-<ranks>."""
+    return request.param, launched / request.param
+
+
+def cases_of(recipe: str, folder: Path) -> dict[int, list[str]]:
+    """Number of ranks -> cases of tests/contract_worker.py."""
+    (folder / recipe).mkdir()
+
+    def case(name: str, config: str, settings: str, micro: int = MICRO, source: str | None = None) -> str:
+        ds_config = json.loads((ROOT / "ds_configs" / recipe / f"{config}.json").read_text()) | {"train_micro_batch_size_per_gpu": micro}
+        if config == "zero3":  # so that a small model is partitioned, gathered and released as a large one is
             knobs = ["stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size"]
-            config["zero_optimization"] |= dict.fromkeys(knobs, 0)
-        path = folder / f"{name}_{micro}.json"
-        path.write_text(json.dumps(config))
-        return path
+            ds_config["zero_optimization"] |= dict.fromkeys(knobs, 0)
+        path = folder / recipe / f"{config}_{micro}.json"
+        path.write_text(json.dumps(ds_config))
+        return ":".join([recipe, name, str(path), settings, *([source] if source else [])])
 
     def resumed(source: str, config: str, settings: str) -> str:
         """The case that goes on under `config` from the checkpoint that the run `source` wrote after 10 of its 20 steps."""
-        return f"{source}_to_{config}:{with_micro_batch(config, MICRO)}:{settings},resume=true,{SAVING}:{source}"
+        return case(f"{source}_to_{config}", config, f"{settings},resume=true,{SAVING}", source=source)
 
-    fp32 = {name: f"{name}_fp32:{with_micro_batch(name, MICRO)}:{FP32}" for name in CONFIGS}
-    for name in ("zero2", "zero3"):
-        fp32[name] += f",{SAVING}"
-    bf16 = [f"{name}_bf16:{with_micro_batch(name, MICRO)}:{BF16}" for name in CONFIGS[:4]]
-    plain = f"plain:{with_micro_batch('zero0', BATCH)}:{FP32}"
-    learn = f"learn:{with_micro_batch('zero2', 4)}:lr_schedule=constant,max_steps=60"
-    other = f"other:{with_micro_batch('zero2', MICRO)}:{other_settings(recipe)},{SAVING}"
+    fp32 = {config: case(f"{config}_fp32", config, FP32) for config in CONFIGS}
+    for config in ("zero2", "zero3"):
+        fp32[config] += f",{SAVING}"
+    bf16 = [case(f"{config}_bf16", config, BF16) for config in CONFIGS[:4]]
+    plain = case("plain", "zero0", FP32, BATCH)
+    learn = case("learn", "zero2", "lr_schedule=constant,max_steps=60", 4)
+    other = case("other", "zero2", f"{other_settings(recipe)},{SAVING}")
     encoders = ENCODERS if "pretrained_learning_rate" in kinds_of_settings(recipe) else {}
-    with_encoders = [f"{name}:{with_micro_batch('zero3', MICRO)}:{FP32},{setting}" for name, setting in encoders.items()]
-    plain_with_encoders = [f"plain_{name}:{with_micro_batch('zero0', BATCH)}:{FP32},{setting}" for name, setting in encoders.items()]
-
-    def launch_cases(world_size: int, cases: list[str]) -> None:
-        done = deepspeed(world_size, "tests/contract_worker.py", recipe, folder, *cases, OMP_NUM_THREADS="1")
-        assert done.returncode == 0, f"{done.stdout[-1000:]}\n{done.stderr[-4000:]}"
-
+    with_encoders = [case(name, "zero3", f"{FP32},{setting}") for name, setting in encoders.items()]
+    plain_with_encoders = [case(f"plain_{name}", "zero0", f"{FP32},{setting}", BATCH) for name, setting in encoders.items()]
     same = [resumed("zero2_fp32-2", "zero2", FP32), resumed("zero3_fp32-2", "zero3", FP32), resumed("other-2", "zero2", other_settings(recipe))]
-    launch_cases(2, [*fp32.values(), *bf16, learn, other, *same, *with_encoders])
-    launch_cases(1, [plain, *plain_with_encoders, fp32["zero0"], fp32["zero2"], fp32["zero3"], resumed("zero3_fp32-2", "zero0", FP32)])
-    launch_cases(4, [fp32["zero0"], fp32["zero2"], fp32["zero3"], resumed("zero2_fp32-2", "zero3", FP32)])
-    return recipe, folder
+    return {
+        2: [*fp32.values(), *bf16, learn, other, *same, *with_encoders],
+        1: [plain, *plain_with_encoders, fp32["zero0"], fp32["zero2"], fp32["zero3"], resumed("zero3_fp32-2", "zero0", FP32)],
+        4: [fp32["zero0"], fp32["zero2"], fp32["zero3"], resumed("zero2_fp32-2", "zero3", FP32)],
+    }
 
 
 def other_settings(recipe: str) -> str:

@@ -148,14 +148,16 @@ def kills(recipe: str, folder: Path, count: int, steps: int) -> None:
 
 def resumes(recipe: str, folder: Path) -> None:
     """Every ordered pair of configs and numbers of ranks, 10 steps under the one and 10 under the other, through the recipe's own main()."""
+    runs = folder / recipe
+    runs.mkdir()
 
     def case(name: str, config: str, *settings: str) -> str:
-        path = folder / f"{config}.json"
+        path = runs / f"{config}.json"
         path.write_text(json.dumps(json.loads((ROOT / "ds_configs" / recipe / f"{config}.json").read_text()) | {"train_micro_batch_size_per_gpu": 2}))
-        return f"{name}:{path}:precision=fp32,batch_size=8,save_every=10,keep_checkpoints=9,{','.join(settings)}"
+        return f"{recipe}:{name}:{path}:precision=fp32,batch_size=8,save_every=10,keep_checkpoints=9,{','.join(settings)}"
 
     def launch(world_size: int, cases: list[str]) -> None:
-        done = deepspeed(world_size, "tests/contract_worker.py", recipe, folder, *cases, OMP_NUM_THREADS="1", timeout=7200)
+        done = deepspeed(world_size, "tests/contract_worker.py", folder, *cases, OMP_NUM_THREADS="1", timeout=7200)
         assert done.returncode == 0, f"{done.stdout[-1000:]}\n{done.stderr[-4000:]}"
 
     for world_size in (1, 2):
@@ -166,14 +168,14 @@ def resumes(recipe: str, folder: Path) -> None:
         for config in CONFIGS:  # a launch each, so that only a few copies of the checkpoints are on the disk
             names = {f"{source}-{ranks}": f"{source}_{ranks}_to_{config}" for source in CONFIGS for ranks in (1, 2)}
             for source, name in names.items():
-                shutil.copytree(folder / source, folder / f"{name}-{world_size}", ignore=shutil.ignore_patterns(folder_of(20), "result.json", "model"))
+                shutil.copytree(runs / source, runs / f"{name}-{world_size}", ignore=shutil.ignore_patterns(folder_of(20), "result.json", "model"))
             launch(world_size, [case(name, config, "resume=true") for name in names.values()])
             for source, name in names.items():
-                losses, expected = losses_of(folder / f"{name}-{world_size}"), losses_of(folder / source)
+                losses, expected = losses_of(runs / f"{name}-{world_size}"), losses_of(runs / source)
                 assert len(losses) == len(expected) == 20
                 differences[f"{source} -> {config}-{world_size}"] = max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True))
                 exact += source == f"{config}-{world_size}" and losses == expected
-                shutil.rmtree(folder / f"{name}-{world_size}")
+                shutil.rmtree(runs / f"{name}-{world_size}")
             print(f"resumed under {config} on {world_size} rank(s)", flush=True)
     worst = max(differences, key=lambda pair: differences[pair])
     print(f"\nresumes: {len(differences)} ordered pairs, largest relative difference of a loss {differences[worst]:.1e} ({worst})")
