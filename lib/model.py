@@ -71,10 +71,12 @@ def load_weights(auto_class: Any, name: str, config: PretrainedConfig, trust_rem
             f"model {name}: its weights are pickles (.bin), which can run code; convert them to safetensors, or set --trust_remote_code if you trust their source"
         )
     with hub_errors(name):
-        return auto_class.from_pretrained(
+        model: PreTrainedModel = auto_class.from_pretrained(
             model_folder(name), config=config, dtype=torch.float32, trust_remote_code=trust_remote_code,
             use_safetensors=None if trust_remote_code else True, **options,
         )  # fmt: skip
+    model.config.name_or_path = name  # goes into what is exported, where MiniLM's folder on this machine has no place
+    return model
 
 
 def set_dropout(config: PretrainedConfig, dropout: float) -> PretrainedConfig:

@@ -10,7 +10,7 @@ import torch
 from transformers import BertConfig, BertLMHeadModel, BertModel, DistilBertConfig, GPT2Config, GPT2LMHeadModel, PretrainedConfig, PreTrainedModel, RobertaConfig
 
 from lib.config import UserError
-from lib.model import check_causal, load_model, load_tokenizer, make_adamw, set_dropout, train_tokenizer
+from lib.model import check_causal, load_model, load_tokenizer, make_adamw, model_folder, set_dropout, train_tokenizer
 from lib.sequence_to_sequence import SPECIAL_TOKENS, build_model, load_tokenizers, pretrained_parameters
 
 TINY_BERT = BertConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, initializer_range=0.5)
@@ -42,6 +42,15 @@ def test_a_decoder_is_no_encoder_to_translate_with(tmp_path: Path) -> None:
         build_model(cfg, tokenizer)
     BertModel(TINY_BERT).save_pretrained(tmp_path)
     assert build_model(cfg, tokenizer).config.is_encoder_decoder
+
+
+def test_what_is_exported_does_not_say_where_minilm_lay(tmp_path: Path) -> None:
+    cfg = SimpleNamespace(model="minilm", trust_remote_code=False, pretrained_learning_rate=0.0, vocab_size=259, **SIZES)
+    source_tokenizer, target_tokenizer = load_tokenizers(cfg, ["a few words"], ["a few words"])
+    build_model(cfg, target_tokenizer).config.save_pretrained(tmp_path)
+    source_tokenizer.save_pretrained(tmp_path)
+    for file in tmp_path.glob("*.json"):
+        assert model_folder("minilm") not in file.read_text(), file.name
 
 
 @pytest.mark.parametrize(
