@@ -51,6 +51,8 @@ def hub_errors(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
+        if "Unrecognized configuration class" in str(error):
+            raise UserError(f"model {name} is of another kind than this recipe trains: {' '.join(str(error).split())[:200]}") from None
         where = "a local folder, but it cannot be read" if Path(name).is_dir() else "neither a local folder nor to be had from the Hugging Face hub"
         raise UserError(f"model {name}: {where} ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
 
@@ -80,10 +82,18 @@ def load_weights(auto_class: Any, name: str, config: PretrainedConfig, trust_rem
 
 
 def set_dropout(config: PretrainedConfig, dropout: float) -> PretrainedConfig:
-    """Set all of an architecture's dropout probabilities, which have other names in each."""
-    for key, value in config.to_dict().items():
-        if ("dropout" in key or "pdrop" in key) and isinstance(value, int | float) and not isinstance(value, bool):
-            setattr(config, key, dropout)
+    """Set all of an architecture's dropout probabilities, which have other names in each, and those of the encoder and decoder in it.
+
+    No layer is dropped whole ("layerdrop"): at stage 3 all ranks must ask for the same parameters.
+    """
+    for key, value in vars(config).items():
+        if isinstance(value, PretrainedConfig):
+            set_dropout(value, dropout)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            if "layerdrop" in key:
+                setattr(config, key, 0.0)
+            elif "dropout" in key or "pdrop" in key:
+                setattr(config, key, dropout)
     return config
 
 
@@ -96,9 +106,7 @@ def load_tokenizer(name: str, max_length: int, trust_remote_code: bool, setting:
 
 
 def _load_tokenizer(name: str, max_length: int, trust_remote_code: bool, setting: str) -> PreTrainedTokenizerBase:
-    limit = _longest_text(load_config(name, 0.0, trust_remote_code))
-    if limit and max_length > limit:
-        raise UserError(f"{setting} is {max_length}, but the model reads at most {limit} tokens; set --{setting} {limit} or less")
+    check_length(load_config(name, 0.0, trust_remote_code), max_length, setting)
     with hub_errors(name):
         tokenizer = AutoTokenizer.from_pretrained(model_folder(name), trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast or len(tokenizer) < 16:  # transformers makes an empty one where there are no tokenizer files
@@ -117,6 +125,13 @@ def new_config(architecture: str, num_heads: int, hidden_size: int, **sizes: Any
     if hidden_size % num_heads:
         raise UserError(f"hidden_size {hidden_size} is no multiple of num_heads {num_heads}")
     return set_dropout(AutoConfig.for_model(architecture, hidden_size=hidden_size, num_attention_heads=num_heads, **sizes), 0.0)
+
+
+def check_length(config: PretrainedConfig, max_length: int, setting: str) -> None:
+    """Raise a UserError where a model of this config cannot read max_length tokens. setting: the name of the setting that max_length comes from."""
+    limit = _longest_text(config)
+    if limit and max_length > limit:
+        raise UserError(f"{setting} is {max_length}, but the model reads at most {limit} tokens; set --{setting} {limit} or less")
 
 
 def _longest_text(config: PretrainedConfig) -> int | None:
@@ -150,7 +165,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, special_tokens: Mappi
         bpe = ByteLevelBPETokenizer()
         bpe.train_from_iterator(texts, vocab_size, special_tokens=names, show_progress=False)
         if template != "$A":
-            bpe._tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=[(name, bpe.token_to_id(name)) for name in names])
+            pair = f"{template} $B{template.partition('$A')[2]}"  # as BERT joins a question and a text
+            ids = [(name, bpe.token_to_id(name)) for name in names]
+            bpe._tokenizer.post_processor = TemplateProcessing(single=template, pair=pair, special_tokens=ids)
         return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **special_tokens)
 
     return ranks.on_rank0(learn)

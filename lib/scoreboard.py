@@ -105,6 +105,8 @@ def main() -> None:
         options = parser.parse_args()
         if options.quick and options.readme:
             raise UserError("--quick and --readme: the scores of quick runs say nothing; leave one of them out")
+        if options.recipes and options.readme:
+            raise UserError("--readme writes the whole table; leave the names of recipes out (what has finished is not run again)")
         folder = ROOT / "runs" / ("results-quick" if options.quick else "results")
         runs = {name: folder / name for name in recipes(options.recipes)}
         for name, run in runs.items():

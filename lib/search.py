@@ -43,7 +43,7 @@ def save_sentence_transformer(folder: Path, max_length: int) -> None:
     from sentence_transformers import SentenceTransformer, models
 
     encoder = models.Transformer(str(folder), max_seq_length=max_length)
-    pooling = models.Pooling(encoder.get_word_embedding_dimension(), pooling_mode="mean")
+    pooling = models.Pooling(encoder.get_embedding_dimension(), pooling_mode="mean")
     SentenceTransformer(modules=[encoder, pooling, models.Normalize()], device="cpu").save(str(folder), create_model_card=False)
 
 
@@ -72,6 +72,8 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=5, help="how many documents to show (default: 5)")
     try:
         options = parser.parse_args()
+        if options.top < 1:
+            raise UserError(f"--top is {options.top}; set 1 or more")
         for cosine, document in search(options.run, options.query, options.top):
             print(f"{cosine:.3f}  {' '.join(document.split())[:200]}")
     except UserError as error:

@@ -27,7 +27,7 @@ from transformers import (
 from lib import inference, ranks
 from lib.config import UserError
 from lib.data import IGNORED, Batch, pad, pad_tokens
-from lib.model import is_causal, load_config, load_tokenizer, load_weights, set_dropout, train_tokenizer
+from lib.model import check_length, is_causal, load_config, load_tokenizer, load_weights, set_dropout, train_tokenizer
 
 SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
@@ -44,10 +44,18 @@ def load_tokenizers(cfg: Any, sources: Sequence[str], targets: Sequence[str]) ->
     if _brings_decoder(cfg):
         if cfg.pretrained_learning_rate == 0:
             raise UserError(f"model {cfg.model} is pre-trained as a whole, and with pretrained_learning_rate 0 nothing is trained; set it, to 3e-5 perhaps")
-        longer = max("max_source_length", "max_target_length", key=lambda name: getattr(cfg, name))
-        tokenizer = load_tokenizer(cfg.model, getattr(cfg, longer), cfg.trust_remote_code, longer)
+        config = load_config(cfg.model, 0.0, cfg.trust_remote_code)
+        check_length(getattr(config, "decoder", config), cfg.max_target_length, "max_target_length")
+        check_length(getattr(config, "encoder", config), cfg.max_source_length, "max_source_length")
+        tokenizer = load_tokenizer(cfg.model, cfg.max_source_length, cfg.trust_remote_code, "max_source_length")
         of_targets = Path(cfg.model) / "target_tokenizer"
-        return tokenizer, AutoTokenizer.from_pretrained(of_targets) if of_targets.is_dir() else tokenizer
+        target_tokenizer = AutoTokenizer.from_pretrained(of_targets) if of_targets.is_dir() else tokenizer
+        if len(target_tokenizer) > (known := getattr(config, "decoder", config).vocab_size):
+            raise UserError(
+                f"model {cfg.model}: its decoder knows {known:,} tokens, the tokenizer beside it {len(target_tokenizer):,}; "
+                "if it has a folder target_tokenizer, download the model and give its folder"
+            )
+        return tokenizer, target_tokenizer
     tokenizer = load_tokenizer(cfg.model, cfg.max_source_length, cfg.trust_remote_code, "max_source_length")
     return tokenizer, train_tokenizer(targets, cfg.vocab_size, SPECIAL_TOKENS, "$A </s>")
 
@@ -108,16 +116,27 @@ def build_model(cfg: Any, target_tokenizer: PreTrainedTokenizerBase) -> PreTrain
 def tokenize_pairs(
     rows: dict[str, list[Any]], source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase, max_source_length: int, max_target_length: int
 ) -> dict[str, list[Any]]:  # fmt: skip
-    """Columns source and target -> input_ids, labels, the length of both together in tokens, and whether either was truncated."""
+    """Columns source and target -> input_ids, labels, the length of both together in tokens, and whether the one and the other was truncated.
+
+    A truncated target lacks its end-of-text token, or the model would learn to stop there.
+    """
     sources = source_tokenizer(rows["source"], truncation=True, max_length=max_source_length)
     targets = target_tokenizer(text_target=rows["target"], truncation=True, max_length=max_target_length)
-    pairs = list(zip(sources.encodings, targets.encodings, strict=True))
+    truncated = [bool(target.overflowing) for target in targets.encodings]
+    labels = [ids[:-1] if cut else ids for ids, cut in zip(targets["input_ids"], truncated, strict=True)]
     return {
         "input_ids": sources["input_ids"],
-        "labels": targets["input_ids"],
-        "length": [len(source.ids) + len(target.ids) for source, target in pairs],
-        "truncated": [bool(source.overflowing or target.overflowing) for source, target in pairs],
+        "labels": labels,
+        "length": [len(source) + len(target) for source, target in zip(sources["input_ids"], labels, strict=True)],
+        "source_truncated": [bool(source.overflowing) for source in sources.encodings],
+        "target_truncated": truncated,
     }
+
+
+def truncation_notes(train: Dataset) -> list[str]:
+    """What the header says of the training rows that tokenize_pairs made."""
+    sources, targets = sum(train["source_truncated"]), sum(train["target_truncated"])
+    return [f"truncated: {sources:,} sources and {targets:,} targets of {len(train):,} training pairs"] if sources or targets else []
 
 
 def collator(model: PreTrainedModel, source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase) -> Callable[[dict[str, Any]], Batch]:

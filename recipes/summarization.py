@@ -33,7 +33,7 @@ from lib.data import IGNORED, Batch, load_rows, map_rows, training_batches
 from lib.evaluation import summarization_scores
 from lib.model import export, load_model, make_adamw, token_losses, true_stage0, veto_if_not_finite
 from lib.run import Run, RunSettings
-from lib.sequence_to_sequence import build_model, collator, generate_texts, load_tokenizers, pretrained_parameters, tokenize_pairs
+from lib.sequence_to_sequence import build_model, collator, generate_texts, load_tokenizers, pretrained_parameters, tokenize_pairs, truncation_notes
 
 
 @dataclass
@@ -94,8 +94,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
     true_stage0(engine)
     run.attach(engine)
-    truncated = sum(train["truncated"])
-    run.header(model, {name: len(rows) for name, rows in tokenized.items()}, [f"{truncated:,} training pairs truncated"] if truncated else [])
+    run.header(model, {name: len(rows) for name, rows in tokenized.items()}, truncation_notes(train))
 
     collate = collator(model, source_tokenizer, target_tokenizer)
 

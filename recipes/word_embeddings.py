@@ -191,6 +191,8 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     if len(words) < 2:
         raise UserError(f"dataset {cfg.dataset}: {len(words)} words occur {cfg.min_count} times or more; set a smaller --min_count, or give more text")
     rows = (Cooccurrences if cfg.method == "glove" else SkipGrams)(documents, counts, cfg)
+    if not len(rows):
+        raise UserError(f"dataset {cfg.dataset}: nothing is left of the text to train on; set a larger --subsample, or give more text")
     run.plan(len(rows))
 
     # Model, optimizer, engine.
@@ -224,7 +226,6 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
 
     seconds = time.perf_counter() - started
     words_per_second = sum(map(len, texts)) * (run.total_steps - done) * cfg.batch_size / len(rows) / seconds
-
     export(engine, None, run.folder / "model")
     vectors = trained_vectors(engine, cfg.method)
     keyed = KeyedVectors(cfg.dimensions)

@@ -6,6 +6,7 @@ in probe.pt the last training inputs of the engine and what it answers to them a
 """
 
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -29,6 +30,7 @@ from lib import config, ranks
 from lib.checkpoint_files import folder_of
 from lib.ds_config import load_ds_config
 from lib.model import model_folder
+from lib.samples import SAMPLES, SPLITS, load_sample
 
 
 def tensors_of(output: Any) -> list[torch.Tensor]:
@@ -46,6 +48,17 @@ def small_encoder(folder: Path) -> Path:
     return folder
 
 
+def few_rows(folder: Path, sample: str) -> Path:
+    """8 short rows of a built-in sample (addresses are cut), the same in all splits: the test scores show whether they were learned by heart."""
+    if not folder.exists():
+        rows = [{**row, "text": row["text"][:300]} if sample == "sotu" else row for row in load_sample(sample)["train"].shuffle(seed=0).select(range(150))]
+        short = [row for row in rows if max(len(value) for value in row.values() if isinstance(value, str)) <= 300][:8]
+        folder.mkdir()
+        for split in SPLITS:
+            (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in short))
+    return folder
+
+
 def main(folder: Path, cases: list[str]) -> None:
     ranks.init(timeout_minutes=10)
     for case in cases:
@@ -58,8 +71,8 @@ def main(folder: Path, cases: list[str]) -> None:
         cfg = config.load(recipe.Config, ROOT / "recipes" / f"{recipe_name}.yaml", given, quick=True)
         if getattr(cfg, "model", None) == "minilm":
             cfg.model = str(ranks.on_rank0(lambda: small_encoder(folder / "encoder")))
-            if name == "learn":
-                cfg.learning_rate = 5e-3  # it is small, and starts from nothing
+        if name == "learn" and cfg.dataset in SAMPLES:
+            cfg.dataset = str(ranks.on_rank0(functools.partial(few_rows, folder / cfg.dataset, cfg.dataset)))
         ds_config = load_ds_config(Path(json_path), cfg, int(os.environ["WORLD_SIZE"]))
         real_initialize = plain_torch.initialize if name.startswith("plain") else deepspeed.initialize
         inputs: dict[str, Any] = {}

@@ -1,5 +1,7 @@
-"""Generates by a made-up encoder-decoder at every stage, greedily and by beam search, for tests/test_generation.py. Arguments: file, config ..."""
+"""Generates by made-up encoder-decoders of both kinds at every stage, greedily and by beam search, for tests/test_generation.py. Arguments: file, config ..."""
 
+import functools
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -9,9 +11,10 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import deepspeed
+from contract_worker import small_encoder
 from datasets import Dataset
 
 from lib import config, ranks
@@ -33,33 +36,33 @@ def main(file: Path, configs: list[str]) -> None:
         sources = [torch.randint(3, len(tokenizer), (length,), generator=random).tolist() for length in lengths]
         data[name] = Dataset.from_dict({"input_ids": sources, "labels": [[5]] * count, "length": lengths})
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 1, "num_heads": 2, "max_source_length": 64, "max_target_length": MAX_LENGTH}
-    cfg = SimpleNamespace(model=None, **sizes)
+    models = {"scratch": None, "encoder": str(ranks.on_rank0(lambda: small_encoder(file.with_suffix(""))))}  # as --model of the recipes
 
-    def build() -> Any:
+    def build(source: str | None) -> Any:
         """The recipes' model, but one whose texts differ, and end early or late: untrained, it repeats one token."""
-        model = build_model(cfg, tokenizer)
+        model = build_model(SimpleNamespace(model=source, trust_remote_code=False, **sizes), tokenizer)
         with torch.no_grad():
-            for weight in model.parameters():
-                if weight.dim() == 1:
+            for name, weight in model.named_parameters():
+                if weight.dim() == 1 and name.endswith("weight"):  # of a norm
                     weight.normal_(0, 2)
-            model.get_output_embeddings().weight[tokenizer.eos_token_id] *= 2
+            model.get_output_embeddings().weight[tokenizer.eos_token_id] *= 3
         return model
 
     found: dict[str, Any] = {}
-    for name in configs:
+    for kind, name in itertools.product(models, configs):
         ds_config = json.loads((ROOT / "ds_configs" / "translation" / f"{name}.json").read_text())
         ds_config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
         if name.startswith("zero3"):
             knobs = ["stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size"]
             ds_config["zero_optimization"] |= dict.fromkeys(knobs, 0)
-        model = load_model(build, ds_config, seed=0)
+        model = load_model(functools.partial(build, models[kind]), ds_config, seed=0)
         engine, *_ = deepspeed.initialize(model=model, optimizer=make_adamw(model, ds_config, 1e-3, 0.0), config=ds_config)
         for beams, length_penalty in SEARCHES:
             texts = [
                 generate_texts(engine, rows, collator(engine.module, tokenizer, tokenizer), 2, tokenizer, MAX_LENGTH, beams, length_penalty)
                 for rows in data.values()
             ]
-            found[f"{name} {beams} {length_penalty}"] = [*texts[0], *texts[1]]
+            found[f"{kind} {name} {beams} {length_penalty}"] = [*texts[0], *texts[1]]
         engine.destroy()
     if ranks.rank() == 0:
         file.write_text(json.dumps(found))
