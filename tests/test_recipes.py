@@ -5,13 +5,14 @@ All cases of one number of ranks, of all recipes, share one launch, because laun
 
 import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, MEASURED, RECIPES, ROOT, deepspeed, read_losses
+from conftest import CONFIGS, MEASURED, RECIPES, ROOT, deepspeed, execute, read_losses
 from contract_worker import tensors_of
 from safetensors.torch import load_file
 
@@ -196,6 +197,26 @@ def test_the_export_is_the_trained_model(runs: tuple[str, Path], config: str) ->
         reader = model.get_decoder() if model.config.is_encoder_decoder else model  # an encoder may have other embeddings
         if reader.config.tie_word_embeddings:
             assert model.get_output_embeddings().weight is reader.get_input_embeddings().weight
+
+
+@pytest.fixture(scope="session")
+def documented(launched: Path) -> dict[str, str]:
+    """Recipe -> what the example of its page printed, of a model that it exported. One new process runs them all."""
+    script = "import contextlib, io, json\nprinted = {}\n"
+    for folder in sorted(path for path in launched.iterdir() if (ROOT / "docs" / "recipes" / f"{path.name}.md").exists()):
+        page = (ROOT / "docs" / "recipes" / f"{folder.name}.md").read_text()
+        example = page.split("```python\n")[1].split("```")[0].replace("runs/...", str(folder / "zero3_fp32-2"))
+        script += f"with contextlib.redirect_stdout(io.StringIO()) as out:\n    exec({example!r}, {{}})\nprinted[{folder.name!r}] = out.getvalue()\n"
+    done = execute([sys.executable, "-c", f"{script}print(json.dumps(printed))"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_example_of_its_page_works(runs: tuple[str, Path], documented: dict[str, str]) -> None:
+    recipe, _ = runs
+    if not (ROOT / "docs" / "recipes" / f"{recipe}.md").exists():
+        pytest.skip("it has no page")
+    assert documented[recipe]
 
 
 def load_export(recipe: str, folder: Path) -> Any:
