@@ -7,10 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertLMHeadModel, BertModel, DistilBertConfig, GPT2Config, GPT2LMHeadModel, PretrainedConfig, PreTrainedModel, RobertaConfig
+from transformers import (
+    AutoModelForMaskedLM,
+    BertConfig,
+    BertLMHeadModel,
+    BertModel,
+    DistilBertConfig,
+    EncoderDecoderConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    M2M100Config,
+    PretrainedConfig,
+    PreTrainedModel,
+    RobertaConfig,
+)  # fmt: skip
 
 from lib.config import UserError
-from lib.model import check_causal, load_model, load_tokenizer, make_adamw, model_folder, set_dropout, train_tokenizer
+from lib.model import check_causal, load_config, load_model, load_tokenizer, load_weights, make_adamw, model_folder, set_dropout, train_tokenizer
 from lib.sequence_to_sequence import SPECIAL_TOKENS, build_model, load_tokenizers, pretrained_parameters
 
 TINY_BERT = BertConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, initializer_range=0.5)
@@ -23,6 +36,17 @@ def test_dropout_is_set_under_each_architectures_own_names() -> None:
     assert set_dropout(DistilBertConfig(), 0.3).dropout == set_dropout(DistilBertConfig(), 0.3).attention_dropout == 0.3
     model = GPT2LMHeadModel(set_dropout(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2), 0.0))
     assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
+    both = set_dropout(EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(), GPT2Config()), 0.0)
+    assert both.encoder.hidden_dropout_prob == both.decoder.resid_pdrop == 0.0
+    layers = set_dropout(M2M100Config(), 0.3)
+    assert layers.dropout == 0.3 and layers.encoder_layerdrop == layers.decoder_layerdrop == 0.0  # ranks would ask for other parameters
+
+
+def test_a_learned_tokenizer_joins_a_question_and_a_text() -> None:
+    tokenizer = train_tokenizer(["a few words"], 262, {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>"}, "<s> $A </s>")
+    pair = tokenizer("few", "words")
+    assert tokenizer.decode(pair["input_ids"]) == "<s>few</s>words</s>"
+    assert [part for part in pair.sequence_ids() if part is not None] == [0] * 3 + [1] * 5 and "token_type_ids" not in pair
 
 
 def test_a_model_that_sees_the_future_is_refused() -> None:
@@ -53,6 +77,30 @@ def test_what_is_exported_does_not_say_where_minilm_lay(tmp_path: Path) -> None:
         assert model_folder("minilm") not in file.read_text(), file.name
 
 
+def test_a_model_that_cannot_write_what_is_asked_for_is_refused(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(["a few words"], 259, SPECIAL_TOKENS)
+    BertModel(TINY_BERT).save_pretrained(tmp_path / "encoder")
+    cfg = SimpleNamespace(model=str(tmp_path / "encoder"), trust_remote_code=False, pretrained_learning_rate=1e-4, **SIZES)
+    build_model(cfg, tokenizer).save_pretrained(tmp_path / "both")
+    tokenizer.save_pretrained(tmp_path / "both")
+    tokenizer.save_pretrained(tmp_path / "both" / "target_tokenizer")
+    cfg.model = str(tmp_path / "both")
+    load_tokenizers(cfg, [], [])
+    with pytest.raises(UserError, match=r"max_target_length is 10, .* at most 9"):
+        load_tokenizers(SimpleNamespace(**vars(cfg) | {"max_target_length": 10}), [], [])
+    with pytest.raises(UserError, match=r"max_source_length is 513, .* at most 512"):
+        load_tokenizers(SimpleNamespace(**vars(cfg) | {"max_source_length": 513}), [], [])
+    train_tokenizer(["many more words"] * 9, 262, SPECIAL_TOKENS).save_pretrained(tmp_path / "both" / "target_tokenizer")
+    with pytest.raises(UserError, match="its decoder knows 259 tokens"):
+        load_tokenizers(cfg, [], [])
+
+
+def test_a_model_of_another_kind_is_called_one(tmp_path: Path) -> None:
+    GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is of another kind than this recipe trains"):
+        load_weights(AutoModelForMaskedLM, str(tmp_path), load_config(str(tmp_path), 0.0, False), False)
+
+
 @pytest.mark.parametrize(
     ("given", "rate", "prefix"), [("nothing", 1e-4, "-"), ("an encoder", 1e-4, "encoder."), ("an encoder", 0.0, "encoder."), ("an encoder-decoder", 1e-4, "")]
 )
@@ -75,16 +123,16 @@ def test_what_is_pre_trained_learns_at_its_own_rate_or_not_at_all(given: str, ra
 
 
 def test_a_whole_encoder_decoder_brings_its_tokenizers_and_needs_a_rate(tmp_path: Path) -> None:
-    tokenizer = train_tokenizer(["a few words"], 259, SPECIAL_TOKENS)
+    tokenizer, of_targets = train_tokenizer(["a few words"], 259, SPECIAL_TOKENS), train_tokenizer(["many more words"] * 9, 264, SPECIAL_TOKENS)
     cfg = SimpleNamespace(model=None, trust_remote_code=False, pretrained_learning_rate=0.0, **SIZES)
-    for part in (build_model(cfg, tokenizer), tokenizer):
+    for part in (build_model(cfg, of_targets), tokenizer):
         part.save_pretrained(tmp_path)
     cfg.model = str(tmp_path)
     with pytest.raises(UserError, match="nothing is trained; set it"):
         load_tokenizers(cfg, ["a"], ["b"])
     cfg.pretrained_learning_rate = 1e-4
     assert [len(found) for found in load_tokenizers(cfg, ["a"], ["b"])] == [259, 259]
-    train_tokenizer(["many more words"] * 9, 264, SPECIAL_TOKENS).save_pretrained(tmp_path / "target_tokenizer")  # as in an export
+    of_targets.save_pretrained(tmp_path / "target_tokenizer")  # as in an export
     assert [len(found) for found in load_tokenizers(cfg, ["a"], ["b"])] == [259, 264]
 
 
