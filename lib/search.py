@@ -13,6 +13,7 @@ if not __package__:  # started as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # instead of lib/
 
 import numpy as np
+import yaml
 from safetensors.numpy import load_file, save_file
 
 from lib import baselines, evaluation
@@ -38,13 +39,15 @@ class Corpus:
         return evaluation.retrieval_scores(baselines.bm25(self.queries, self.documents, DEPTH), self.relevant)
 
 
-def save_sentence_transformer(folder: Path, max_length: int) -> None:
+def save_sentence_transformer(folder: Path, max_length: int, trust_remote_code: bool) -> None:
     """Make an exported encoder a model that SentenceTransformer(folder) loads: the mean over the tokens, scaled to length 1."""
-    from sentence_transformers import SentenceTransformer, models
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import modules
 
-    encoder = models.Transformer(str(folder), max_seq_length=max_length)
-    pooling = models.Pooling(encoder.get_embedding_dimension(), pooling_mode="mean")
-    SentenceTransformer(modules=[encoder, pooling, models.Normalize()], device="cpu").save(str(folder), create_model_card=False)
+    trust = {"trust_remote_code": trust_remote_code}
+    encoder = modules.Transformer(str(folder), max_seq_length=max_length, model_kwargs=trust, config_kwargs=trust, processor_kwargs=trust)
+    pooling = modules.Pooling(encoder.get_embedding_dimension(), pooling_mode="mean")
+    SentenceTransformer(modules=[encoder, pooling, modules.Normalize()], device="cpu").save(str(folder), create_model_card=False)
 
 
 def save_index(folder: Path, documents: Sequence[str], vectors: np.ndarray) -> None:
@@ -61,7 +64,9 @@ def search(run: Path, query: str, top: int) -> list[tuple[float, str]]:
     if not (run / "index" / "vectors.safetensors").is_file():
         raise UserError(f"{shown(run)} has no index; it is left by a finished run of semantic_search")
     documents = json.loads((run / "index" / "documents.json").read_text(encoding="utf-8"))
-    cosines = load_file(run / "index" / "vectors.safetensors")["vectors"] @ SentenceTransformer(str(run / "model"), device="cpu").encode(query)
+    trusted = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["trust_remote_code"]  # as in the run
+    model = SentenceTransformer(str(run / "model"), device="cpu", trust_remote_code=trusted)
+    cosines = load_file(run / "index" / "vectors.safetensors")["vectors"] @ model.encode(query)
     return [(float(cosines[number]), documents[number]) for number in np.argsort(-cosines)[:top]]
 
 

@@ -1,13 +1,16 @@
 """Models: dropout under each architecture's names, tokenizers and models that do not fit, training mode."""
 
 import importlib
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
+    AutoModel,
     AutoModelForMaskedLM,
     BertConfig,
     BertLMHeadModel,
@@ -24,6 +27,7 @@ from transformers import (
 
 from lib.config import UserError
 from lib.model import check_causal, load_config, load_model, load_tokenizer, load_weights, make_adamw, model_folder, set_dropout, train_tokenizer
+from lib.search import save_index, save_sentence_transformer, search
 from lib.sequence_to_sequence import SPECIAL_TOKENS, build_model, load_tokenizers, pretrained_parameters
 
 TINY_BERT = BertConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, initializer_range=0.5)
@@ -134,6 +138,23 @@ def test_a_whole_encoder_decoder_brings_its_tokenizers_and_needs_a_rate(tmp_path
     assert [len(found) for found in load_tokenizers(cfg, ["a"], ["b"])] == [259, 259]
     of_targets.save_pretrained(tmp_path / "target_tokenizer")  # as in an export
     assert [len(found) for found in load_tokenizers(cfg, ["a"], ["b"])] == [259, 264]
+
+
+def test_a_model_with_code_of_its_own_can_be_searched_with(tmp_path: Path) -> None:
+    source, run = tmp_path / "source", tmp_path / "run"
+    BertModel(BertConfig(**TINY_BERT.to_dict() | {"vocab_size": 259})).save_pretrained(source)
+    (source / "own.py").write_text(
+        "from transformers import BertConfig, BertModel\n\n\nclass OwnConfig(BertConfig):\n    model_type = 'own'\n\n\n"
+        "class OwnModel(BertModel):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((source / "config.json").read_text()) | {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"}}
+    (source / "config.json").write_text(json.dumps(config))
+    load_weights(AutoModel, str(source), load_config(str(source), 0.0, True), True).save_pretrained(run / "model")
+    train_tokenizer(["a few words"], 259, SPECIAL_TOKENS).save_pretrained(run / "model")
+    save_sentence_transformer(run / "model", 16, trust_remote_code=True)
+    (run / "config.yaml").write_text("trust_remote_code: true\n")
+    save_index(run / "index", ["few", "words"], np.eye(2, 16, dtype=np.float32))
+    assert {document for _, document in search(run, "a", 2)} == {"few", "words"}
 
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
