@@ -166,9 +166,12 @@ def test_the_unigram_baseline_of_hidden_tokens() -> None:
     assert scores == exactly({"pseudo_perplexity": (7 / 1 * 7 / 3 * 7 / 2) ** (1 / 3), "masked_accuracy": 1 / 3})
 
 
-def test_the_nearest_training_target() -> None:
+def test_the_nearest_training_target(monkeypatch: pytest.MonkeyPatch) -> None:
     sources, targets = ["Delete this folder", "Save changes", "Search results"], ["Supprimer ce dossier", "Enregistrer", "Chercher"]
     assert baselines.nearest_training_target(sources, targets, ["changes saved", "searching", "Folder deleted"]) == [targets[1], targets[2], targets[0]]
+    monkeypatch.setattr(baselines, "MEMORY", 2)  # every second one
+    assert baselines.nearest_training_target(sources, targets, ["searching", "changes saved"])[0] == targets[2]
+    assert targets[1] not in baselines.nearest_training_target(sources, targets, ["changes saved", "Save changes"])
 
 
 def test_sentences() -> None:
