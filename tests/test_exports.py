@@ -171,6 +171,7 @@ def test_a_sentence_transformer_finds_what_the_run_found(tmp_path: Path) -> None
     torch.testing.assert_close(torch.tensor(model.encode(json.loads((index / "documents.json").read_text()))), in_index, rtol=0, atol=1e-5)
     found = launch("search", model_folder.parent, rows["summary"][7], "--top", "3").stdout.splitlines()
     assert len(found) == 3
+    assert "--top is 0" in launch("search", model_folder.parent, "words", "--top", "0").stderr
     best = rows["body"][int((queries[7] @ documents.T).argmax())]
     assert " ".join(best.split())[:200] in found[0]
 
