@@ -73,9 +73,9 @@ def cases_of(recipe: str, folder: Path) -> dict[int, list[str]]:
         fp32[config] += f",{SAVING}"
     bf16 = [case(f"{config}_bf16", config, BF16) for config in CONFIGS[:4]]
     plain = case("plain", "zero0", FP32, BATCH)
-    texts = {"max_source_length": 128, "max_target_length": 128, "label_smoothing": 0}  # whole ones; or windows, of which a text has several
-    wanted = [f"{name}={value}" for name, value in (texts | ({"max_length": 64, "stride": 16} if "stride" in known else {})).items() if name in known]
-    learn = case("learn", "zero2", ",".join(["lr_schedule=constant,max_steps=120,max_rows=null", *wanted]), 4)
+    whole_texts = [f"{name}=128" for name in ("max_source_length", "max_target_length") if name in known]
+    sure = ["label_smoothing=0"] if "label_smoothing" in known else []
+    learn = case("learn", "zero2", ",".join(["lr_schedule=constant,max_steps=120,max_rows=null", *whole_texts, *sure]), 4)
     other = case("other", "zero2", f"{other_settings(recipe)},{SAVING}")
     variants = [case(name, "zero3", f"{FP32},{setting}") for name, (needs, setting) in VARIANTS.items() if needs in known]
     plain_variants = [case(f"plain_{name}", "zero0", f"{FP32},{setting}", BATCH) for name, (needs, setting) in VARIANTS.items() if needs in known]
