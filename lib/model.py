@@ -51,7 +51,7 @@ def hub_errors(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
-        if "Unrecognized configuration class" in str(error):
+        if "for this kind of AutoModel" in str(error):
             raise UserError(f"model {name} is of another kind than this recipe trains: {' '.join(str(error).split())[:200]}") from None
         where = "a local folder, but it cannot be read" if Path(name).is_dir() else "neither a local folder nor to be had from the Hugging Face hub"
         raise UserError(f"model {name}: {where} ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
@@ -131,7 +131,7 @@ def check_length(config: PretrainedConfig, max_length: int, setting: str) -> Non
     """Raise a UserError where a model of this config cannot read max_length tokens. setting: the name of the setting that max_length comes from."""
     limit = _longest_text(config)
     if limit and max_length > limit:
-        raise UserError(f"{setting} is {max_length}, but the model reads at most {limit} tokens; set --{setting} {limit} or less")
+        raise UserError(f"{setting} is {max_length}, but the model takes at most {limit} tokens; set --{setting} {limit} or less")
 
 
 def _longest_text(config: PretrainedConfig) -> int | None:

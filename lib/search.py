@@ -8,12 +8,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # started as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # instead of lib/
 
 import numpy as np
-import yaml
 from safetensors.numpy import load_file, save_file
 
 from lib import baselines, evaluation
@@ -44,8 +44,8 @@ def save_sentence_transformer(folder: Path, max_length: int, trust_remote_code: 
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import modules
 
-    trust = {"trust_remote_code": trust_remote_code}
-    encoder = modules.Transformer(str(folder), max_seq_length=max_length, model_kwargs=trust, config_kwargs=trust, processor_kwargs=trust)
+    trust: dict[str, Any] = {name: {"trust_remote_code": trust_remote_code} for name in ("model_kwargs", "config_kwargs", "processor_kwargs")}
+    encoder = modules.Transformer(str(folder), max_seq_length=max_length, **trust)
     pooling = modules.Pooling(encoder.get_embedding_dimension(), pooling_mode="mean")
     SentenceTransformer(modules=[encoder, pooling, modules.Normalize()], device="cpu").save(str(folder), create_model_card=False)
 
@@ -57,15 +57,14 @@ def save_index(folder: Path, documents: Sequence[str], vectors: np.ndarray) -> N
     save_file({"vectors": np.ascontiguousarray(vectors)}, folder / "vectors.safetensors")
 
 
-def search(run: Path, query: str, top: int) -> list[tuple[float, str]]:
+def search(run: Path, query: str, top: int, trust_remote_code: bool) -> list[tuple[float, str]]:
     """The `top` documents of a run's index with the largest cosine with the query, best first: (cosine, document)."""
     from sentence_transformers import SentenceTransformer
 
     if not (run / "index" / "vectors.safetensors").is_file():
         raise UserError(f"{shown(run)} has no index; it is left by a finished run of semantic_search")
     documents = json.loads((run / "index" / "documents.json").read_text(encoding="utf-8"))
-    trusted = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["trust_remote_code"]  # as in the run
-    model = SentenceTransformer(str(run / "model"), device="cpu", trust_remote_code=trusted)
+    model = SentenceTransformer(str(run / "model"), device="cpu", trust_remote_code=trust_remote_code)
     cosines = load_file(run / "index" / "vectors.safetensors")["vectors"] @ model.encode(query)
     return [(float(cosines[number]), documents[number]) for number in np.argsort(-cosines)[:top]]
 
@@ -75,11 +74,12 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="the folder of a finished run of semantic_search")
     parser.add_argument("query", help="what to look for")
     parser.add_argument("--top", type=int, default=5, help="how many documents to show (default: 5)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="let code that lies beside the model run, if you trust its source")
     try:
         options = parser.parse_args()
         if options.top < 1:
             raise UserError(f"--top is {options.top}; set 1 or more")
-        for cosine, document in search(options.run, options.query, options.top):
+        for cosine, document in search(options.run, options.query, options.top, options.trust_remote_code):
             print(f"{cosine:.3f}  {' '.join(document.split())[:200]}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -50,9 +50,9 @@ def load_tokenizers(cfg: Any, sources: Sequence[str], targets: Sequence[str]) ->
         tokenizer = load_tokenizer(cfg.model, cfg.max_source_length, cfg.trust_remote_code, "max_source_length")
         of_targets = Path(cfg.model) / "target_tokenizer"
         target_tokenizer = AutoTokenizer.from_pretrained(of_targets) if of_targets.is_dir() else tokenizer
-        if len(target_tokenizer) > (known := getattr(config, "decoder", config).vocab_size):
+        if hasattr(config, "decoder") and len(target_tokenizer) > config.decoder.vocab_size:
             raise UserError(
-                f"model {cfg.model}: its decoder knows {known:,} tokens, the tokenizer beside it {len(target_tokenizer):,}; "
+                f"model {cfg.model}: its decoder knows {config.decoder.vocab_size:,} tokens, the tokenizer beside it {len(target_tokenizer):,}; "
                 "if it has a folder target_tokenizer, download the model and give its folder"
             )
         return tokenizer, target_tokenizer
@@ -123,7 +123,8 @@ def tokenize_pairs(
     sources = source_tokenizer(rows["source"], truncation=True, max_length=max_source_length)
     targets = target_tokenizer(text_target=rows["target"], truncation=True, max_length=max_target_length)
     truncated = [bool(target.overflowing) for target in targets.encodings]
-    labels = [ids[:-1] if cut else ids for ids, cut in zip(targets["input_ids"], truncated, strict=True)]
+    end = target_tokenizer.eos_token_id
+    labels = [ids[:-1] if cut and ids[-1] == end else ids for ids, cut in zip(targets["input_ids"], truncated, strict=True)]
     return {
         "input_ids": sources["input_ids"],
         "labels": labels,

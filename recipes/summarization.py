@@ -18,11 +18,11 @@ Change first: the YAML beside this file (model, dataset, columns); the model and
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import deepspeed
 import torch
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from transformers import get_scheduler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
@@ -55,7 +55,7 @@ class Config(RunSettings):
     max_steps: PositiveInt | None  # optimizer steps; null: epochs decide
     epochs: PositiveFloat | None  # passes over the training rows; null: max_steps decide
     max_source_length: PositiveInt  # tokens; longer texts are truncated and counted
-    max_target_length: PositiveInt  # tokens, also of what is generated
+    max_target_length: Annotated[int, Field(ge=2)]  # tokens, also of what is generated
     label_smoothing: Probability  # share of the probability that is spread over the vocabulary
     learning_rate: PositiveFloat  # of what starts from scratch; the highest, after the warm-up
     pretrained_learning_rate: NonNegativeFloat  # of the weights that `model` brings; 0: they are frozen, which takes less time

@@ -192,7 +192,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
         raise UserError(f"dataset {cfg.dataset}: {len(words)} words occur {cfg.min_count} times or more; set a smaller --min_count, or give more text")
     rows = (Cooccurrences if cfg.method == "glove" else SkipGrams)(documents, counts, cfg)
     if not len(rows):
-        raise UserError(f"dataset {cfg.dataset}: nothing is left of the text to train on; set a larger --subsample, or give more text")
+        raise UserError(f"dataset {cfg.dataset}: no words are left beside each other; set a larger --subsample or a smaller --min_count, or give more text")
     run.plan(len(rows))
 
     # Model, optimizer, engine.

@@ -2,7 +2,8 @@
 
 A case is RECIPE:NAME:JSON:setting=value,... or, to go on from the checkpoint that another case wrote after 10 of its steps,
 RECIPE:NAME:JSON:setting=value,...:RUN. It leaves its run in folder/RECIPE/NAME-WORLD_SIZE, the scores that main() returned in scores.json, and
-in probe.pt the last training inputs of the engine and what it answers to them after training. A recipe that starts from MiniLM starts from a smaller encoder here.
+in probe.pt the last training inputs of the engine and what it answers to them after training. A recipe that starts from MiniLM starts from a smaller encoder here,
+and the case `learn` has a few rows of the recipe's sample instead of all.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import json
 import os
 import shutil
 import sys
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,9 +53,10 @@ def small_encoder(folder: Path) -> Path:
 def few_rows(folder: Path, sample: str) -> Path:
     """8 short rows of a built-in sample (addresses are cut), the same in all splits: the test scores show whether they were learned by heart."""
     if not folder.exists():
-        rows = [{**row, "text": row["text"][:300]} if sample == "sotu" else row for row in load_sample(sample)["train"].shuffle(seed=0).select(range(150))]
+        folder.mkdir(parents=True)
+        rows = [{**row, "text": row["text"][:300]} if sample == "sotu" else row for row in load_sample(sample)["train"].shuffle(seed=0).select(range(1000))]
         short = [row for row in rows if max(len(value) for value in row.values() if isinstance(value, str)) <= 300][:8]
-        folder.mkdir()
+        assert len(short) == 8
         for split in SPLITS:
             (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in short))
     return folder
@@ -70,9 +73,9 @@ def main(folder: Path, cases: list[str]) -> None:
         given = {"run_dir": str(run_dir), "log_every": "7", "max_steps": "20"} | dict(setting.split("=") for setting in settings.split(","))
         cfg = config.load(recipe.Config, ROOT / "recipes" / f"{recipe_name}.yaml", given, quick=True)
         if getattr(cfg, "model", None) == "minilm":
-            cfg.model = str(ranks.on_rank0(lambda: small_encoder(folder / "encoder")))
+            cfg.model = str(ranks.on_rank0(lambda: small_encoder(folder / "inputs" / "encoder")))
         if name == "learn" and cfg.dataset in SAMPLES:
-            cfg.dataset = str(ranks.on_rank0(functools.partial(few_rows, folder / cfg.dataset, cfg.dataset)))
+            cfg.dataset, cfg.max_rows = str(ranks.on_rank0(functools.partial(few_rows, folder / "inputs" / cfg.dataset, cfg.dataset))), None
         ds_config = load_ds_config(Path(json_path), cfg, int(os.environ["WORLD_SIZE"]))
         real_initialize = plain_torch.initialize if name.startswith("plain") else deepspeed.initialize
         inputs: dict[str, Any] = {}
@@ -106,5 +109,10 @@ def main(folder: Path, cases: list[str]) -> None:
 
 if __name__ == "__main__":
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
-    main(Path(arguments[0]), arguments[1:])
+    stderr = os.fdopen(os.dup(2), "w")  # a run sends what is written to fd 2 to its log
+    try:
+        main(Path(arguments[0]), arguments[1:])
+    except BaseException:
+        traceback.print_exc(file=stderr)
+        raise
     config.leave(0)

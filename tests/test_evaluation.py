@@ -169,7 +169,7 @@ def test_the_unigram_baseline_of_hidden_tokens() -> None:
 def test_the_nearest_training_target(monkeypatch: pytest.MonkeyPatch) -> None:
     sources, targets = ["Delete this folder", "Save changes", "Search results"], ["Supprimer ce dossier", "Enregistrer", "Chercher"]
     assert baselines.nearest_training_target(sources, targets, ["changes saved", "searching", "Folder deleted"]) == [targets[1], targets[2], targets[0]]
-    monkeypatch.setattr(baselines, "MEMORY", 2)  # every second one
+    monkeypatch.setattr(baselines, "MEMORY_ROWS", 2)  # the first and the last
     assert baselines.nearest_training_target(sources, targets, ["searching", "changes saved"])[0] == targets[2]
     assert targets[1] not in baselines.nearest_training_target(sources, targets, ["changes saved", "Save changes"])
 

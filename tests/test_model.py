@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -90,11 +91,12 @@ def test_a_model_that_cannot_write_what_is_asked_for_is_refused(tmp_path: Path) 
     tokenizer.save_pretrained(tmp_path / "both" / "target_tokenizer")
     cfg.model = str(tmp_path / "both")
     load_tokenizers(cfg, [], [])
-    with pytest.raises(UserError, match=r"max_target_length is 10, .* at most 9"):
+    with pytest.raises(UserError, match=r"max_target_length is 10, .* at most 9 tokens"):
         load_tokenizers(SimpleNamespace(**vars(cfg) | {"max_target_length": 10}), [], [])
     with pytest.raises(UserError, match=r"max_source_length is 513, .* at most 512"):
         load_tokenizers(SimpleNamespace(**vars(cfg) | {"max_source_length": 513}), [], [])
-    train_tokenizer(["many more words"] * 9, 262, SPECIAL_TOKENS).save_pretrained(tmp_path / "both" / "target_tokenizer")
+    shutil.rmtree(tmp_path / "both" / "target_tokenizer")
+    train_tokenizer(["many more words"] * 9, 262, SPECIAL_TOKENS).save_pretrained(tmp_path / "both")
     with pytest.raises(UserError, match="its decoder knows 259 tokens"):
         load_tokenizers(cfg, [], [])
 
@@ -152,9 +154,8 @@ def test_a_model_with_code_of_its_own_can_be_searched_with(tmp_path: Path) -> No
     load_weights(AutoModel, str(source), load_config(str(source), 0.0, True), True).save_pretrained(run / "model")
     train_tokenizer(["a few words"], 259, SPECIAL_TOKENS).save_pretrained(run / "model")
     save_sentence_transformer(run / "model", 16, trust_remote_code=True)
-    (run / "config.yaml").write_text("trust_remote_code: true\n")
     save_index(run / "index", ["few", "words"], np.eye(2, 16, dtype=np.float32))
-    assert {document for _, document in search(run, "a", 2)} == {"few", "words"}
+    assert {document for _, document in search(run, "a", 2, trust_remote_code=True)} == {"few", "words"}
 
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 # 8 rows a step in micro-batches of 2: 4 accumulation steps on 1 rank, 2 on 2 ranks, 1 on 4 ranks.
 BATCH, MICRO = 8, 2
-VARIANTS = {  # what a recipe does otherwise than by default, without chance -> (the setting that it must have, what is set)
+VARIANTS = {  # what a recipe does otherwise than by default, and plain PyTorch can do too -> (the setting that it must have, what is set)
     "scratch": ("pretrained_learning_rate", "model=null"),
     "trained": ("pretrained_learning_rate", "pretrained_learning_rate=1e-3"),  # an encoder that is frozen by default
     "glove": ("method", "method=glove"),
@@ -73,9 +73,8 @@ def cases_of(recipe: str, folder: Path) -> dict[int, list[str]]:
         fp32[config] += f",{SAVING}"
     bf16 = [case(f"{config}_bf16", config, BF16) for config in CONFIGS[:4]]
     plain = case("plain", "zero0", FP32, BATCH)
-    whole_texts = [f"{name}=128" for name in ("max_source_length", "max_target_length") if name in known]
-    sure = ["label_smoothing=0"] if "label_smoothing" in known else []
-    learn = case("learn", "zero2", ",".join(["lr_schedule=constant,max_steps=120,max_rows=null", *whole_texts, *sure]), 4)
+    whole_texts = [setting for setting in ("max_source_length=128", "max_target_length=128", "label_smoothing=0") if setting.split("=")[0] in known]
+    learn = case("learn", "zero2", ",".join(["lr_schedule=constant,max_steps=120", *whole_texts]), 4)
     other = case("other", "zero2", f"{other_settings(recipe)},{SAVING}")
     variants = [case(name, "zero3", f"{FP32},{setting}") for name, (needs, setting) in VARIANTS.items() if needs in known]
     plain_variants = [case(f"plain_{name}", "zero0", f"{FP32},{setting}", BATCH) for name, (needs, setting) in VARIANTS.items() if needs in known]
@@ -171,12 +170,16 @@ def test_scores_do_not_depend_on_ranks_or_stage(runs: tuple[str, Path]) -> None:
 
 
 def test_it_learns_a_few_rows_by_heart(runs: tuple[str, Path]) -> None:
-    """The test rows are those that it has learned."""
+    """The test rows are those that it has learned, if it trains on a built-in sample; with data of its own, the loss must fall."""
     _, folder = runs
     losses = read_losses(folder / "learn-2")
     assert len(losses) == 120
-    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
-    scores = next(iter(json.loads((folder / "learn-2" / "scores.json").read_text())["scores"].values()))
+    found = json.loads((folder / "learn-2" / "scores.json").read_text())
+    few = Path(found["settings"]["dataset"]).parent.name == "inputs"
+    assert sum(losses[-5:]) < (0.5 if few else 0.85) * sum(losses[:5])
+    if not few:
+        return
+    scores = next(iter(found["scores"].values()))
     for name, best in BY_HEART.items():
         assert scores.get(name, best) >= 0.95 * best, scores
     assert scores.get("perplexity", 1) < 6 and scores.get("pseudo_perplexity", 1) < 2, scores
@@ -202,11 +205,12 @@ def test_the_export_is_the_trained_model(runs: tuple[str, Path], config: str) ->
 @pytest.fixture(scope="session")
 def documented(launched: Path) -> dict[str, str]:
     """Recipe -> what the example of its page printed, of a model that it exported. One new process runs them all."""
-    script = "import contextlib, io, json\nprinted = {}\n"
+    script = "import contextlib, io, json, traceback\nprinted = {}\n"
     for folder in sorted(path for path in launched.iterdir() if (ROOT / "docs" / "recipes" / f"{path.name}.md").exists()):
         page = (ROOT / "docs" / "recipes" / f"{folder.name}.md").read_text()
-        example = page.split("```python\n")[1].split("```")[0].replace("runs/...", str(folder / "zero3_fp32-2"))
-        script += f"with contextlib.redirect_stdout(io.StringIO()) as out:\n    exec({example!r}, {{}})\nprinted[{folder.name!r}] = out.getvalue()\n"
+        example = page.partition("```python\n")[2].partition("```")[0].replace("runs/...", str(folder / "zero3_fp32-2"))
+        script += f"with contextlib.redirect_stdout(io.StringIO()) as out:\n    try:\n        exec({example!r}, {{}})\n"
+        script += f"    except Exception:\n        print('failed:', traceback.format_exc())\nprinted[{folder.name!r}] = out.getvalue()\n"
     done = execute([sys.executable, "-c", f"{script}print(json.dumps(printed))"])
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -216,7 +220,7 @@ def test_the_example_of_its_page_works(runs: tuple[str, Path], documented: dict[
     recipe, _ = runs
     if not (ROOT / "docs" / "recipes" / f"{recipe}.md").exists():
         pytest.skip("it has no page")
-    assert documented[recipe]
+    assert documented[recipe] and "failed:" not in documented[recipe]
 
 
 def load_export(recipe: str, folder: Path) -> Any:
