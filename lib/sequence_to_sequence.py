@@ -94,7 +94,7 @@ def build_model(cfg: Any, target_tokenizer: PreTrainedTokenizerBase) -> PreTrain
             encoder=half, decoder=copy.deepcopy(half), initializer_range=deviation, vocab_size=len(target_tokenizer), **special,
             decoder_start_token_id=special["bos_token_id"],
         )  # fmt: skip
-        return _that_writes(T5GemmaForConditionalGeneration(both), cfg.max_target_length)
+        return _generates_at_most(T5GemmaForConditionalGeneration(both), cfg.max_target_length)
     config = load_config(cfg.model, 0.0, cfg.trust_remote_code)
     if config.is_encoder_decoder:
         return load_weights(AutoModelForSeq2SeqLM, cfg.model, config, cfg.trust_remote_code)
@@ -110,12 +110,12 @@ def build_model(cfg: Any, target_tokenizer: PreTrainedTokenizerBase) -> PreTrain
     both = EncoderDecoderConfig.from_encoder_decoder_configs(
         encoder.config, set_dropout(decoder, 0.0), **special, decoder_start_token_id=special["bos_token_id"]
     )
-    return _that_writes(EncoderDecoderModel(both, encoder, GPT2LMHeadModel(both.decoder)), cfg.max_target_length)
+    return _generates_at_most(EncoderDecoderModel(both, encoder, GPT2LMHeadModel(both.decoder)), cfg.max_target_length)
 
 
-def _that_writes(model: PreTrainedModel, max_target_length: int) -> PreTrainedModel:
-    """A new model, whose export generates as many tokens as its decoder has positions for, unless it is asked for fewer."""
-    model.generation_config.max_new_tokens = max_target_length
+def _generates_at_most(model: PreTrainedModel, tokens: int) -> PreTrainedModel:
+    """A new model whose export generates so many tokens, for which its decoder has positions, unless it is asked for fewer."""
+    model.generation_config.max_new_tokens = tokens
     return model
 
 
