@@ -106,7 +106,8 @@ def load_tokenizer(name: str, max_length: int, trust_remote_code: bool, setting:
 
 
 def _load_tokenizer(name: str, max_length: int, trust_remote_code: bool, setting: str) -> PreTrainedTokenizerBase:
-    check_length(load_config(name, 0.0, trust_remote_code), max_length, setting)
+    config = load_config(name, 0.0, trust_remote_code)
+    check_length(getattr(config, "encoder", config), max_length, setting)
     with hub_errors(name):
         tokenizer = AutoTokenizer.from_pretrained(model_folder(name), trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast or len(tokenizer) < 16:  # transformers makes an empty one where there are no tokenizer files

@@ -46,7 +46,6 @@ def load_tokenizers(cfg: Any, sources: Sequence[str], targets: Sequence[str]) ->
             raise UserError(f"model {cfg.model} is pre-trained as a whole, and with pretrained_learning_rate 0 nothing is trained; set it, to 3e-5 perhaps")
         config = load_config(cfg.model, 0.0, cfg.trust_remote_code)
         check_length(getattr(config, "decoder", config), cfg.max_target_length, "max_target_length")
-        check_length(getattr(config, "encoder", config), cfg.max_source_length, "max_source_length")
         tokenizer = load_tokenizer(cfg.model, cfg.max_source_length, cfg.trust_remote_code, "max_source_length")
         of_targets = Path(cfg.model) / "target_tokenizer"
         target_tokenizer = AutoTokenizer.from_pretrained(of_targets) if of_targets.is_dir() else tokenizer

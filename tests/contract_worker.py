@@ -9,6 +9,7 @@ and the case `learn` has a few rows of the recipe's sample instead of all.
 import dataclasses
 import functools
 import importlib
+import itertools
 import json
 import os
 import shutil
@@ -54,9 +55,8 @@ def few_rows(folder: Path, sample: str) -> Path:
     """8 short rows of a built-in sample (addresses are cut), the same in all splits: the test scores show whether they were learned by heart."""
     if not folder.exists():
         folder.mkdir(parents=True)
-        rows = [{**row, "text": row["text"][:300]} if sample == "sotu" else row for row in load_sample(sample)["train"].shuffle(seed=0).select(range(1000))]
-        short = [row for row in rows if max(len(value) for value in row.values() if isinstance(value, str)) <= 300][:8]
-        assert len(short) == 8
+        rows = ({**row, "text": row["text"][:300]} if sample == "sotu" else row for row in load_sample(sample)["train"].shuffle(seed=0))
+        short = list(itertools.islice((row for row in rows if max(len(value) for value in row.values() if isinstance(value, str)) <= 300), 8))
         for split in SPLITS:
             (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in short))
     return folder

@@ -88,8 +88,8 @@ def cases_of(recipe: str, folder: Path) -> dict[int, list[str]]:
 
 def other_settings(recipe: str) -> str:
     """What the recipe can be set to do otherwise: dropout, the other method, whole words, an encoder that learns too."""
-    others = {"dropout": "0.2", "method": "glove", "whole_words": "true", "pretrained_learning_rate": "1e-3"}
-    return ",".join([FP32, *(f"{name}={value}" for name, value in others.items() if name in kinds_of_settings(recipe))])
+    others = [("dropout", "dropout=0.2"), *(VARIANTS[name] for name in ("glove", "whole_words", "trained"))]
+    return ",".join([FP32, *(setting for needs, setting in others if needs in kinds_of_settings(recipe))])
 
 
 def kinds_of_settings(recipe: str) -> dict[str, Any]:

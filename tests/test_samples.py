@@ -180,3 +180,15 @@ msgstr "Ouvrir le fichier"
 """
     )
     assert list(_translations(file)) == [('Add ${name} to the "folder"', "Ajouter ${name} au « dossier »"), ("Open the file", "Ouvrir le fichier")]
+
+
+@pytest.mark.parametrize(("sample", "column"), [("docstring_pairs", "body"), ("docstring_questions", "context")])
+def test_few_test_rows_are_near_copies_of_training_rows(sample: str, column: str) -> None:
+    def runs(text: str) -> list[str]:
+        words = text.split()
+        return [" ".join(words[start : start + 8]) for start in range(len(words) - 7)]
+
+    rows = load_sample(sample)
+    seen = {run for text in rows["train"][column] for run in runs(text)}
+    texts = [runs(text) for text in set(rows["test"][column])]
+    assert sum(sum(run in seen for run in text) > len(text) / 2 for text in texts) / len(texts) < 0.08
