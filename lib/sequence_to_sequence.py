@@ -162,13 +162,17 @@ def collate_pairs(rows: dict[str, list[Any]], source_pad: int, target_pad: int, 
 
 
 def generate_texts(
-    engine: Any, rows: Dataset, collate: Any, batch_size: int, tokenizer: PreTrainedTokenizerBase, max_length: int, beams: int, length_penalty: float
+    engine: Any, rows: Dataset, collate: Any, batch_size: int, tokenizer: PreTrainedTokenizerBase, max_length: int,
+    beams: int, length_penalty: float, no_repeat_ngram: int = 0,
 ) -> list[str]:  # fmt: skip
     """The text that the model makes of each row's source, the same on every rank, by beam search (1 beam: greedily).
 
     length_penalty: the search looks for the text whose log probability / length^length_penalty is the highest.
+    no_repeat_ngram: no run of so many tokens occurs twice in a text; 0: it may.
     """
-    search: dict[str, Any] = {"num_beams": beams, "do_sample": False} | ({"length_penalty": length_penalty} if beams > 1 else {})
+    search: dict[str, Any] = {"num_beams": beams, "do_sample": False, "no_repeat_ngram_size": no_repeat_ngram} | (
+        {"length_penalty": length_penalty} if beams > 1 else {}
+    )
 
     def generate(batch: Batch) -> torch.Tensor:
         tokens = engine.module.generate(

@@ -65,6 +65,7 @@ class Config(RunSettings):
     gradient_clipping: NonNegativeFloat  # highest norm of the gradient; 0: no clipping
     beams: PositiveInt  # of the beam search; 1: greedy
     length_penalty: LengthPenalty  # of a beam search: the higher, the longer its texts; 1: those with the highest mean log probability of a token
+    no_repeat_ngram: NonNegativeInt  # no run of so many tokens occurs twice in a summary; 0: it may
 
 
 def logits_of(engine: Any, batch: Batch) -> torch.Tensor:
@@ -99,7 +100,9 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     collate = collator(model, source_tokenizer, target_tokenizer)
 
     def evaluate(split: str) -> tuple[dict[str, float], list[str]]:
-        summaries = generate_texts(engine, tokenized[split], collate, micro_batch_size, target_tokenizer, cfg.max_target_length, cfg.beams, cfg.length_penalty)
+        summaries = generate_texts(
+            engine, tokenized[split], collate, micro_batch_size, target_tokenizer, cfg.max_target_length, cfg.beams, cfg.length_penalty, cfg.no_repeat_ngram
+        )
         return summarization_scores(summaries, splits[split]["target"]), summaries
 
     checkpoints = Checkpoints(run, engine, schedule)

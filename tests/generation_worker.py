@@ -23,7 +23,7 @@ from lib.sequence_to_sequence import SPECIAL_TOKENS, build_model, collator, gene
 
 ROWS = {"many": 13, "one": 1}  # odd, and fewer than ranks, so that fillers are needed
 MAX_LENGTH = 12
-SEARCHES = [(1, 1), (3, 1), (3, 4)]  # beams, length penalty
+SEARCHES = [(1, 1, 0), (3, 1, 0), (3, 4, 0), (3, 4, 2)]  # beams, length penalty, tokens of a run that may not repeat
 
 
 def main(file: Path, configs: list[str]) -> None:
@@ -57,12 +57,9 @@ def main(file: Path, configs: list[str]) -> None:
             ds_config["zero_optimization"] |= dict.fromkeys(knobs, 0)
         model = load_model(functools.partial(build, models[kind]), ds_config, seed=0)
         engine, *_ = deepspeed.initialize(model=model, optimizer=make_adamw(model, ds_config, 1e-3, 0.0), config=ds_config)
-        for beams, length_penalty in SEARCHES:
-            texts = [
-                generate_texts(engine, rows, collator(engine.module, tokenizer, tokenizer), 2, tokenizer, MAX_LENGTH, beams, length_penalty)
-                for rows in data.values()
-            ]
-            found[f"{kind} {name} {beams} {length_penalty}"] = [*texts[0], *texts[1]]
+        for search in SEARCHES:
+            texts = [generate_texts(engine, rows, collator(engine.module, tokenizer, tokenizer), 2, tokenizer, MAX_LENGTH, *search) for rows in data.values()]
+            found[" ".join(map(str, (kind, name, *search)))] = [*texts[0], *texts[1]]
         engine.destroy()
     if ranks.rank() == 0:
         file.write_text(json.dumps(found))

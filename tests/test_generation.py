@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, list[str]]]:
-    """Number of ranks -> "<model> <config> <beams> <length penalty>" -> a text for each row."""
+    """Number of ranks -> "<model> <config> <beams> <length penalty> <no repeat>" -> a text for each row."""
     folder = tmp_path_factory.mktemp("generation")
     for world_size in (1, 2):
         done = deepspeed(world_size, "tests/generation_worker.py", folder / f"{world_size}.json", *CONFIGS, timeout=300, OMP_NUM_THREADS="1")
@@ -19,7 +19,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, list[
 
 
 @pytest.mark.parametrize("model", ["scratch", "encoder"])
-@pytest.mark.parametrize("search", ["1 1", "3 1", "3 4"])
+@pytest.mark.parametrize("search", ["1 1 0", "3 1 0", "3 4 0", "3 4 2"])
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_the_same_text_at_every_stage_and_number_of_ranks(
@@ -31,7 +31,8 @@ def test_the_same_text_at_every_stage_and_number_of_ranks(
 @pytest.mark.parametrize("model", ["scratch", "encoder"])
 def test_the_texts_tell_the_rows_and_the_searches_apart(texts: dict[int, dict[str, list[str]]], model: str) -> None:
     """Else the test above would hold for a model that says always the same."""
-    greedy, beams, longer = (texts[1][f"{model} zero0 {search}"] for search in ("1 1", "3 1", "3 4"))
+    greedy, beams, longer, unrepeated = (texts[1][f"{model} zero0 {search}"] for search in ("1 1 0", "3 1 0", "3 4 0", "3 4 2"))
     assert len(set(greedy)) > 8 and greedy != beams
     assert sum(map(len, longer)) > sum(map(len, beams))
+    assert unrepeated != longer
     assert len({len(text) for text in greedy}) > 4
