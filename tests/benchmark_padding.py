@@ -2,6 +2,7 @@
 
     python tests/benchmark_padding.py text_classification
     python tests/benchmark_padding.py causal_lm, or translation, question_answering
+    python tests/benchmark_padding.py causal_lm --max_length 128
 
 Fresh processes in turn, each with 2 ranks at ZeRO-2: the recipe, the Trainer as it is by default (random order, each batch padded to its
 longest row), and the Trainer with its batches grouped by length. The language model's rows are lines of the sample, of which about half of
@@ -35,7 +36,7 @@ SAMPLES = {"text_classification": "docstrings", "causal_lm": "sotu", "translatio
 TRAINER_MODES = {"random": "HF Trainer", "group_by_length": "HF Trainer, grouped by length"}
 
 
-def prepare(recipe: str, folder: Path) -> None:
+def prepare(recipe: str, folder: Path, cfg: Any) -> None:
     """Write the rows that all train on, and the untrained model and its tokenizer: for translation and causal_lm, from scratch."""
     from transformers import AutoModelForCausalLM
 
@@ -54,7 +55,6 @@ def prepare(recipe: str, folder: Path) -> None:
             rows[split].select(range(len(rows[split]) if split == "train" else 16)).to_json(folder / f"{split}.jsonl")
     if recipe in ("causal_lm", "translation"):
         ranks.init(timeout_minutes=10)
-        cfg: Any = settings(recipe)
         model: Any
         if recipe == "causal_lm":
             tokenizer = train_tokenizer(lines, cfg.vocab_size, END_OF_TEXT | {"pad_token": END_OF_TEXT["eos_token"]})
@@ -68,11 +68,12 @@ def prepare(recipe: str, folder: Path) -> None:
         tokenizer.save_pretrained(folder / "model")
 
 
-def settings(recipe: str) -> Any:
-    return load(importlib.import_module(f"recipes.{recipe}").Config, ROOT / "recipes" / f"{recipe}.yaml", {})
+def settings(recipe: str, max_length: int | None) -> Any:
+    """The recipe's own, but for max_length if there is one."""
+    return load(importlib.import_module(f"recipes.{recipe}").Config, ROOT / "recipes" / f"{recipe}.yaml", {"max_length": str(max_length)} if max_length else {})
 
 
-def for_trainer(recipe: str, folder: Path) -> tuple[Any, Any, Callable[[list[dict[str, Any]]], dict[str, Any]]]:
+def for_trainer(recipe: str, folder: Path, cfg: Any) -> tuple[Any, Any, Callable[[list[dict[str, Any]]], dict[str, Any]]]:
     """(model, tokenized rows, collator) as a user of the Trainer would have them, with the recipe's lengths."""
     from datasets import load_dataset
     from transformers import (  # fmt: skip
@@ -88,7 +89,7 @@ def for_trainer(recipe: str, folder: Path) -> tuple[Any, Any, Callable[[list[dic
 
     from lib.model import model_folder
 
-    rows, cfg = load_dataset("json", data_files=str(folder / "train.jsonl"))["train"], settings(recipe)
+    rows = load_dataset("json", data_files=str(folder / "train.jsonl"))["train"]
     name = str(folder / "model") if (folder / "model").exists() else model_folder("minilm")
     tokenizer = AutoTokenizer.from_pretrained(name)
     if recipe == "text_classification":
@@ -115,13 +116,13 @@ def for_trainer(recipe: str, folder: Path) -> tuple[Any, Any, Callable[[list[dic
     return AutoModelForQuestionAnswering.from_pretrained(name), rows, lambda features: pad([feature | {"length": 0} for feature in features])
 
 
-def hf_trainer(recipe: str, folder: Path, steps: int, order: str) -> None:
+def hf_trainer(recipe: str, folder: Path, cfg: Any, steps: int, order: str) -> None:
     """The Trainer with its own sampler; rank 0 writes hf.json."""
     import deepspeed
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    model, rows, collator = for_trainer(recipe, folder)
+    model, rows, collator = for_trainer(recipe, folder, cfg)
     seen: list[tuple[int, int]] = []  # (useful tokens, tokens with padding) of each micro-batch
 
     def counting(features: list[dict[str, Any]]) -> Any:
@@ -172,20 +173,23 @@ def main() -> None:
     parser.add_argument("recipe", choices=list(SAMPLES))
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--series", type=int, default=3)
+    parser.add_argument("--max_length", type=int, help="tokens of a row or block, of recipes with that setting (default: the recipe's)")
     parser.add_argument("--trainer_in", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--order", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    cfg = settings(options.recipe, options.max_length)
+    length = ["--max_length", options.max_length] if options.max_length else []
     if options.trainer_in:
-        hf_trainer(options.recipe, options.trainer_in, options.steps, options.order)
+        hf_trainer(options.recipe, options.trainer_in, cfg, options.steps, options.order)
         return
     folder = Path(tempfile.mkdtemp())
     (folder / "ds").mkdir()
     (folder / "ds" / "ds.json").write_text(json.dumps(ds_config()))
-    prepare(options.recipe, folder)
+    prepare(options.recipe, folder, cfg)
     arguments = ["--deepspeed_config", folder / "ds" / "ds.json", "--dataset", folder, "--batch_size", BATCH, "--max_steps", options.steps, "--epochs", "null",
                  "--warmup_steps", 0, "--learning_rate", 1e-4, "--log_every", WARMUP, "--eval_every", "null", "--save_minutes", "null",
-                 "--run_dir", folder / "run", "--overwrite", "true"]  # fmt: skip
+                 "--run_dir", folder / "run", "--overwrite", "true", *length]  # fmt: skip
     if (folder / "model").exists():
         arguments += ["--model", folder / "model"]
     if options.recipe == "causal_lm":
@@ -199,7 +203,7 @@ def main() -> None:
         ours = sum(entry["tokens"] for entry in entries) / sum(entry["step_seconds"] for entry in entries)
         print(f"series {series + 1}: recipe {ours:,.0f} useful tokens/s", flush=True)
         for order, name in TRAINER_MODES.items():
-            launch("tests/benchmark_padding.py", options.recipe, "--trainer_in", folder, "--steps", options.steps, "--order", order)
+            launch("tests/benchmark_padding.py", options.recipe, "--trainer_in", folder, "--steps", options.steps, "--order", order, *length)
             trainer = json.loads((folder / "ds" / "hf.json").read_text())
             ratios[order].append(ours / trainer["tokens_per_second"])
             print(
