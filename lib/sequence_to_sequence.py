@@ -170,9 +170,10 @@ def generate_texts(
     length_penalty: the search looks for the text whose log probability / length^length_penalty is the highest.
     no_repeat_ngram: no run of so many tokens occurs twice in a text; 0: it may.
     """
-    search: dict[str, Any] = {"num_beams": beams, "do_sample": False, "no_repeat_ngram_size": no_repeat_ngram} | (
-        {"length_penalty": length_penalty} if beams > 1 else {}
-    )
+    # All that decides is set here, or a hub model's own generation config, perhaps made for longer texts, would decide.
+    search: dict[str, Any] = {"num_beams": beams, "do_sample": False, "no_repeat_ngram_size": no_repeat_ngram, "min_length": 0}
+    if beams > 1:
+        search |= {"length_penalty": length_penalty, "early_stopping": False}
 
     def generate(batch: Batch) -> torch.Tensor:
         tokens = engine.module.generate(

@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("recipe", choices=list(SAMPLES))
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--series", type=int, default=3)
-    parser.add_argument("--max_length", type=int, help="tokens of a row or block, of recipes with that setting (default: the recipe's)")
+    parser.add_argument("--max_length", type=int, help="tokens of a row or block (default: the recipe's); translation has no such setting")
     parser.add_argument("--trainer_in", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--order", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)

@@ -46,6 +46,7 @@ def main(file: Path, configs: list[str]) -> None:
                 if weight.dim() == 1 and name.endswith("weight"):  # of a norm
                     weight.normal_(0, 2)
             model.get_output_embeddings().weight[tokenizer.eos_token_id] *= 3
+        model.generation_config.min_length = MAX_LENGTH  # as some models of a hub have one, which must not act
         return model
 
     found: dict[str, Any] = {}
