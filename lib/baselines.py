@@ -111,9 +111,10 @@ def gensim_word2vec(
     from gensim.models import Word2Vec
     from gensim.models.word2vec import MAX_WORDS_IN_BATCH
 
+    share = sample if sample < 1 else 0  # 1 and more are numbers of occurrences to gensim; as a share they thin nothing out, as 0 does
     # gensim would ignore the rest of a longer document without a word
     pieces = [words[start : start + MAX_WORDS_IN_BATCH] for words in documents for start in range(0, len(words), MAX_WORDS_IN_BATCH)]
-    model = Word2Vec(sg=1, hs=0, vector_size=dims, window=window, negative=negatives, min_count=min_count, epochs=epochs, sample=sample, seed=seed, workers=1)
+    model = Word2Vec(sg=1, hs=0, vector_size=dims, window=window, negative=negatives, min_count=min_count, epochs=epochs, sample=share, seed=seed, workers=1)
     model.build_vocab(pieces)
     start = time.perf_counter()
     model.train(pieces, total_examples=len(pieces), epochs=epochs)

@@ -66,6 +66,10 @@ def map_rows(splits: dict[str, Dataset], function: Callable[..., dict[str, list[
 
 def _load_rows(dataset: str, text: dict[str, str], label: dict[str, str], answers: dict[str, str]) -> dict[str, Dataset]:
     columns = {**text, **label, **answers}
+    for name, column in columns.items():
+        other = next(other for other, its in columns.items() if its == column)
+        if other != name:
+            raise UserError(f"column '{column}' is set as the {other} and as the {name}, which are two; set the recipe's ..._column settings")
     files: dict[str, list[Path]] = {}
     path = Path(dataset)
     if dataset in SAMPLES:
@@ -287,8 +291,8 @@ def check_answers(splits: dict[str, Dataset]) -> None:
             if len(answers["text"]) != len(answers["answer_start"]):
                 raise UserError(f"{split} rows, row {number}: {len(answers['text'])} answers, but {len(answers['answer_start'])} starts")
             for text, start in zip(answers["text"], answers["answer_start"], strict=True):
-                if not text or context[start : start + len(text)] != text:
-                    raise UserError(f"{split} rows, row {number}: the answer {text!r} does not stand at character {start} of the context")
+                if not text.strip() or context[start : start + len(text)] != text:
+                    raise UserError(f"{split} rows, row {number}: the answer {text!r} is empty, or does not stand at character {start} of the context")
 
 
 # --- batches ------------------------------------------------------------------------------------------------------------
@@ -422,6 +426,9 @@ def collate_blocks(blocks: dict[str, Any]) -> Batch:
 
 def token_streams(splits: dict[str, Dataset], tokenizer: Any) -> dict[str, np.ndarray]:
     """The documents (column "text") of each split as one stream of tokens, an end-of-text token after each."""
+
+    if tokenizer.eos_token_id is None:
+        raise UserError("the model's tokenizer has no end-of-text token, which is to stand between documents; take a decoder, or set its eos_token and save it")
 
     def tokenize(rows: dict[str, list[str]], tokenizer: Any) -> dict[str, list[list[int]]]:
         encoded = tokenizer(rows["text"], add_special_tokens=False, verbose=False)  # verbose: a document may exceed the model's limit

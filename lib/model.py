@@ -16,6 +16,7 @@ import psutil
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from tokenizers import AddedToken, ByteLevelBPETokenizer
 from tokenizers.processors import TemplateProcessing
@@ -50,7 +51,7 @@ def hub_errors(name: str) -> Iterator[None]:
     """Turn what from_pretrained raises for a model that is not there into a UserError."""
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         if "for this kind of AutoModel" in str(error):
             raise UserError(f"model {name} is of another kind than this recipe trains: {' '.join(str(error).split())[:200]}") from None
         where = "a local folder, but it cannot be read" if Path(name).is_dir() else "neither a local folder nor to be had from the Hugging Face hub"
@@ -119,23 +120,33 @@ def _load_tokenizer(name: str, max_length: int, trust_remote_code: bool, setting
     return tokenizer
 
 
-def new_config(architecture: str, num_heads: int, hidden_size: int, **sizes: Any) -> PretrainedConfig:
-    """The config of a model to train from scratch, without dropout. architecture: transformers' name for it; sizes: by its names."""
+def new_config(architecture: str, auto_class: Any, num_heads: int, hidden_size: int, **sizes: Any) -> PretrainedConfig:
+    """The config of a model to train from scratch, without dropout. architecture: transformers' name for it; sizes: by its names.
+
+    auto_class: the one of transformers' AutoModelFor... classes that will make the model.
+    """
     if architecture not in CONFIG_MAPPING:
         raise UserError(f"architecture '{architecture}' is none of transformers'{did_you_mean(architecture, CONFIG_MAPPING)}")
     if hidden_size % num_heads:
         raise UserError(f"hidden_size {hidden_size} is no multiple of num_heads {num_heads}")
-    return set_dropout(AutoConfig.for_model(architecture, hidden_size=hidden_size, num_attention_heads=num_heads, **sizes), 0.0)
+    try:
+        config = set_dropout(AutoConfig.for_model(architecture, hidden_size=hidden_size, num_attention_heads=num_heads, **sizes), 0.0)
+    except StrictDataclassError as error:  # an odd width of a head, for rotary positions
+        raise UserError(f"architecture '{architecture}' with hidden_size {hidden_size} and num_heads {num_heads}: {error.__cause__ or error}") from None
+    if type(config) not in auto_class._model_mapping:
+        fitting = [kind.model_type for kind in auto_class._model_mapping]
+        raise UserError(f"architecture '{architecture}' has no {auto_class.__name__}, which this recipe trains{did_you_mean(architecture, fitting)}")
+    return config
 
 
 def check_length(config: PretrainedConfig, max_length: int, setting: str) -> None:
     """Raise a UserError where a model of this config cannot read max_length tokens. setting: the name of the setting that max_length comes from."""
-    limit = _longest_text(config)
+    limit = longest_text(config)
     if limit and max_length > limit:
         raise UserError(f"{setting} is {max_length}, but the model takes at most {limit} tokens; set --{setting} {limit} or less")
 
 
-def _longest_text(config: PretrainedConfig) -> int | None:
+def longest_text(config: PretrainedConfig) -> int | None:
     """How many tokens a model of this config can read; None: its positions have no end."""
     limit = getattr(config, "max_position_embeddings", None)
     if limit is None or type(config) not in MODEL_MAPPING:

@@ -56,7 +56,7 @@ class RunSettings:
 
 
 # Settings that another start of the same run may change: none of them changes what a step does.
-MAY_CHANGE = {field.name for field in dataclasses.fields(RunSettings)} | {"max_steps", "epochs", "trust_remote_code"}
+MAY_CHANGE = {field.name for field in dataclasses.fields(RunSettings)} | {"max_steps", "epochs", "trust_remote_code", "prompt", "samples", "sample_tokens"}
 
 
 def versions() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     EncoderDecoderConfig,
@@ -19,6 +22,7 @@ from transformers import (
     GPT2LMHeadModel,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
     T5GemmaConfig,
     T5GemmaForConditionalGeneration,
     T5GemmaModuleConfig,
@@ -27,7 +31,7 @@ from transformers import (
 from lib import inference, ranks
 from lib.config import UserError
 from lib.data import IGNORED, Batch, pad, pad_tokens
-from lib.model import check_length, is_causal, load_config, load_tokenizer, load_weights, set_dropout, train_tokenizer
+from lib.model import check_length, hub_errors, is_causal, load_config, load_tokenizer, load_weights, set_dropout, train_tokenizer
 
 SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
@@ -35,9 +39,12 @@ SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 def load_tokenizers(cfg: Any, sources: Sequence[str], targets: Sequence[str]) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
     """(of the sources, of the targets). Every rank must call it.
 
-    From scratch (model null) one byte-level BPE is learned from both; for a pre-trained encoder, one from the targets; a pre-trained
-    encoder-decoder brings its own for both, or, as those that these recipes export, another one for the targets in target_tokenizer.
+    From scratch (model null) one byte-level BPE is learned from both; for a pre-trained encoder, one from the targets, unless its decoder
+    is pre-trained too and brings its own; a pre-trained encoder-decoder brings its own for both, or, as those that these recipes export,
+    another one for the targets in target_tokenizer.
     """
+    if cfg.decoder is not None and (cfg.model is None or _brings_decoder(cfg)):
+        raise UserError(f"decoder {cfg.decoder} needs an encoder as the model, and {cfg.model or 'null'} is none; set --decoder null, or another --model")
     if cfg.model is None:
         joint = train_tokenizer([*sources, *targets], cfg.vocab_size, SPECIAL_TOKENS, "$A </s>")
         return joint, joint
@@ -48,7 +55,8 @@ def load_tokenizers(cfg: Any, sources: Sequence[str], targets: Sequence[str]) ->
         check_length(getattr(config, "decoder", config), cfg.max_target_length, "max_target_length")
         tokenizer = load_tokenizer(cfg.model, cfg.max_source_length, cfg.trust_remote_code, "max_source_length")
         of_targets = Path(cfg.model) / "target_tokenizer"
-        target_tokenizer = AutoTokenizer.from_pretrained(of_targets) if of_targets.is_dir() else tokenizer
+        with hub_errors(str(of_targets)):
+            target_tokenizer = AutoTokenizer.from_pretrained(of_targets) if of_targets.is_dir() else tokenizer
         if hasattr(config, "decoder") and len(target_tokenizer) > config.decoder.vocab_size:
             raise UserError(
                 f"model {cfg.model}: its decoder knows {config.decoder.vocab_size:,} tokens, the tokenizer beside it {len(target_tokenizer):,}; "
@@ -56,7 +64,20 @@ def load_tokenizers(cfg: Any, sources: Sequence[str], targets: Sequence[str]) ->
             )
         return tokenizer, target_tokenizer
     tokenizer = load_tokenizer(cfg.model, cfg.max_source_length, cfg.trust_remote_code, "max_source_length")
-    return tokenizer, train_tokenizer(targets, cfg.vocab_size, SPECIAL_TOKENS, "$A </s>")
+    if cfg.decoder is None:
+        return tokenizer, train_tokenizer(targets, cfg.vocab_size, SPECIAL_TOKENS, "$A </s>")
+    return tokenizer, _ends_texts(load_tokenizer(cfg.decoder, cfg.max_target_length, cfg.trust_remote_code, "max_target_length"))
+
+
+def _ends_texts(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer of a pre-trained model, but a text gets its end-of-text token and nothing before: what a decoder is to write."""
+    special = {"bos_token": tokenizer.bos_token or tokenizer.cls_token, "eos_token": tokenizer.eos_token or tokenizer.sep_token}
+    if None in special.values():
+        raise UserError(f"{type(tokenizer).__name__}: it has no tokens that begin and end a text (bos and eos, or cls and sep); set them, and save it")
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    end = special["eos_token"]
+    backend.post_processor = TemplateProcessing(single=f"$A {end}", special_tokens=[(end, tokenizer.convert_tokens_to_ids(end))])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special, pad_token=tokenizer.pad_token, unk_token=tokenizer.unk_token)
 
 
 def _brings_decoder(cfg: Any) -> bool:
@@ -74,8 +95,9 @@ def pretrained_parameters(cfg: Any, model: PreTrainedModel) -> list[torch.nn.Par
 def build_model(cfg: Any, target_tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The encoder-decoder, whole, in host memory.
 
-    cfg: model (null: a small T5Gemma from scratch; an encoder: with a new GPT-2 as its decoder; an encoder-decoder: as it is), trust_remote_code,
-    hidden_size, intermediate_size, num_layers, num_heads, max_source_length, max_target_length.
+    cfg: model (null: a small T5Gemma from scratch; an encoder, to which comes a decoder; an encoder-decoder: as it is), decoder (null: a new
+    GPT-2; a model: its weights, and new ones for the attention to the source), trust_remote_code, hidden_size, intermediate_size,
+    num_layers, num_heads, max_source_length, max_target_length.
     """
     special = {name: getattr(target_tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     deviation = cfg.hidden_size**-0.5  # 0.02, made for larger models, would leave a small one's attention idle for most of a short run
@@ -100,16 +122,28 @@ def build_model(cfg: Any, target_tokenizer: PreTrainedTokenizerBase) -> PreTrain
     encoder = load_weights(AutoModel, cfg.model, config, cfg.trust_remote_code)
     if is_causal(encoder):
         raise UserError(f"model {cfg.model} is a decoder; take an encoder, which gets a new decoder, or an encoder-decoder")
+    decoder = _new_decoder(cfg, special, len(target_tokenizer), deviation) if cfg.decoder is None else _pretrained_decoder(cfg)
+    both = EncoderDecoderConfig.from_encoder_decoder_configs(encoder.config, decoder.config, **special, decoder_start_token_id=special["bos_token_id"])
+    return _generates_at_most(EncoderDecoderModel(both, encoder, decoder), cfg.max_target_length)
+
+
+def _new_decoder(cfg: Any, special: dict[str, int], vocab_size: int, deviation: float) -> PreTrainedModel:
     if cfg.hidden_size % cfg.num_heads:
         raise UserError(f"hidden_size {cfg.hidden_size} is no multiple of num_heads {cfg.num_heads}")
-    decoder = GPT2Config(
-        vocab_size=len(target_tokenizer), n_embd=cfg.hidden_size, n_layer=cfg.num_layers, n_head=cfg.num_heads, n_inner=cfg.intermediate_size,
+    config = GPT2Config(
+        vocab_size=vocab_size, n_embd=cfg.hidden_size, n_layer=cfg.num_layers, n_head=cfg.num_heads, n_inner=cfg.intermediate_size,
         n_positions=cfg.max_target_length + 1, **special, add_cross_attention=True, initializer_range=deviation,
     )  # fmt: skip
-    both = EncoderDecoderConfig.from_encoder_decoder_configs(
-        encoder.config, set_dropout(decoder, 0.0), **special, decoder_start_token_id=special["bos_token_id"]
-    )
-    return _generates_at_most(EncoderDecoderModel(both, encoder, GPT2LMHeadModel(both.decoder)), cfg.max_target_length)
+    return GPT2LMHeadModel(set_dropout(config, 0.0))
+
+
+def _pretrained_decoder(cfg: Any) -> PreTrainedModel:
+    """Rothe et al. 2020: the weights of cfg.decoder, an encoder or a decoder; its attention to the source is new."""
+    config = load_config(cfg.decoder, 0.0, cfg.trust_remote_code, is_decoder=True, add_cross_attention=True)
+    decoder = load_weights(AutoModelForCausalLM, cfg.decoder, config, cfg.trust_remote_code)
+    if "encoder_hidden_states" not in inspect.signature(decoder.forward).parameters:
+        raise UserError(f"decoder {cfg.decoder}: a {type(decoder).__name__} cannot attend to an encoder; take one that can, such as BERT, RoBERTa or GPT-2")
+    return decoder
 
 
 def _generates_at_most(model: PreTrainedModel, tokens: int) -> PreTrainedModel:
@@ -159,6 +193,12 @@ def collate_pairs(rows: dict[str, list[Any]], source_pad: int, target_pad: int, 
     """Pairs -> input_ids, attention_mask [rows, longest source]; decoder_input_ids, labels (the token after each) [rows, longest target]."""
     shifted = [[decoder_start, *labels[:-1]] for labels in rows["labels"]]
     return pad_tokens(rows["input_ids"], source_pad) | {"decoder_input_ids": pad(shifted, target_pad), "labels": pad(rows["labels"], IGNORED)}
+
+
+def logits_of(engine: Any, batch: Batch) -> torch.Tensor:
+    """Of a batch of collate_pairs: [rows, longest target, tokens of the vocabulary], in fp32."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "decoder_input_ids")}
+    return engine(**inputs).logits.float()
 
 
 def generate_texts(

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, get_sche
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
 from lib import baselines, ranks
 from lib.checkpoints import Checkpoints
-from lib.config import Seed, Text, cli
+from lib.config import Seed, Text, UserError, cli
 from lib.data import IGNORED, Batch, Blocks, collate_blocks, load_rows, token_streams, training_batches
 from lib.inference import language_model_scores
 from lib.model import (
@@ -37,6 +37,7 @@ from lib.model import (
     load_model,
     load_tokenizer,
     load_weights,
+    longest_text,
     make_adamw,
     new_config,
     token_losses,
@@ -83,11 +84,18 @@ def build_model(cfg: Config, vocab_size: int, end_of_text: int) -> torch.nn.Modu
         config = load_config(cfg.model, 0.0, cfg.trust_remote_code)
         return load_weights(AutoModelForCausalLM, cfg.model, config, cfg.trust_remote_code)
     config = new_config(
-        cfg.architecture, cfg.num_heads, cfg.hidden_size, vocab_size=vocab_size, intermediate_size=cfg.intermediate_size,
+        cfg.architecture, AutoModelForCausalLM, cfg.num_heads, cfg.hidden_size, vocab_size=vocab_size, intermediate_size=cfg.intermediate_size,
         num_hidden_layers=cfg.num_layers, num_key_value_heads=cfg.num_heads, max_position_embeddings=cfg.max_length,
         tie_word_embeddings=cfg.tie_embeddings, bos_token_id=end_of_text, eos_token_id=end_of_text, pad_token_id=None,
     )  # fmt: skip
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def check_samples(cfg: Config, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise a UserError, before the training, where the model could not generate the samples after it."""
+    tokens, limit = len(tokenizer(cfg.prompt, add_special_tokens=False)["input_ids"]), longest_text(model.config)
+    if cfg.samples and limit and tokens + cfg.sample_tokens > limit:
+        raise UserError(f"the prompt has {tokens} tokens and sample_tokens is {cfg.sample_tokens}, but the model takes at most {limit}; set a smaller one")
 
 
 def logits_of(engine: Any, batch: Batch) -> torch.Tensor:
@@ -124,7 +132,8 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     run.plan(len(train))
 
     # Model, optimizer, engine.
-    model = load_model(lambda: check_causal(build_model(cfg, len(tokenizer), tokenizer.eos_token_id)), ds_config, cfg.seed)
+    model: Any = load_model(lambda: check_causal(build_model(cfg, len(tokenizer), tokenizer.eos_token_id)), ds_config, cfg.seed)
+    check_samples(cfg, model, tokenizer)
     optimizer = make_adamw(model, ds_config, cfg.learning_rate, cfg.weight_decay)
     schedule = get_scheduler(cfg.lr_schedule, optimizer, cfg.warmup_steps, run.total_steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
@@ -157,7 +166,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     scores = language_model_scores(engine, test, micro_batch_size, logits_of, splits["test"]["text"])
     run.log_evaluation(run.total_steps, "test", scores)
     texts = generate(engine, tokenizer, cfg) if cfg.samples else []
-    (run.folder / "samples.txt").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+    ranks.on_rank0(lambda: (run.folder / "samples.txt").write_text("\n\n".join(texts) + "\n", encoding="utf-8"))
     for text in texts:
         run.say(f"sample   {' '.join(text.split())}")
     baseline = baselines.unigram(streams["train"], streams["test"], len(tokenizer), splits["test"]["text"])

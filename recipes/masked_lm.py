@@ -25,12 +25,12 @@ import numpy as np
 import torch
 from datasets import Dataset
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from transformers import MODEL_FOR_MASKED_LM_MAPPING, AddedToken, AutoModelForMaskedLM, PreTrainedTokenizerBase, get_scheduler
+from transformers import AddedToken, AutoModelForMaskedLM, PreTrainedTokenizerBase, get_scheduler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
 from lib import baselines, evaluation, inference, ranks
 from lib.checkpoints import Checkpoints
-from lib.config import Seed, UserError, cli, did_you_mean
+from lib.config import Seed, UserError, cli
 from lib.data import IGNORED, Batch, load_rows, map_rows, pad, pad_tokens, token_stream, training_batches
 from lib.model import (
     export,
@@ -84,15 +84,12 @@ def build_model(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Mod
     if cfg.model is not None:
         return load_weights(AutoModelForMaskedLM, cfg.model, load_config(cfg.model, 0.0, cfg.trust_remote_code), cfg.trust_remote_code)
     config = new_config(
-        cfg.architecture, cfg.num_heads, cfg.hidden_size, vocab_size=len(tokenizer), intermediate_size=cfg.intermediate_size,
+        cfg.architecture, AutoModelForMaskedLM, cfg.num_heads, cfg.hidden_size, vocab_size=len(tokenizer), intermediate_size=cfg.intermediate_size,
         num_hidden_layers=cfg.num_layers, max_position_embeddings=cfg.max_length + tokenizer.pad_token_id + 1,  # RoBERTa's positions begin there
         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.cls_token_id, eos_token_id=tokenizer.sep_token_id,
         cls_token_id=tokenizer.cls_token_id, sep_token_id=tokenizer.sep_token_id,
         initializer_range=cfg.hidden_size**-0.5,  # 0.02, made for larger models, would leave a small one's attention idle for most of a short run
     )  # fmt: skip
-    if type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
-        names = [kind.model_type for kind in MODEL_FOR_MASKED_LM_MAPPING]
-        raise UserError(f"architecture '{cfg.architecture}' has no masked language model{did_you_mean(cfg.architecture, names)}; take modernbert, or bert")
     return AutoModelForMaskedLM.from_config(config, dtype=torch.float32)
 
 

@@ -86,11 +86,12 @@ def tokenize(rows: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, max
         first, last = context[0], context[-1]
         answers, start, end = rows["answers"][row], 0, 0
         if answers["text"]:
-            begins = answers["answer_start"][0]
-            ends = begins + len(answers["text"][0])
+            text = answers["text"][0]
+            begins = answers["answer_start"][0] + len(text) - len(text.lstrip())  # tokens may lack the space around them
+            ends = begins + len(text.strip())
             if characters[first][0] <= begins and ends <= characters[last][1]:
-                start = max(place for place in context if characters[place][0] <= begins)
-                end = min(place for place in context if characters[place][1] >= ends)
+                start = min(place for place in context if characters[place][1] > begins)
+                end = max(place for place in context if characters[place][0] < ends)  # a character may have several tokens
         for name, value in (("row", rows["row"][row]), ("length", len(characters)), ("first", first), ("last", last), ("start", start), ("end", end)):
             windows[name].append(value)
     return windows

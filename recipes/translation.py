@@ -30,16 +30,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launch
 from lib import baselines, ranks
 from lib.checkpoints import Checkpoints
 from lib.config import LengthPenalty, Probability, Seed, cli
-from lib.data import IGNORED, Batch, load_rows, map_rows, training_batches
+from lib.data import IGNORED, load_rows, map_rows, training_batches
 from lib.evaluation import bleu_signature, translation_scores
 from lib.model import export, load_model, make_adamw, token_losses, true_stage0, veto_if_not_finite
 from lib.run import Run, RunSettings
-from lib.sequence_to_sequence import build_model, collator, generate_texts, load_tokenizers, pretrained_parameters, tokenize_pairs, truncation_notes
+from lib.sequence_to_sequence import (
+    build_model,
+    collator,
+    generate_texts,
+    load_tokenizers,
+    logits_of,
+    pretrained_parameters,
+    tokenize_pairs,
+    truncation_notes,
+)  # fmt: skip
 
 
 @dataclass
 class Config(RunSettings):
     model: str | None  # "minilm", a folder or a hub id: an encoder or an encoder-decoder; null: from scratch
+    decoder: str | None  # with an encoder as the model: "minilm", a folder or a hub id, whose weights its decoder starts from; null: a new one
     trust_remote_code: bool  # whether code and pickled weights that come with the model may run; only for sources that you trust
     vocab_size: PositiveInt  # tokens of the BPE that is learned, unless the model has one for its output; at least 259
     hidden_size: PositiveInt  # width of what starts from scratch; a multiple of num_heads, and of twice that if all does
@@ -67,12 +77,6 @@ class Config(RunSettings):
     beams: PositiveInt  # of the beam search; 1: greedy
     length_penalty: LengthPenalty  # of a beam search: the higher, the longer its texts; 1: those with the highest mean log probability of a token
     bleu_tokenizer: Literal["13a", "intl", "zh", "char"]  # sacrebleu's, for BLEU: char for Japanese, zh for Chinese
-
-
-def logits_of(engine: Any, batch: Batch) -> torch.Tensor:
-    """[rows, longest target, tokens of the vocabulary], in fp32."""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "decoder_input_ids")}
-    return engine(**inputs).logits.float()
 
 
 def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:

@@ -59,7 +59,9 @@ def prepare(recipe: str, folder: Path, cfg: Any) -> None:
         if recipe == "causal_lm":
             tokenizer = train_tokenizer(lines, cfg.vocab_size, END_OF_TEXT | {"pad_token": END_OF_TEXT["eos_token"]})
             sizes = {"intermediate_size": cfg.intermediate_size, "num_hidden_layers": cfg.num_layers, "max_position_embeddings": cfg.max_length}
-            model = AutoModelForCausalLM.from_config(new_config("llama", cfg.num_heads, cfg.hidden_size, vocab_size=len(tokenizer), **sizes))
+            model = AutoModelForCausalLM.from_config(
+                new_config("llama", AutoModelForCausalLM, cfg.num_heads, cfg.hidden_size, vocab_size=len(tokenizer), **sizes)
+            )
         else:
             cfg.model = None  # a small T5Gemma
             tokenizer, _ = load_tokenizers(cfg, rows["train"]["source"], rows["train"]["target"])

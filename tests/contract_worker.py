@@ -72,8 +72,9 @@ def main(folder: Path, cases: list[str]) -> None:
             shutil.copytree(folder / recipe_name / source[0], run_dir, ignore=shutil.ignore_patterns(folder_of(20), "result.json", "model", ".lock"))
         given = {"run_dir": str(run_dir), "log_every": "7", "max_steps": "20"} | dict(setting.split("=") for setting in settings.split(","))
         cfg = config.load(recipe.Config, ROOT / "recipes" / f"{recipe_name}.yaml", given, quick=True)
-        if getattr(cfg, "model", None) == "minilm":
-            cfg.model = str(ranks.on_rank0(lambda: small_encoder(folder / "inputs" / "encoder")))
+        for setting in ("model", "decoder"):
+            if getattr(cfg, setting, None) == "minilm":
+                setattr(cfg, setting, str(ranks.on_rank0(lambda: small_encoder(folder / "inputs" / "encoder"))))
         if name == "learn" and cfg.dataset in SAMPLES:
             cfg.dataset, cfg.max_rows = str(ranks.on_rank0(functools.partial(few_rows, folder / "inputs" / cfg.dataset, cfg.dataset))), None
         ds_config = load_ds_config(Path(json_path), cfg, int(os.environ["WORLD_SIZE"]))

@@ -36,11 +36,12 @@ def main(file: Path, configs: list[str]) -> None:
         sources = [torch.randint(3, len(tokenizer), (length,), generator=random).tolist() for length in lengths]
         data[name] = Dataset.from_dict({"input_ids": sources, "labels": [[5]] * count, "length": lengths})
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 1, "num_heads": 2, "max_source_length": 64, "max_target_length": MAX_LENGTH}
-    models = {"scratch": None, "encoder": str(ranks.on_rank0(lambda: small_encoder(file.with_suffix(""))))}  # as --model of the recipes
+    encoder = str(ranks.on_rank0(lambda: small_encoder(file.with_suffix(""))))
+    models = {"scratch": (None, None), "encoder": (encoder, None), "warm": (encoder, encoder)}  # as --model and --decoder of the recipes
 
-    def build(source: str | None) -> Any:
+    def build(source: str | None, decoder: str | None) -> Any:
         """The recipes' model, but one whose texts differ, and end early or late: untrained, it repeats one token."""
-        model = build_model(SimpleNamespace(model=source, trust_remote_code=False, **sizes), tokenizer)
+        model = build_model(SimpleNamespace(model=source, decoder=decoder, trust_remote_code=False, **sizes), tokenizer)
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if weight.dim() == 1 and name.endswith("weight"):  # of a norm
@@ -56,7 +57,7 @@ def main(file: Path, configs: list[str]) -> None:
         if name.startswith("zero3"):
             knobs = ["stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size"]
             ds_config["zero_optimization"] |= dict.fromkeys(knobs, 0)
-        model = load_model(functools.partial(build, models[kind]), ds_config, seed=0)
+        model = load_model(functools.partial(build, *models[kind]), ds_config, seed=0)
         engine, *_ = deepspeed.initialize(model=model, optimizer=make_adamw(model, ds_config, 1e-3, 0.0), config=ds_config)
         for search in SEARCHES:
             texts = [generate_texts(engine, rows, collator(engine.module, tokenizer, tokenizer), 2, tokenizer, MAX_LENGTH, *search) for rows in data.values()]

@@ -22,8 +22,10 @@ from lib.data import (
     pad_tokens,
     random_numbers,
     token_stream,
+    token_streams,
     training_batches,
 )
+from lib.model import load_tokenizer
 from lib.samples import LIBRARIES, load_sample, split_of
 from lib.search import Corpus
 
@@ -276,7 +278,8 @@ def test_answers_as_in_squad(tmp_path: Path, suffix: str) -> None:
     [
         ({"text": ["on the mat"], "answer_start": [11]}, ["'on the mat'", "character 11"]),
         ({"text": ["on the mat"], "answer_start": []}, ["1 answers, but 0 starts"]),
-        ({"text": [""], "answer_start": [3]}, ["''"]),
+        ({"text": [""], "answer_start": [3]}, ["''", "empty"]),
+        ({"text": [" "], "answer_start": [3]}, ["' '", "empty"]),
         ({"text": "on the mat", "answer_start": 12}, ["line 1", "as in SQuAD"]),
         ("on the mat", ["line 1", "as in SQuAD"]),
         ({"text": ["on the mat"]}, ["line 1", "as in SQuAD"]),
@@ -287,6 +290,17 @@ def test_faulty_answers(tmp_path: Path, answers: Any, words: list[str]) -> None:
         load_squad(tmp_path / "mine.jsonl", [SQUAD | {"answers": answers}] * 60)
     for word in words:
         assert word in str(error.value), str(error.value)
+
+
+def test_one_column_is_not_two_things(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", [{"text": "a"}])
+    with pytest.raises(UserError, match="column 'text' is set as the source and as the target"):
+        load_rows(str(path), None, text={"source": "text", "target": "text"})
+
+
+def test_documents_need_a_token_between_them() -> None:
+    with pytest.raises(UserError, match="no end-of-text token"):
+        token_streams({"train": Dataset.from_dict({"text": ["a"]})}, load_tokenizer("minilm", 8, trust_remote_code=False))
 
 
 def test_what_is_relevant_to_a_query() -> None:

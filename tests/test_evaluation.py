@@ -201,8 +201,8 @@ def test_gensims_word_vectors_know_the_company_that_words_keep() -> None:
     warm, cold = [f"warm{i}" for i in range(9)], [f"cold{i}" for i in range(9)]
     document = draw.choices(warm, k=12_000) + draw.choices(cold, k=6_000) + ["once"]  # gensim alone would not read beyond 10,000 words
 
-    def train() -> tuple[list[str], np.ndarray, float]:
-        return baselines.gensim_word2vec([document], dims=16, window=3, negatives=5, min_count=2, epochs=3, sample=0, seed=1)
+    def train(sample: float = 0) -> tuple[list[str], np.ndarray, float]:
+        return baselines.gensim_word2vec([document], dims=16, window=3, negatives=5, min_count=2, epochs=3, sample=sample, seed=1)
 
     words, vectors, words_per_second = train()
     assert set(words[:9]) == set(warm) and set(words[9:]) == set(cold)  # by frequency, without the rare word
@@ -211,3 +211,5 @@ def test_gensims_word_vectors_know_the_company_that_words_keep() -> None:
     known.add_vectors(words, vectors)
     assert {word for word, _ in known.most_similar("cold0", topn=8)} < set(cold)
     assert (train()[1] == vectors).all()
+    assert (train(sample=2)[1] == vectors).all()  # a share of the text that no word exceeds, not two occurrences
+    assert (train(sample=0.01)[1] != vectors).any()

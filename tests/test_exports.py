@@ -120,8 +120,10 @@ def test_translations_are_those_of_the_exported_model(tmp_path: Path, encoder: s
     assert scores["chrf"] == pytest.approx(sacrebleu.corpus_chrf(texts, [rows["target"]]).score)
 
 
-def test_summaries_are_those_of_the_exported_model(tmp_path: Path) -> None:
-    model_folder, scores = train("summarization", tmp_path, "--max_steps", "100", "--max_rows", "21", "--no_repeat_ngram", "3", *LENGTHS)
+@pytest.mark.parametrize("decoder", ["new", "pre-trained"])
+def test_summaries_are_those_of_the_exported_model(tmp_path: Path, decoder: str) -> None:
+    warm = [] if decoder == "new" else ["--decoder", str(small_encoder(tmp_path / "bert"))]
+    model_folder, scores = train("summarization", tmp_path, *warm, "--max_steps", "100", "--max_rows", "21", "--no_repeat_ngram", "3", *LENGTHS)
     writer, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
     target_tokenizer = AutoTokenizer.from_pretrained(model_folder / "target_tokenizer")
     rows, scorer, found = rows_of_test("docstring_pairs", 21), RougeScorer(["rouge1", "rougeL"], use_stemmer=True), []

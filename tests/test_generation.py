@@ -18,7 +18,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, list[
     return {world_size: json.loads((folder / f"{world_size}.json").read_text()) for world_size in (1, 2)}
 
 
-@pytest.mark.parametrize("model", ["scratch", "encoder"])
+@pytest.mark.parametrize("model", ["scratch", "encoder", "warm"])
 @pytest.mark.parametrize("search", ["1 1 0", "3 1 0", "3 4 0", "3 4 2"])
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -28,7 +28,7 @@ def test_the_same_text_at_every_stage_and_number_of_ranks(
     assert texts[world_size][f"{model} {config} {search}"] == texts[1][f"{model} zero0 {search}"]
 
 
-@pytest.mark.parametrize("model", ["scratch", "encoder"])
+@pytest.mark.parametrize("model", ["scratch", "encoder", "warm"])
 def test_the_texts_tell_the_rows_and_the_searches_apart(texts: dict[int, dict[str, list[str]]], model: str) -> None:
     """Else the test above would hold for a model that says always the same."""
     greedy, beams, longer, unrepeated = (texts[1][f"{model} zero0 {search}"] for search in ("1 1 0", "3 1 0", "3 4 0", "3 4 2"))

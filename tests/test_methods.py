@@ -97,6 +97,20 @@ def test_windows_hold_the_answer_where_it_is() -> None:
     assert found and set(found) == {answer}
 
 
+@pytest.mark.parametrize(
+    ("context", "answer"), [("It says \U0001f409 here.", "\U0001f409"), (" word.", " word"), ("one  two three", " two "), ("undoing it", "doing")]
+)
+def test_an_answer_is_all_the_tokens_that_share_a_character_with_it(context: str, answer: str) -> None:
+    """A character outside the learned words is several tokens of a byte-level BPE; tokens lack the spaces around them."""
+    special = {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>"}
+    tokenizer = train_tokenizer(["It says word here. one two three undoing it"] * 9, 300, special, "<s> $A </s>")
+    rows = {"question": ["it"], "context": [context], "row": [0], "answers": [{"text": [answer], "answer_start": [context.index(answer)]}]}
+    made = recipe("question_answering").tokenize(rows, tokenizer, max_length=64, stride=8)
+    (ids,), (start,), (end,) = made["input_ids"], made["start"], made["end"]
+    assert 0 < start <= end
+    assert answer.strip() in tokenizer.decode(ids[start : end + 1]) and answer.strip() not in tokenizer.decode(ids[start + 1 : end + 1])
+
+
 # --- word_embeddings ----------------------------------------------------------------------------------------------------
 
 DOCUMENTS = [np.array([0, 1, 0, 2]), np.array([3, 0])]

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from contract_worker import small_encoder
 from transformers import (
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     BertConfig,
     BertLMHeadModel,
@@ -20,14 +22,29 @@ from transformers import (
     EncoderDecoderConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     M2M100Config,
+    ModernBertConfig,
     PretrainedConfig,
     PreTrainedModel,
     RobertaConfig,
 )  # fmt: skip
 
 from lib.config import UserError
-from lib.model import check_causal, load_config, load_model, load_tokenizer, load_weights, make_adamw, model_folder, set_dropout, train_tokenizer
+from lib.model import (
+    END_OF_TEXT,
+    check_causal,
+    load_config,
+    load_model,
+    load_tokenizer,
+    load_weights,
+    make_adamw,
+    model_folder,
+    new_config,
+    set_dropout,
+    train_tokenizer,
+)  # fmt: skip
 from lib.search import save_index, save_sentence_transformer, search
 from lib.sequence_to_sequence import SPECIAL_TOKENS, build_model, load_tokenizers, pretrained_parameters
 
@@ -60,7 +77,7 @@ def test_a_model_that_sees_the_future_is_refused() -> None:
     check_causal(GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2)))
 
 
-SIZES = {"hidden_size": 20, "num_heads": 2, "intermediate_size": 16, "num_layers": 1, "max_source_length": 8, "max_target_length": 8}
+SIZES = {"decoder": None, "hidden_size": 20, "num_heads": 2, "intermediate_size": 16, "num_layers": 1, "max_source_length": 8, "max_target_length": 8}
 
 
 def test_a_decoder_is_no_encoder_to_translate_with(tmp_path: Path) -> None:
@@ -101,10 +118,88 @@ def test_a_model_that_cannot_write_what_is_asked_for_is_refused(tmp_path: Path) 
         load_tokenizers(cfg, [], [])
 
 
+@pytest.mark.parametrize(
+    ("architecture", "auto_class", "hidden_size", "words"),
+    [
+        ("lama", AutoModelForCausalLM, 16, "none of transformers'; did you mean 'llama'"),
+        ("t5", AutoModelForCausalLM, 16, "no AutoModelForCausalLM"),
+        ("modernbert", AutoModelForCausalLM, 16, "no AutoModelForCausalLM, .* 'modernbert-decoder'"),
+        ("llama", AutoModelForMaskedLM, 16, "no AutoModelForMaskedLM"),
+        ("llama", AutoModelForCausalLM, 9, "no multiple of num_heads 2"),
+        ("llama", AutoModelForCausalLM, 10, "hidden_size 10 and num_heads 2: RoPE requires an even"),
+    ],
+)
+def test_an_architecture_that_does_not_fit_is_refused(architecture: str, auto_class: Any, hidden_size: int, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        new_config(architecture, auto_class, 2, hidden_size)
+    assert new_config("gpt2", AutoModelForCausalLM, 2, 10).hidden_size == 10  # learned positions need no even number
+
+
+def test_fewer_layers_than_the_model_has(tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    AutoModel.from_config(
+        ModernBertConfig(vocab_size=32, **sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2)
+    ).save_pretrained(whole)
+    cfg = SimpleNamespace(model=str(whole), dropout=0.0, trust_remote_code=False, num_layers=2)
+    importlib.import_module("recipes.text_classification").build_model(cfg, ["no", "yes"], 0).save_pretrained(cut)
+    assert load_config(str(cut), 0.0, False).num_hidden_layers == 2
+    (cut / "config.json").write_text(json.dumps(json.loads((cut / "config.json").read_text()) | {"num_hidden_layers": 1}))
+    with pytest.raises(UserError, match="cannot be read"):  # and not a traceback
+        load_config(str(cut), 0.0, False)
+
+
+def test_samples_that_the_model_could_not_generate_are_refused() -> None:
+    tokenizer = train_tokenizer(["a few words"], 257, END_OF_TEXT)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=257, n_positions=16, n_embd=16, n_layer=1, n_head=2))
+    check_samples = importlib.import_module("recipes.causal_lm").check_samples
+    check_samples(SimpleNamespace(prompt="words", samples=1, sample_tokens=11), model, tokenizer)
+    check_samples(SimpleNamespace(prompt="words", samples=0, sample_tokens=12), model, tokenizer)
+    with pytest.raises(UserError, match="the prompt has 5 tokens and sample_tokens is 12, but the model takes at most 16"):
+        check_samples(SimpleNamespace(prompt="words", samples=1, sample_tokens=12), model, tokenizer)
+
+
 def test_a_model_of_another_kind_is_called_one(tmp_path: Path) -> None:
     GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="is of another kind than this recipe trains"):
         load_weights(AutoModelForMaskedLM, str(tmp_path), load_config(str(tmp_path), 0.0, False), False)
+
+
+def test_a_pretrained_decoder_keeps_its_weights_and_writes_with_its_own_tokens(tmp_path: Path) -> None:
+    cfg = SimpleNamespace(model=str(small_encoder(tmp_path / "bert")), trust_remote_code=False, pretrained_learning_rate=0.0, vocab_size=259, **SIZES)
+    cfg.decoder = cfg.model
+    source_tokenizer, target_tokenizer = load_tokenizers(cfg, ["unread"], ["unread"])
+    assert target_tokenizer("a word")["input_ids"] == [*source_tokenizer("a word", add_special_tokens=False)["input_ids"], source_tokenizer.sep_token_id]
+    model = build_model(cfg, target_tokenizer)
+    assert (model.config.decoder_start_token_id, model.config.eos_token_id) == (source_tokenizer.cls_token_id, source_tokenizer.sep_token_id)
+    weights, of_encoder = model.decoder.bert.state_dict(), model.encoder.state_dict()
+    new = [name for name in weights if "crossattention" in name]
+    assert new and all((weights[name] == of_encoder[name]).all() for name in weights if name not in new)
+    frozen = {id(parameter) for parameter in pretrained_parameters(cfg, model)}
+    assert {name.split(".")[0] for name, parameter in model.named_parameters() if id(parameter) not in frozen} == {"decoder"}
+
+
+@pytest.mark.parametrize(
+    ("model", "decoder", "words"),
+    [
+        (None, "bert", "decoder .*bert needs an encoder as the model, and null is none"),
+        ("both", "bert", "needs an encoder as the model"),
+        ("bert", "llama", "LlamaForCausalLM cannot attend to an encoder"),
+        ("bert", "nowhere", "nowhere: neither a local folder nor"),
+    ],
+)
+def test_a_decoder_that_does_not_fit_is_refused(tmp_path: Path, model: str | None, decoder: str, words: str) -> None:
+    tokenizer = train_tokenizer(["a few words"], 259, SPECIAL_TOKENS)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=259, **sizes)).save_pretrained(tmp_path / "llama")
+    small_encoder(tmp_path / "bert")
+    cfg = SimpleNamespace(trust_remote_code=False, pretrained_learning_rate=1e-4, vocab_size=259, **SIZES | {"decoder": str(tmp_path / decoder)})
+    cfg.model = str(tmp_path / "bert")
+    build_model(SimpleNamespace(**vars(cfg) | {"decoder": None}), tokenizer).save_pretrained(tmp_path / "both")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    cfg.model = model and str(tmp_path / model)
+    with pytest.raises(UserError, match=words):
+        build_model(cfg, load_tokenizers(cfg, ["a"], ["b"])[1])
 
 
 @pytest.mark.parametrize(

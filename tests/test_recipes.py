@@ -23,6 +23,7 @@ BATCH, MICRO = 8, 2
 VARIANTS = {  # what a recipe does otherwise than by default, and plain PyTorch can do too -> (the setting that it must have, what is set)
     "scratch": ("pretrained_learning_rate", "model=null"),
     "trained": ("pretrained_learning_rate", "pretrained_learning_rate=1e-3"),  # an encoder that is frozen by default
+    "warm": ("decoder", "decoder=minilm"),  # a decoder that starts from pre-trained weights
     "glove": ("method", "method=glove"),
     "whole_words": ("whole_words", "whole_words=true"),
 }
@@ -136,6 +137,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(runs: tuple[str, Path], ru
     _, folder = runs
     whole, cut = folder / run.split("_to_")[0], folder / run
     assert read_losses(cut) == read_losses(whole) and len(read_losses(whole)) == 20
+    of_steps = [[line for line in (run / "metrics.jsonl").read_text().splitlines() if "step_seconds" in line] for run in (cut, whole)]
+    assert of_steps[0][:10] == of_steps[1][:10] and of_steps[0][10:] != of_steps[1][10:], "it began anew, or did nothing"
     assert not list((cut / "checkpoints").glob("damaged-*"))
     files = list((whole / "model").glob("*.safetensors"))
     assert files
@@ -151,8 +154,8 @@ def test_another_stage_and_number_of_ranks_resumes(runs: tuple[str, Path], run: 
 def test_gradient_norms_are_logged_and_agree(runs: tuple[str, Path]) -> None:
     _, folder = runs
     norms = []
-    for config in CONFIGS:
-        entries = [json.loads(line) for line in (folder / f"{config}_fp32-2" / "metrics.jsonl").read_text().splitlines()]
+    for name in ("plain-1", *(f"{config}_fp32-2" for config in CONFIGS)):
+        entries = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
         norms.append([entry["grad_norm"] for entry in entries if "loss" in entry])
     for other in norms[1:]:
         assert other == pytest.approx(norms[0], rel=1e-3)
