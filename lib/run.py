@@ -59,6 +59,10 @@ class RunSettings:
 MAY_CHANGE = {field.name for field in dataclasses.fields(RunSettings)} | {"max_steps", "epochs", "trust_remote_code", "prompt", "samples", "sample_tokens"}
 
 
+# What a start that failed before training leaves in the run folder: nothing that the next start would miss.
+UNTRAINED = {"config.yaml", "ds_config.json", "versions.json", "log.txt"}
+
+
 def versions() -> dict[str, str]:
     """The versions of what a run's numbers depend on."""
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in VERSIONS_OF}
@@ -113,7 +117,7 @@ class Run:
         folder = Path(cfg.run_dir or f"runs/{self.recipe}-{config_name}-{time.strftime('%Y%m%d-%H%M%S')}")
         try:
             there = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
-            if there and not (cfg.resume or cfg.overwrite):
+            if {path.name for path in there} not in (set(), UNTRAINED) and not (cfg.resume or cfg.overwrite):
                 raise UserError(
                     f"run_dir {shown(folder)} exists already; give another --run_dir, --resume to go on with it, or --overwrite to delete what is there"
                 )

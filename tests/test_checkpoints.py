@@ -219,6 +219,26 @@ def test_a_run_that_has_finished_is_left_alone(run_folder: Path) -> None:
         open_run(run_folder, max_steps="16")
 
 
+@pytest.mark.usefixtures("one_rank")
+def test_a_start_that_failed_before_training_is_no_run_to_be_kept(tmp_path: Path) -> None:
+    recipe = importlib.import_module("recipes.causal_lm")
+
+    def start() -> None:
+        cfg = settings.load(recipe.Config, ROOT / "recipes" / "causal_lm.yaml", {"run_dir": str(tmp_path / "run")})
+        Run(cfg, {"zero_optimization": {"stage": 2}}, "recipes/causal_lm.py").close()
+
+    start()
+    start()
+    for kept in ("metrics.jsonl", "mine.txt"):
+        (tmp_path / "run" / kept).touch()
+        with pytest.raises(UserError, match="exists already"):
+            start()
+        (tmp_path / "run" / kept).unlink()
+    (tmp_path / "run" / "versions.json").unlink()  # not left by a start
+    with pytest.raises(UserError, match="exists already"):
+        start()
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_rank")
 def test_a_run_in_use_is_not_touched(run_folder: Path) -> None:
