@@ -94,7 +94,7 @@ def set_dropout(config: PretrainedConfig, dropout: float) -> PretrainedConfig:
             if "layerdrop" in key:
                 setattr(config, key, 0.0)
             elif "dropout" in key or "pdrop" in key:
-                setattr(config, key, dropout)
+                setattr(config, key, dropout or type(value)(0))  # whole numbers stay so: some configs check the type
     return config
 
 
@@ -127,16 +127,15 @@ def new_config(architecture: str, auto_class: Any, num_heads: int, hidden_size: 
     """
     if architecture not in CONFIG_MAPPING:
         raise UserError(f"architecture '{architecture}' is none of transformers'{did_you_mean(architecture, CONFIG_MAPPING)}")
+    if CONFIG_MAPPING[architecture] not in auto_class._model_mapping:
+        fitting = [kind.model_type for kind in auto_class._model_mapping]
+        raise UserError(f"architecture '{architecture}' has no {auto_class.__name__}, which this recipe trains{did_you_mean(architecture, fitting)}")
     if hidden_size % num_heads:
         raise UserError(f"hidden_size {hidden_size} is no multiple of num_heads {num_heads}")
     try:
-        config = set_dropout(AutoConfig.for_model(architecture, hidden_size=hidden_size, num_attention_heads=num_heads, **sizes), 0.0)
-    except StrictDataclassError as error:  # an odd width of a head, for rotary positions
-        raise UserError(f"architecture '{architecture}' with hidden_size {hidden_size} and num_heads {num_heads}: {error.__cause__ or error}") from None
-    if type(config) not in auto_class._model_mapping:
-        fitting = [kind.model_type for kind in auto_class._model_mapping]
-        raise UserError(f"architecture '{architecture}' has no {auto_class.__name__}, which this recipe trains{did_you_mean(architecture, fitting)}")
-    return config
+        return set_dropout(AutoConfig.for_model(architecture, hidden_size=hidden_size, num_attention_heads=num_heads, **sizes), 0.0)
+    except (StrictDataclassError, AttributeError, NotImplementedError, TypeError, ValueError) as error:  # an odd width of a head with rotary positions, say
+        raise UserError(f"architecture '{architecture}' cannot be made with these sizes: {' '.join(str(error.__cause__ or error).split())[:200]}") from None
 
 
 def check_length(config: PretrainedConfig, max_length: int, setting: str) -> None:
@@ -226,6 +225,8 @@ def load_model(build: Callable[[], torch.nn.Module], ds_config: dict[str, Any], 
                 model.tie_weights()  # which is part of the initialization that was left out
         if generation_config is not None:
             model.generation_config = generation_config
+        names = {name for name, _ in model.named_parameters()}
+        ranks.on_rank0(lambda: _check_names({name for name, _ in whole[0].named_parameters()}, names))
         source = dict(whole[0].named_parameters()) if whole else {}
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -245,6 +246,14 @@ def load_model(build: Callable[[], torch.nn.Module], ds_config: dict[str, Any], 
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()  # from_pretrained leaves a model in evaluation mode, without dropout and activation checkpointing
     return model
+
+
+def _check_names(loaded: set[str], built: set[str]) -> None:
+    if loaded != built:
+        raise UserError(
+            f"stage 3 cannot train this model: made from its config it has other parameters than loaded ({', '.join(sorted(loaded ^ built)[:3])}); "
+            "its config may say that embeddings are tied and its weights not: mend that, or take stage 0, 1 or 2"
+        )
 
 
 def make_adamw(

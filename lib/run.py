@@ -56,8 +56,7 @@ class RunSettings:
 
 
 # Settings that another start of the same run may change: none of them changes what a step does.
-MAY_CHANGE = {field.name for field in dataclasses.fields(RunSettings)} | {"max_steps", "epochs", "trust_remote_code", "prompt", "samples", "sample_tokens"}
-
+MAY_CHANGE = {field.name for field in dataclasses.fields(RunSettings)} | {"max_steps", "epochs", "trust_remote_code"}
 
 # What a start that failed before training leaves in the run folder: nothing that the next start would miss.
 UNTRAINED = {"config.yaml", "ds_config.json", "versions.json", "log.txt"}
@@ -117,7 +116,8 @@ class Run:
         folder = Path(cfg.run_dir or f"runs/{self.recipe}-{config_name}-{time.strftime('%Y%m%d-%H%M%S')}")
         try:
             there = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
-            if {path.name for path in there} not in (set(), UNTRAINED) and not (cfg.resume or cfg.overwrite):
+            untrained = {path.name for path in there} == UNTRAINED and not (cfg.resume or cfg.overwrite)
+            if there and not (untrained or cfg.resume or cfg.overwrite):
                 raise UserError(
                     f"run_dir {shown(folder)} exists already; give another --run_dir, --resume to go on with it, or --overwrite to delete what is there"
                 )
@@ -130,7 +130,8 @@ class Run:
             except BlockingIOError:
                 raise UserError(f"run_dir {shown(folder)} is in use by another run; wait until it ends, or give another --run_dir") from None
             except OSError:  # a file system without locks
-                pass
+                if untrained:
+                    raise UserError(f"run_dir {shown(folder)} exists already, and may be in use; give another --run_dir, or --overwrite") from None
             if cfg.overwrite:
                 for path in there:
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

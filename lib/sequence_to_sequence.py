@@ -1,4 +1,4 @@
-"""Encoder-decoders: from scratch, a pre-trained encoder with a new decoder, or a whole pre-trained one; their pairs of texts; generation."""
+"""Encoder-decoders: from scratch, a pre-trained encoder with a new or pre-trained decoder, or a whole pre-trained one; their pairs of texts; generation."""
 
 import copy
 import functools
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -20,6 +21,7 @@ from transformers import (
     EncoderDecoderModel,
     GPT2Config,
     GPT2LMHeadModel,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -66,14 +68,18 @@ def load_tokenizers(cfg: Any, sources: Sequence[str], targets: Sequence[str]) ->
     tokenizer = load_tokenizer(cfg.model, cfg.max_source_length, cfg.trust_remote_code, "max_source_length")
     if cfg.decoder is None:
         return tokenizer, train_tokenizer(targets, cfg.vocab_size, SPECIAL_TOKENS, "$A </s>")
-    return tokenizer, _ends_texts(load_tokenizer(cfg.decoder, cfg.max_target_length, cfg.trust_remote_code, "max_target_length"))
+    return tokenizer, _tokenizer_of_decoder(cfg)
 
 
-def _ends_texts(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer of a pre-trained model, but a text gets its end-of-text token and nothing before: what a decoder is to write."""
+def _tokenizer_of_decoder(cfg: Any) -> PreTrainedTokenizerBase:
+    """That of cfg.decoder, but a text gets its end-of-text token and nothing before: what a decoder is to write. Raises UserError before weights are read."""
+    config = ranks.rank0_first(lambda: _config_of_decoder(cfg))
+    tokenizer = load_tokenizer(cfg.decoder, cfg.max_target_length, cfg.trust_remote_code, "max_target_length")
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(f"decoder {cfg.decoder}: it knows {config.vocab_size:,} tokens, the tokenizer beside it {len(tokenizer):,}; save one that fits")
     special = {"bos_token": tokenizer.bos_token or tokenizer.cls_token, "eos_token": tokenizer.eos_token or tokenizer.sep_token}
     if None in special.values():
-        raise UserError(f"{type(tokenizer).__name__}: it has no tokens that begin and end a text (bos and eos, or cls and sep); set them, and save it")
+        raise UserError(f"decoder {cfg.decoder}: its tokenizer has no tokens that begin and end a text (bos and eos, or cls and sep); set them, and save it")
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     end = special["eos_token"]
     backend.post_processor = TemplateProcessing(single=f"$A {end}", special_tokens=[(end, tokenizer.convert_tokens_to_ids(end))])
@@ -138,12 +144,17 @@ def _new_decoder(cfg: Any, special: dict[str, int], vocab_size: int, deviation: 
 
 
 def _pretrained_decoder(cfg: Any) -> PreTrainedModel:
-    """Rothe et al. 2020: the weights of cfg.decoder, an encoder or a decoder; its attention to the source is new."""
+    """Rothe et al. 2020: the weights of cfg.decoder, an encoder or a decoder. New are its attention to the source and, if it was saved without, its output layer."""
+    return load_weights(AutoModelForCausalLM, cfg.decoder, _config_of_decoder(cfg), cfg.trust_remote_code)
+
+
+def _config_of_decoder(cfg: Any) -> PretrainedConfig:
     config = load_config(cfg.decoder, 0.0, cfg.trust_remote_code, is_decoder=True, add_cross_attention=True)
-    decoder = load_weights(AutoModelForCausalLM, cfg.decoder, config, cfg.trust_remote_code)
-    if "encoder_hidden_states" not in inspect.signature(decoder.forward).parameters:
-        raise UserError(f"decoder {cfg.decoder}: a {type(decoder).__name__} cannot attend to an encoder; take one that can, such as BERT, RoBERTa or GPT-2")
-    return decoder
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    attends = model_class is not None and "encoder_hidden_states" in inspect.signature(model_class.forward).parameters
+    if config.is_encoder_decoder or not attends:
+        raise UserError(f"decoder {cfg.decoder}: a {config.model_type} cannot be made to attend to an encoder; take a BERT, a RoBERTa or a GPT-2, say")
+    return config
 
 
 def _generates_at_most(model: PreTrainedModel, tokens: int) -> PreTrainedModel:
@@ -155,7 +166,8 @@ def _generates_at_most(model: PreTrainedModel, tokens: int) -> PreTrainedModel:
 def tokenize_pairs(
     rows: dict[str, list[Any]], source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase, max_source_length: int, max_target_length: int
 ) -> dict[str, list[Any]]:  # fmt: skip
-    """Columns source and target -> input_ids, labels, the length of both together in tokens, and whether the one and the other was truncated.
+    """Columns source and target -> input_ids, labels, the length of both together in tokens; whether the one and the other was truncated, and
+    whether the tokens of a whole target say something else than it does (in lower case, or without accents, or with other spaces).
 
     A truncated target lacks its end-of-text token, or the model would learn to stop there.
     """
@@ -164,19 +176,24 @@ def tokenize_pairs(
     truncated = [bool(target.overflowing) for target in targets.encodings]
     end = target_tokenizer.eos_token_id
     labels = [ids[:-1] if cut and ids[-1] == end else ids for ids, cut in zip(targets["input_ids"], truncated, strict=True)]
+    written = target_tokenizer.batch_decode(labels, skip_special_tokens=True)
     return {
         "input_ids": sources["input_ids"],
         "labels": labels,
         "length": [len(source) + len(target) for source, target in zip(sources["input_ids"], labels, strict=True)],
         "source_truncated": [bool(source.overflowing) for source in sources.encodings],
         "target_truncated": truncated,
+        "target_altered": [not cut and text.strip() != written.strip() for cut, text, written in zip(truncated, rows["target"], written, strict=True)],
     }
 
 
-def truncation_notes(train: Dataset) -> list[str]:
+def pair_notes(train: Dataset) -> list[str]:
     """What the header says of the training rows that tokenize_pairs made."""
-    sources, targets = sum(train["source_truncated"]), sum(train["target_truncated"])
-    return [f"truncated: {sources:,} sources and {targets:,} targets of {len(train):,} training pairs"] if sources or targets else []
+    sources, targets, altered = (sum(train[name]) for name in ("source_truncated", "target_truncated", "target_altered"))
+    notes = [f"truncated: {sources:,} sources and {targets:,} targets of {len(train):,} training pairs"] if sources or targets else []
+    if altered:
+        notes.append(f"{altered:,} of {len(train):,} training targets cannot be written as they are by the model's tokenizer (letter case, accents, spaces)")
+    return notes
 
 
 def collator(model: PreTrainedModel, source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase) -> Callable[[dict[str, Any]], Batch]:

@@ -93,9 +93,14 @@ def build_model(cfg: Config, vocab_size: int, end_of_text: int) -> torch.nn.Modu
 
 def check_samples(cfg: Config, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise a UserError, before the training, where the model could not generate the samples after it."""
+    if not cfg.samples or getattr(model.config, "rope_parameters", None):  # rotary positions have no end
+        return
     tokens, limit = len(tokenizer(cfg.prompt, add_special_tokens=False)["input_ids"]), longest_text(model.config)
-    if cfg.samples and limit and tokens + cfg.sample_tokens > limit:
-        raise UserError(f"the prompt has {tokens} tokens and sample_tokens is {cfg.sample_tokens}, but the model takes at most {limit}; set a smaller one")
+    if limit and tokens + cfg.sample_tokens - 1 > limit:  # the last one is not read
+        raise UserError(
+            f"the prompt has {tokens} tokens and sample_tokens is {cfg.sample_tokens}, but the model reads at most {limit}; "
+            f"together they may be {limit + 1}: set a smaller --sample_tokens, or a shorter --prompt"
+        )
 
 
 def logits_of(engine: Any, batch: Batch) -> torch.Tensor:

@@ -73,9 +73,9 @@ def build_model(cfg: Config, label_names: list[str], pad_token_id: int) -> torch
         if cfg.num_layers > config.num_hidden_layers:
             raise UserError(f"num_layers is {cfg.num_layers}, but the model has {config.num_hidden_layers} layers; set --num_layers null to keep all")
         config.num_hidden_layers = cfg.num_layers
-        for kinds in ("layer_types", "mlp_layer_types"):  # one a layer, where an architecture has layers of several kinds
-            if getattr(config, kinds, None):
-                setattr(config, kinds, getattr(config, kinds)[: cfg.num_layers])
+        for of_each in ("layer_types", "mlp_layer_types", "attention_window"):  # where an architecture has layers of several kinds
+            if isinstance(getattr(config, of_each, None), list):
+                setattr(config, of_each, getattr(config, of_each)[: cfg.num_layers])
     return load_weights(AutoModelForSequenceClassification, cfg.model, config, cfg.trust_remote_code, ignore_mismatched_sizes=True)
 
 

@@ -5,9 +5,9 @@
     deepspeed --num_accelerators 2 recipes/translation.py --deepspeed_config ds_configs/translation/zero2.json
 
 The default puts a new decoder, with a byte-level BPE of its own, on MiniLM, a pre-trained encoder that stays as it is, and trains that
-decoder on 2,500 user-interface messages, English to French. `--model` takes any pre-trained encoder or encoder-decoder; with null, a small
-T5Gemma and one BPE for both languages start from scratch. The translations are scored beside copies of the source, and beside the
-translation of the most similar source of the training rows.
+decoder on 2,500 user-interface messages, English to French. `--model` takes any pre-trained encoder or encoder-decoder, `--decoder` a
+pre-trained decoder for the encoder; with `--model null`, a small T5Gemma and one BPE for both languages start from scratch. The
+translations are scored beside copies of the source, and beside the translation of the most similar source of the training rows.
 
 Method: minimize the mean of the cross entropy of each target token, given the source and the target tokens before it, with a share of
 the probability spread over the vocabulary (label smoothing: Szegedy et al. 2016, section 7; Vaswani et al. 2017, section 5.4); translate
@@ -40,9 +40,9 @@ from lib.sequence_to_sequence import (
     generate_texts,
     load_tokenizers,
     logits_of,
+    pair_notes,
     pretrained_parameters,
     tokenize_pairs,
-    truncation_notes,
 )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ class Config(RunSettings):
     model: str | None  # "minilm", a folder or a hub id: an encoder or an encoder-decoder; null: from scratch
     decoder: str | None  # with an encoder as the model: "minilm", a folder or a hub id, whose weights its decoder starts from; null: a new one
     trust_remote_code: bool  # whether code and pickled weights that come with the model may run; only for sources that you trust
-    vocab_size: PositiveInt  # tokens of the BPE that is learned, unless the model has one for its output; at least 259
+    vocab_size: PositiveInt  # tokens of the BPE that is learned, unless the model or the decoder has one for its output; at least 259
     hidden_size: PositiveInt  # width of what starts from scratch; a multiple of num_heads, and of twice that if all does
     intermediate_size: PositiveInt  # width inside its MLPs
     num_layers: PositiveInt  # its layers: of the decoder, and of the encoder if that starts from scratch, too
@@ -68,7 +68,7 @@ class Config(RunSettings):
     max_source_length: PositiveInt  # tokens; longer texts are truncated and counted
     max_target_length: Annotated[int, Field(ge=2)]  # tokens, also of what is generated
     label_smoothing: Probability  # share of the probability that is spread over the vocabulary
-    learning_rate: PositiveFloat  # of what starts from scratch; the highest, after the warm-up
+    learning_rate: PositiveFloat  # of all but the weights that `model` brings; the highest, after the warm-up
     pretrained_learning_rate: NonNegativeFloat  # of the weights that `model` brings; 0: they are frozen, which takes less time
     lr_schedule: Literal["linear", "cosine", "constant"]  # what the learning rate does after the warm-up
     warmup_steps: NonNegativeInt  # optimizer steps over which the learning rate rises from 0
@@ -100,7 +100,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
     true_stage0(engine)
     run.attach(engine)
-    run.header(model, {name: len(rows) for name, rows in tokenized.items()}, truncation_notes(train))
+    run.header(model, {name: len(rows) for name, rows in tokenized.items()}, pair_notes(train))
 
     collate = collator(model, source_tokenizer, target_tokenizer)
 

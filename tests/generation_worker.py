@@ -1,4 +1,4 @@
-"""Generates by made-up encoder-decoders of both kinds at every stage, greedily and by beam search, for tests/test_generation.py. Arguments: file, config ..."""
+"""Generates by made-up encoder-decoders of each kind at every stage, greedily and by beam search, for tests/test_generation.py. Arguments: file, config ..."""
 
 import functools
 import itertools
@@ -16,6 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import deepspeed
 from contract_worker import small_encoder
 from datasets import Dataset
+from transformers import BertConfig, BertModel, set_seed
 
 from lib import config, ranks
 from lib.model import load_model, make_adamw, train_tokenizer
@@ -24,6 +25,14 @@ from lib.sequence_to_sequence import SPECIAL_TOKENS, build_model, collator, gene
 ROWS = {"many": 13, "one": 1}  # odd, and fewer than ranks, so that fillers are needed
 MAX_LENGTH = 12
 SEARCHES = [(1, 1, 0), (3, 1, 0), (3, 4, 0), (3, 4, 2)]  # beams, length penalty, tokens of a run that may not repeat
+
+
+def small_decoder(folder: Path, tokens: int) -> Path:
+    """An encoder to be made a decoder."""
+    set_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    BertModel(BertConfig(vocab_size=tokens, **sizes, initializer_range=0.2)).save_pretrained(folder)
+    return folder
 
 
 def main(file: Path, configs: list[str]) -> None:
@@ -37,7 +46,8 @@ def main(file: Path, configs: list[str]) -> None:
         data[name] = Dataset.from_dict({"input_ids": sources, "labels": [[5]] * count, "length": lengths})
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 1, "num_heads": 2, "max_source_length": 64, "max_target_length": MAX_LENGTH}
     encoder = str(ranks.on_rank0(lambda: small_encoder(file.with_suffix(""))))
-    models = {"scratch": (None, None), "encoder": (encoder, None), "warm": (encoder, encoder)}  # as --model and --decoder of the recipes
+    decoder = str(ranks.on_rank0(lambda: small_decoder(file.with_suffix(".decoder"), len(tokenizer))))
+    models = {"scratch": (None, None), "encoder": (encoder, None), "warm": (encoder, decoder)}  # as --model and --decoder of the recipes
 
     def build(source: str | None, decoder: str | None) -> Any:
         """The recipes' model, but one whose texts differ, and end early or late: untrained, it repeats one token."""

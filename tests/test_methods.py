@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from transformers import AddedToken, AutoTokenizer
 
 from lib.data import IGNORED
 from lib.model import model_folder, train_tokenizer
-from lib.sequence_to_sequence import SPECIAL_TOKENS, collate_pairs, tokenize_pairs
+from lib.sequence_to_sequence import SPECIAL_TOKENS, collate_pairs, pair_notes, tokenize_pairs
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -38,6 +39,16 @@ def test_only_a_whole_target_ends() -> None:
     assert whole == tokenizer("words")["input_ids"] and whole[-1] == tokenizer.eos_token_id
     assert cut == tokenizer("many words " * 9)["input_ids"][:6] and tokenizer.eos_token_id not in cut
     assert made["length"] == [7 + len(whole), len(made["input_ids"][1]) + 6]
+    assert made["target_altered"] == [False, False]
+
+
+def test_targets_that_the_tokenizer_cannot_write_are_counted() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_folder("minilm"))
+    targets = ["many words", "Many words", "été", "a_word", "word " * 9]
+    made = tokenize_pairs({"source": targets, "target": targets}, tokenizer, tokenizer, 12, 8)
+    assert made["target_altered"] == [False, True, True, True, False]
+    assert made["target_truncated"] == [False] * 4 + [True]
+    assert pair_notes(Dataset.from_dict(made))[1].startswith("3 of 5 training targets cannot be written")
 
 
 # --- masked_lm ----------------------------------------------------------------------------------------------------------
@@ -109,6 +120,7 @@ def test_an_answer_is_all_the_tokens_that_share_a_character_with_it(context: str
     (ids,), (start,), (end,) = made["input_ids"], made["start"], made["end"]
     assert 0 < start <= end
     assert answer.strip() in tokenizer.decode(ids[start : end + 1]) and answer.strip() not in tokenizer.decode(ids[start + 1 : end + 1])
+    assert answer.strip() not in tokenizer.decode(ids[start:end])
 
 
 # --- word_embeddings ----------------------------------------------------------------------------------------------------

@@ -123,15 +123,16 @@ def test_a_model_that_cannot_write_what_is_asked_for_is_refused(tmp_path: Path) 
     [
         ("lama", AutoModelForCausalLM, 16, "none of transformers'; did you mean 'llama'"),
         ("t5", AutoModelForCausalLM, 16, "no AutoModelForCausalLM"),
+        ("funnel", AutoModelForMaskedLM, 16, "cannot be made with these sizes"),
         ("modernbert", AutoModelForCausalLM, 16, "no AutoModelForCausalLM, .* 'modernbert-decoder'"),
         ("llama", AutoModelForMaskedLM, 16, "no AutoModelForMaskedLM"),
         ("llama", AutoModelForCausalLM, 9, "no multiple of num_heads 2"),
-        ("llama", AutoModelForCausalLM, 10, "hidden_size 10 and num_heads 2: RoPE requires an even"),
+        ("llama", AutoModelForCausalLM, 10, "cannot be made with these sizes: RoPE requires an even"),
     ],
 )
 def test_an_architecture_that_does_not_fit_is_refused(architecture: str, auto_class: Any, hidden_size: int, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        new_config(architecture, auto_class, 2, hidden_size)
+        new_config(architecture, auto_class, 2, hidden_size, num_hidden_layers=1)
     assert new_config("gpt2", AutoModelForCausalLM, 2, 10).hidden_size == 10  # learned positions need no even number
 
 
@@ -153,10 +154,14 @@ def test_samples_that_the_model_could_not_generate_are_refused() -> None:
     tokenizer = train_tokenizer(["a few words"], 257, END_OF_TEXT)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=257, n_positions=16, n_embd=16, n_layer=1, n_head=2))
     check_samples = importlib.import_module("recipes.causal_lm").check_samples
-    check_samples(SimpleNamespace(prompt="words", samples=1, sample_tokens=11), model, tokenizer)
-    check_samples(SimpleNamespace(prompt="words", samples=0, sample_tokens=12), model, tokenizer)
-    with pytest.raises(UserError, match="the prompt has 5 tokens and sample_tokens is 12, but the model takes at most 16"):
-        check_samples(SimpleNamespace(prompt="words", samples=1, sample_tokens=12), model, tokenizer)
+    check_samples(SimpleNamespace(prompt="words", samples=1, sample_tokens=12), model, tokenizer)
+    check_samples(SimpleNamespace(prompt="words", samples=0, sample_tokens=13), model, tokenizer)
+    with pytest.raises(UserError, match="the prompt has 5 tokens and sample_tokens is 13, but the model reads at most 16"):
+        check_samples(SimpleNamespace(prompt="words", samples=1, sample_tokens=13), model, tokenizer)
+    rotary = LlamaForCausalLM(
+        LlamaConfig(vocab_size=257, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16)
+    )
+    check_samples(SimpleNamespace(prompt="words", samples=1, sample_tokens=99), rotary, tokenizer)  # whose positions have no end
 
 
 def test_a_model_of_another_kind_is_called_one(tmp_path: Path) -> None:
@@ -184,7 +189,9 @@ def test_a_pretrained_decoder_keeps_its_weights_and_writes_with_its_own_tokens(t
     [
         (None, "bert", "decoder .*bert needs an encoder as the model, and null is none"),
         ("both", "bert", "needs an encoder as the model"),
-        ("bert", "llama", "LlamaForCausalLM cannot attend to an encoder"),
+        ("bert", "both", "a encoder-decoder cannot be made"),
+        ("bert", "small", "knows 32 tokens, the tokenizer beside it 30,522"),
+        ("bert", "llama", "a llama cannot be made to attend to an encoder"),
         ("bert", "nowhere", "nowhere: neither a local folder nor"),
     ],
 )
@@ -197,6 +204,7 @@ def test_a_decoder_that_does_not_fit_is_refused(tmp_path: Path, model: str | Non
     cfg.model = str(tmp_path / "bert")
     build_model(SimpleNamespace(**vars(cfg) | {"decoder": None}), tokenizer).save_pretrained(tmp_path / "both")
     tokenizer.save_pretrained(tmp_path / "llama")
+    BertModel(TINY_BERT).save_pretrained(small_encoder(tmp_path / "small"))
     cfg.model = model and str(tmp_path / model)
     with pytest.raises(UserError, match=words):
         build_model(cfg, load_tokenizers(cfg, ["a"], ["b"])[1])
@@ -285,3 +293,18 @@ def test_a_loaded_model_is_in_training_mode() -> None:
         return BertLMHeadModel(TINY_BERT).eval()  # as from_pretrained leaves it
 
     assert load_model(build, {"zero_optimization": {"stage": 2}}, seed=0).training
+
+
+def test_a_model_that_stage_3_would_build_otherwise_is_refused() -> None:
+    def build() -> PreTrainedModel:
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2))
+        if untied:  # though its config says tied
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        return model
+
+    stage3 = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    untied = False
+    load_model(build, stage3, seed=0)
+    untied = True
+    with pytest.raises(UserError, match=r"other parameters than loaded \(lm_head.weight\)"):
+        load_model(build, stage3, seed=0)
