@@ -183,7 +183,7 @@ def tokenize_pairs(
         "length": [len(source) + len(target) for source, target in zip(sources["input_ids"], labels, strict=True)],
         "source_truncated": [bool(source.overflowing) for source in sources.encodings],
         "target_truncated": truncated,
-        "target_altered": [not cut and text.strip() != written.strip() for cut, text, written in zip(truncated, rows["target"], written, strict=True)],
+        "target_altered": [not cut and text.strip() != back.strip() for cut, text, back in zip(truncated, rows["target"], written, strict=True)],
     }
 
 
