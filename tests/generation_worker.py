@@ -47,16 +47,17 @@ def main(file: Path, configs: list[str]) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 1, "num_heads": 2, "max_source_length": 64, "max_target_length": MAX_LENGTH}
     encoder = str(ranks.on_rank0(lambda: small_encoder(file.with_suffix(""))))
     decoder = str(ranks.on_rank0(lambda: small_decoder(file.with_suffix(".decoder"), len(tokenizer))))
-    models = {"scratch": (None, None), "encoder": (encoder, None), "warm": (encoder, decoder)}  # as --model and --decoder of the recipes
+    # --model and --decoder of the recipes, and a factor of the end-of-text embedding, with which some texts end early
+    models = {"scratch": (None, None, 3.0), "encoder": (encoder, None, 3.0), "warm": (encoder, decoder, 4.0)}
 
-    def build(source: str | None, decoder: str | None) -> Any:
+    def build(source: str | None, decoder: str | None, of_end: float) -> Any:
         """The recipes' model, but one whose texts differ, and end early or late: untrained, it repeats one token."""
         model = build_model(SimpleNamespace(model=source, decoder=decoder, trust_remote_code=False, **sizes), tokenizer)
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if weight.dim() == 1 and name.endswith("weight"):  # of a norm
                     weight.normal_(0, 2)
-            model.get_output_embeddings().weight[tokenizer.eos_token_id] *= 3
+            model.get_output_embeddings().weight[tokenizer.eos_token_id] *= of_end
         model.generation_config.min_length = MAX_LENGTH  # as some models of a hub have one, which must not act
         return model
 
