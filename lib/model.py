@@ -129,7 +129,9 @@ def new_config(architecture: str, auto_class: Any, num_heads: int, hidden_size: 
         raise UserError(f"architecture '{architecture}' is none of transformers'{did_you_mean(architecture, CONFIG_MAPPING)}")
     if CONFIG_MAPPING[architecture] not in auto_class._model_mapping:
         fitting = [kind.model_type for kind in auto_class._model_mapping]
-        raise UserError(f"architecture '{architecture}' has no {auto_class.__name__}, which this recipe trains{did_you_mean(architecture, fitting)}")
+        raise UserError(
+            f"architecture '{architecture}' has no {auto_class.__name__}, which this recipe trains{did_you_mean(architecture, fitting) or '; set another --architecture'}"
+        )
     if hidden_size % num_heads:
         raise UserError(f"hidden_size {hidden_size} is no multiple of num_heads {num_heads}")
     try:
