@@ -59,11 +59,9 @@ def load_tokenizers(cfg: Any, sources: Sequence[str], targets: Sequence[str]) ->
         of_targets = Path(cfg.model) / "target_tokenizer"
         with hub_errors(str(of_targets)):
             target_tokenizer = AutoTokenizer.from_pretrained(of_targets) if of_targets.is_dir() else tokenizer
-        if hasattr(config, "decoder") and len(target_tokenizer) > config.decoder.vocab_size:
-            raise UserError(
-                f"model {cfg.model}: its decoder knows {config.decoder.vocab_size:,} tokens, the tokenizer beside it {len(target_tokenizer):,}; "
-                "if it has a folder target_tokenizer, download the model and give its folder"
-            )
+        if hasattr(config, "decoder"):
+            remedy = "if it has a folder target_tokenizer, download the model and give its folder"
+            _check_tokens(f"model {cfg.model}: its decoder", config.decoder, target_tokenizer, remedy)
         return tokenizer, target_tokenizer
     tokenizer = load_tokenizer(cfg.model, cfg.max_source_length, cfg.trust_remote_code, "max_source_length")
     if cfg.decoder is None:
@@ -75,8 +73,7 @@ def _tokenizer_of_decoder(cfg: Any) -> PreTrainedTokenizerBase:
     """That of cfg.decoder, but a text gets its end-of-text token and nothing before: what a decoder is to write. Raises UserError before weights are read."""
     config = ranks.rank0_first(lambda: _config_of_decoder(cfg))
     tokenizer = load_tokenizer(cfg.decoder, cfg.max_target_length, cfg.trust_remote_code, "max_target_length")
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(f"decoder {cfg.decoder}: it knows {config.vocab_size:,} tokens, the tokenizer beside it {len(tokenizer):,}; save one that fits")
+    _check_tokens(f"decoder {cfg.decoder}: it", config, tokenizer, "save one that fits")
     special = {"bos_token": tokenizer.bos_token or tokenizer.cls_token, "eos_token": tokenizer.eos_token or tokenizer.sep_token}
     if None in special.values():
         raise UserError(f"decoder {cfg.decoder}: its tokenizer has no tokens that begin and end a text (bos and eos, or cls and sep); set them, and save it")
@@ -84,6 +81,12 @@ def _tokenizer_of_decoder(cfg: Any) -> PreTrainedTokenizerBase:
     end = special["eos_token"]
     backend.post_processor = TemplateProcessing(single=f"$A {end}", special_tokens=[(end, tokenizer.convert_tokens_to_ids(end))])
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special, pad_token=tokenizer.pad_token, unk_token=tokenizer.unk_token)
+
+
+def _check_tokens(decoder: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, remedy: str) -> None:
+    """Raise a UserError where a tokenizer has tokens that a decoder of this config does not."""
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(f"{decoder} knows {config.vocab_size:,} tokens, the tokenizer beside it {len(tokenizer):,}; {remedy}")
 
 
 def _brings_decoder(cfg: Any) -> bool:
@@ -153,7 +156,7 @@ def _config_of_decoder(cfg: Any) -> PretrainedConfig:
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     attends = model_class is not None and "encoder_hidden_states" in inspect.signature(model_class.forward).parameters
     if config.is_encoder_decoder or not attends:
-        raise UserError(f"decoder {cfg.decoder}: a {config.model_type} cannot be made to attend to an encoder; take a BERT, a RoBERTa or a GPT-2, say")
+        raise UserError(f"decoder {cfg.decoder}: its architecture, {config.model_type}, cannot attend to an encoder; take a BERT, a RoBERTa or a GPT-2, say")
     return config
 
 

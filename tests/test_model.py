@@ -189,9 +189,9 @@ def test_a_pretrained_decoder_keeps_its_weights_and_writes_with_its_own_tokens(t
     [
         (None, "bert", "decoder .*bert needs an encoder as the model, and null is none"),
         ("both", "bert", "needs an encoder as the model"),
-        ("bert", "both", "a encoder-decoder cannot be made"),
+        ("bert", "both", "encoder-decoder, cannot attend"),
         ("bert", "small", "knows 32 tokens, the tokenizer beside it 30,522"),
-        ("bert", "llama", "a llama cannot be made to attend to an encoder"),
+        ("bert", "llama", "llama, cannot attend to an encoder"),
         ("bert", "nowhere", "nowhere: neither a local folder nor"),
     ],
 )
