@@ -109,39 +109,61 @@ def build_model(cfg: Any, target_tokenizer: PreTrainedTokenizerBase) -> PreTrain
     num_layers, num_heads, max_source_length, max_target_length.
     """
     special = {name: getattr(target_tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    deviation = cfg.hidden_size**-0.5  # 0.02, made for larger models, would leave a small one's attention idle for most of a short run
     if cfg.model is None:
-        head_dim = cfg.hidden_size // cfg.num_heads
-        if cfg.hidden_size % cfg.num_heads or head_dim % 2:
-            raise UserError(f"hidden_size {cfg.hidden_size} is no multiple of twice num_heads {cfg.num_heads}, as rotary positions need")
-        half: Any = T5GemmaModuleConfig(
-            vocab_size=len(target_tokenizer), hidden_size=cfg.hidden_size, intermediate_size=cfg.intermediate_size, num_hidden_layers=cfg.num_layers,
-            num_attention_heads=cfg.num_heads, num_key_value_heads=cfg.num_heads, head_dim=head_dim, query_pre_attn_scalar=head_dim,
-            attn_logit_softcapping=None, final_logit_softcapping=None, max_position_embeddings=max(cfg.max_source_length, cfg.max_target_length + 1),
-            initializer_range=deviation, **special,
-        )  # fmt: skip
-        both: Any = T5GemmaConfig(
-            encoder=half, decoder=copy.deepcopy(half), initializer_range=deviation, vocab_size=len(target_tokenizer), **special,
-            decoder_start_token_id=special["bos_token_id"],
-        )  # fmt: skip
-        return _generates_at_most(T5GemmaForConditionalGeneration(both), cfg.max_target_length)
+        return _from_scratch(cfg, special, len(target_tokenizer))
+    try:
+        model = _from_pretrained(cfg, special, len(target_tokenizer))
+        # Some architectures train and cannot generate, which is to be known before the training.
+        model.generate(torch.tensor([[2, 3]]), attention_mask=torch.ones(1, 2), decoder_start_token_id=0, max_new_tokens=2, do_sample=False)
+    except UserError:
+        raise
+    except Exception as error:  # whatever an architecture stumbles over
+        names = f"model {cfg.model}" + (f" with decoder {cfg.decoder}" if cfg.decoder else "")
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"{names}: this transformers cannot generate with it; take another architecture ({why})") from None
+    return model
+
+
+def _deviation(cfg: Any) -> float:
+    """Of new weights. 0.02, made for larger models, would leave a small one's attention idle for most of a short run."""
+    return float(cfg.hidden_size**-0.5)
+
+
+def _from_scratch(cfg: Any, special: dict[str, int], vocab_size: int) -> PreTrainedModel:
+    head_dim = cfg.hidden_size // cfg.num_heads
+    if cfg.hidden_size % cfg.num_heads or head_dim % 2:
+        raise UserError(f"hidden_size {cfg.hidden_size} is no multiple of twice num_heads {cfg.num_heads}, as rotary positions need")
+    half: Any = T5GemmaModuleConfig(
+        vocab_size=vocab_size, hidden_size=cfg.hidden_size, intermediate_size=cfg.intermediate_size, num_hidden_layers=cfg.num_layers,
+        num_attention_heads=cfg.num_heads, num_key_value_heads=cfg.num_heads, head_dim=head_dim, query_pre_attn_scalar=head_dim,
+        attn_logit_softcapping=None, final_logit_softcapping=None, max_position_embeddings=max(cfg.max_source_length, cfg.max_target_length + 1),
+        initializer_range=_deviation(cfg), **special,
+    )  # fmt: skip
+    both: Any = T5GemmaConfig(
+        encoder=half, decoder=copy.deepcopy(half), initializer_range=_deviation(cfg), vocab_size=vocab_size, **special,
+        decoder_start_token_id=special["bos_token_id"],
+    )  # fmt: skip
+    return _generates_at_most(T5GemmaForConditionalGeneration(both), cfg.max_target_length)
+
+
+def _from_pretrained(cfg: Any, special: dict[str, int], vocab_size: int) -> Any:
     config = load_config(cfg.model, 0.0, cfg.trust_remote_code)
     if config.is_encoder_decoder:
         return load_weights(AutoModelForSeq2SeqLM, cfg.model, config, cfg.trust_remote_code)
     encoder = load_weights(AutoModel, cfg.model, config, cfg.trust_remote_code)
     if is_causal(encoder):
         raise UserError(f"model {cfg.model} is a decoder; take an encoder, which gets a new decoder, or an encoder-decoder")
-    decoder = _new_decoder(cfg, special, len(target_tokenizer), deviation) if cfg.decoder is None else _pretrained_decoder(cfg)
+    decoder = _new_decoder(cfg, special, vocab_size) if cfg.decoder is None else _pretrained_decoder(cfg)
     both = EncoderDecoderConfig.from_encoder_decoder_configs(encoder.config, decoder.config, **special, decoder_start_token_id=special["bos_token_id"])
     return _generates_at_most(EncoderDecoderModel(both, encoder, decoder), cfg.max_target_length)
 
 
-def _new_decoder(cfg: Any, special: dict[str, int], vocab_size: int, deviation: float) -> PreTrainedModel:
+def _new_decoder(cfg: Any, special: dict[str, int], vocab_size: int) -> PreTrainedModel:
     if cfg.hidden_size % cfg.num_heads:
         raise UserError(f"hidden_size {cfg.hidden_size} is no multiple of num_heads {cfg.num_heads}")
     config = GPT2Config(
         vocab_size=vocab_size, n_embd=cfg.hidden_size, n_layer=cfg.num_layers, n_head=cfg.num_heads, n_inner=cfg.intermediate_size,
-        n_positions=cfg.max_target_length + 1, **special, add_cross_attention=True, initializer_range=deviation,
+        n_positions=cfg.max_target_length + 1, **special, add_cross_attention=True, initializer_range=_deviation(cfg),
     )  # fmt: skip
     return GPT2LMHeadModel(set_dropout(config, 0.0))
 

@@ -18,6 +18,8 @@ from transformers import (
     BertConfig,
     BertLMHeadModel,
     BertModel,
+    BigBirdConfig,
+    BigBirdModel,
     DistilBertConfig,
     EncoderDecoderConfig,
     GPT2Config,
@@ -183,6 +185,14 @@ def test_a_pretrained_decoder_keeps_its_weights_and_writes_with_its_own_tokens(t
     frozen = {id(parameter) for parameter in pretrained_parameters(cfg, model)}
     assert {name.split(".")[0] for name, parameter in model.named_parameters() if id(parameter) not in frozen} == {"decoder"}
 
+    # What is exported of it is a model to go on with.
+    for part, folder in ((model, "export"), (source_tokenizer, "export"), (target_tokenizer, "export/target_tokenizer")):
+        part.save_pretrained(tmp_path / folder)
+    cfg.model, cfg.decoder, cfg.pretrained_learning_rate = str(tmp_path / "export"), None, 1e-4
+    again = load_tokenizers(cfg, ["unread"], ["unread"])
+    assert [tokenizer("a word")["input_ids"] for tokenizer in again] == [tokenizer("a word")["input_ids"] for tokenizer in (source_tokenizer, target_tokenizer)]
+    assert all((weights == model.state_dict()[name]).all() for name, weights in build_model(cfg, again[1]).state_dict().items())
+
 
 @pytest.mark.parametrize(
     ("model", "decoder", "words"),
@@ -193,17 +203,20 @@ def test_a_pretrained_decoder_keeps_its_weights_and_writes_with_its_own_tokens(t
         ("bert", "small", "knows 32 tokens, the tokenizer beside it 30,522"),
         ("bert", "llama", "llama, cannot attend to an encoder"),
         ("bert", "nowhere", "nowhere: neither a local folder nor"),
+        ("bert", "big_bird", "big_bird: this transformers cannot generate with it"),  # which was known after the training only
     ],
 )
 def test_a_decoder_that_does_not_fit_is_refused(tmp_path: Path, model: str | None, decoder: str, words: str) -> None:
     tokenizer = train_tokenizer(["a few words"], 259, SPECIAL_TOKENS)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=259, **sizes)).save_pretrained(tmp_path / "llama")
+    BigBirdModel(BigBirdConfig(vocab_size=259, **sizes)).save_pretrained(tmp_path / "big_bird")
     small_encoder(tmp_path / "bert")
     cfg = SimpleNamespace(trust_remote_code=False, pretrained_learning_rate=1e-4, vocab_size=259, **SIZES | {"decoder": str(tmp_path / decoder)})
     cfg.model = str(tmp_path / "bert")
     build_model(SimpleNamespace(**vars(cfg) | {"decoder": None}), tokenizer).save_pretrained(tmp_path / "both")
-    tokenizer.save_pretrained(tmp_path / "llama")
+    for folder in ("llama", "big_bird"):
+        tokenizer.save_pretrained(tmp_path / folder)
     BertModel(TINY_BERT).save_pretrained(small_encoder(tmp_path / "small"))
     cfg.model = model and str(tmp_path / model)
     with pytest.raises(UserError, match=words):
