@@ -1,5 +1,6 @@
 """Data: own files with every fault a user meets, the order of rows, fillers, packing, what is drawn."""
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lib.data import (
     evaluation_batches,
     label_ids,
     load_rows,
+    map_rows,
     pad_tokens,
     random_numbers,
     token_stream,
@@ -312,3 +314,14 @@ def test_a_stream_for_each_column(tmp_path: Path) -> None:
     path = write(tmp_path / "x.parquet", [{"a": [1, 2], "b": [3, 4]}, {"a": [5], "b": [6]}])
     rows = Dataset.from_parquet(str(path), cache_dir=str(tmp_path))
     assert token_stream(rows, "a").tolist() == [1, 2, 5] and token_stream(rows, "b").tolist() == [3, 4, 6]
+
+
+def test_changed_code_does_not_meet_the_cache_of_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    splits = {"train": Dataset.from_parquet(str(write(tmp_path / "x.parquet", [{"a": 1}])), cache_dir=str(tmp_path))}
+    for answer in (1, 2):  # a function that can be imported is known to datasets by its name only
+        (tmp_path / "own.py").write_text(f"ANSWER = {answer}\n\n\ndef answers(rows):\n    return {{'answer': [ANSWER] * len(rows['a'])}}\n")
+        module = importlib.reload(importlib.import_module("own"))
+        first, second = map_rows(splits, module.answers)["train"], map_rows(splits, module.answers)["train"]
+        assert first["answer"][:] == [answer] and first.cache_files == second.cache_files
