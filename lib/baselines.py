@@ -20,12 +20,13 @@ def majority_class(train_labels: Sequence[int], test_labels: Sequence[int]) -> d
 def tfidf_logistic_regression(
     train_texts: Sequence[str], train_labels: Sequence[int], test_texts: Sequence[str], test_labels: Sequence[int]
 ) -> dict[str, float]:
-    """The scores of scikit-learn's logistic regression on TF-IDF weighted words, fitted on the training rows."""
+    """The scores of scikit-learn's logistic regression on TF-IDF weighted words (or characters, if there are no words), fitted on the training rows."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
-    model = make_pipeline(TfidfVectorizer(sublinear_tf=True), LogisticRegression(max_iter=1000))
+    has_words = any(re.search(r"\b\w\w+\b", text) for text in train_texts)  # as scikit-learn understands words; there may be none, only letters or signs
+    model = make_pipeline(TfidfVectorizer(analyzer="word" if has_words else "char", sublinear_tf=True), LogisticRegression(max_iter=1000))
     model.fit(train_texts, train_labels)
     return classification_scores(test_labels, model.predict(test_texts))
 

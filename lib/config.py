@@ -142,6 +142,9 @@ def load(config_class: type[C], yaml_path: Path, given: dict[str, str], quick: b
             merged[key] = check_value(values[key], kind, f"{shown(yaml_path)}: {key}", text=False)
         else:
             raise UserError(f"{shown(yaml_path)}: '{key}' is missing ({comments(config_class).get(key, 'a required setting')})")
+    for one, other in (("max_steps", "epochs"), ("epochs", "max_steps")):  # how long to train: what is given wins over the YAML's other way to say it
+        if one in given and other not in given and merged[one] is not None:
+            merged[other] = None
     return config_class(**merged)
 
 

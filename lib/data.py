@@ -6,6 +6,7 @@ who computes which rows of a step, never which rows a step has.
 
 import csv
 import functools
+import importlib.metadata
 import inspect
 import itertools
 import json
@@ -30,6 +31,10 @@ from lib.samples import SAMPLES, SPLITS, load_sample, split_of
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 IGNORED = -100  # the label that torch's cross entropy leaves out
+
+# What decides what map_rows makes, besides the function: read now, as the files may change while a run goes on.
+CODE = [file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py"))]
+CODE += [importlib.metadata.version(package) for package in ("datasets", "tokenizers", "transformers")]
 
 Batch = dict[str, torch.Tensor]
 
@@ -61,10 +66,10 @@ def map_rows(splits: dict[str, Dataset], function: Callable[..., dict[str, list[
 
     Rank 0 does it, the others read its cache.
     """
-    # The name in the cache. Left to map, it would stay the same when code in lib/ changes, and each rank would work it out for each split,
+    # The name in the cache. Left to map, it would stay the same when code that it calls changes, and each rank would work it out for each split,
     # a quarter of a second for a tokenizer of 30,000 tokens.
-    code = [file.read_text(encoding="utf-8") for file in (*sorted(Path(__file__).parent.glob("*.py")), Path(inspect.getfile(function)))]
-    name = ranks.on_rank0(lambda: Hasher.hash((code, function, arguments)))
+    file = Path(inspect.getfile(getattr(function, "func", function)))  # func: of a functools.partial
+    name = ranks.on_rank0(lambda: Hasher.hash((CODE, file.read_text(encoding="utf-8"), function, arguments)))
 
     def map_split(rows: Dataset) -> Dataset:
         name_of_split = Hasher.hash((rows._fingerprint, name))

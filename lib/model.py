@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import AddedToken, ByteLevelBPETokenizer
 from tokenizers.processors import TemplateProcessing
@@ -48,20 +50,29 @@ def model_folder(name: str) -> str:
 
 @contextlib.contextmanager
 def hub_errors(name: str) -> Iterator[None]:
-    """Turn what from_pretrained raises for a model that is not there into a UserError."""
+    """Turn what from_pretrained raises for a model that is not there, or damaged, into a UserError."""
     try:
         yield
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError, SafetensorError) as error:
         if "for this kind of AutoModel" in str(error):
             raise UserError(f"model {name} is of another kind than this recipe trains: {' '.join(str(error).split())[:200]}") from None
-        where = "a local folder, but it cannot be read" if Path(name).is_dir() else "neither a local folder nor to be had from the Hugging Face hub"
-        raise UserError(f"model {name}: {where} ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
+        if Path(name).is_dir():
+            where = "a local folder, but it cannot be read"
+        elif isinstance(error, RuntimeError | SafetensorError):
+            where = "its weights cannot be read"
+        else:
+            where = "neither a local folder nor to be had from the Hugging Face hub"
+        why = "its weights have other sizes than its config" if "mismatched_sizes" in str(error) else " ".join(str(error).split())[:200]
+        raise UserError(f"model {name}: {where} ({type(error).__name__}: {why})") from None
 
 
 def load_config(name: str, dropout: float, trust_remote_code: bool, **changes: Any) -> PretrainedConfig:
     """The architecture of a model folder or hub id, without its weights, with this probability for each dropout in it."""
     with hub_errors(name):
-        return set_dropout(AutoConfig.from_pretrained(model_folder(name), trust_remote_code=trust_remote_code, **changes), dropout)
+        config = set_dropout(AutoConfig.from_pretrained(model_folder(name), trust_remote_code=trust_remote_code, **changes), dropout)
+    if getattr(config, "attention_type", None) == "block_sparse":  # a BigBird would go over to full attention for good, each rank at its first short batch
+        config.attention_type = "original_full"
+    return config
 
 
 def load_weights(auto_class: Any, name: str, config: PretrainedConfig, trust_remote_code: bool, **options: Any) -> PreTrainedModel:
@@ -194,11 +205,27 @@ def is_causal(model: PreTrainedModel) -> bool:
     return torch.allclose(first, second, atol=1e-4, rtol=1e-3)
 
 
-def check_causal(model: PreTrainedModel) -> PreTrainedModel:
-    """The model, unless it sees the tokens that it is to predict."""
+def check_causal(model: PreTrainedModel) -> None:
+    """Raise a UserError where a model sees the tokens that it is to predict."""
     if not is_causal(model):
         raise UserError(f"{type(model).__name__} sees the tokens that it is to predict; take an architecture that is a decoder")
-    return model
+
+
+def check_generates(model: Any, **options: Any) -> None:
+    """Raise a UserError where transformers cannot generate with a model: some can be trained and cannot, which is to be known before the training.
+
+    options: what generate needs besides.
+    """
+    tokens = torch.tensor([[1, 2, 3]])
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[]):  # or what is drawn next would depend on whether this rank has tried it
+            model.generate(**inputs, max_new_tokens=2, min_new_tokens=2, **options)
+    except Exception as error:  # whatever an architecture stumbles over
+        traceback.print_exc()  # for the log of the run
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"{type(model).__name__}: this transformers cannot generate with it; take another architecture ({why})") from None
 
 
 def load_model(build: Callable[[], torch.nn.Module], ds_config: dict[str, Any], seed: int) -> torch.nn.Module:
@@ -243,7 +270,7 @@ def load_model(build: Callable[[], torch.nn.Module], ds_config: dict[str, Any], 
                 dist.broadcast(on_device, src=0)
                 buffer.copy_(on_device)
     if "activation_checkpointing" in ds_config:
-        if not isinstance(model, PreTrainedModel):
+        if not (isinstance(model, PreTrainedModel) and model.supports_gradient_checkpointing):
             raise UserError(f"activation_checkpointing is in the DeepSpeed JSON, but {type(model).__name__} has none; leave the section out")
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()  # from_pretrained leaves a model in evaluation mode, without dropout and activation checkpointing

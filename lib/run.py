@@ -105,6 +105,8 @@ class Run:
     def _open_folder(self) -> tuple[str, str, str | None]:
         """Make the run folder, or take the one that is there, and lock it. Returns (folder, what its lock says, why there is nothing to do)."""
         cfg = self.cfg
+        if (cfg.max_steps is None) == (cfg.epochs is None):
+            raise UserError("set one of max_steps and epochs, and the other to null")
         if cfg.keep_best and cfg.eval_every is None:
             raise UserError("keep_best is true, but eval_every is null, so nothing would be scored; set --eval_every")
         if cfg.resume and cfg.overwrite:
@@ -258,8 +260,6 @@ class Run:
     def plan(self, rows: int) -> None:
         """Set total_steps to what the settings max_steps and epochs ask for on so many training rows; just one of them is given."""
         max_steps, epochs = self.cfg.max_steps, self.cfg.epochs
-        if (max_steps is None) == (epochs is None):
-            raise UserError("set one of max_steps and epochs, and the other to null")
         self.rows = rows
         self.total_steps = max_steps if max_steps is not None else max(1, math.ceil(epochs * rows / self.cfg.batch_size))
 

@@ -33,8 +33,13 @@ from transformers import (
 from lib import inference, ranks
 from lib.config import UserError
 from lib.data import IGNORED, Batch, pad, pad_tokens
-from lib.model import check_length, hub_errors, is_causal, load_config, load_tokenizer, load_weights, set_dropout, train_tokenizer
+from lib.model import check_generates, check_length, hub_errors, is_causal, load_config, load_tokenizer, load_weights, set_dropout, train_tokenizer
 
+# For generate: one text a source, decided by these recipes' settings and not by a hub model's own generation config, perhaps made for longer texts.
+ONE_TEXT: dict[str, Any] = {
+    "do_sample": False, "num_return_sequences": 1, "return_dict_in_generate": False,
+    "min_length": 0, "repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0,
+}  # fmt: skip
 SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
 
@@ -111,16 +116,8 @@ def build_model(cfg: Any, target_tokenizer: PreTrainedTokenizerBase) -> PreTrain
     special = {name: getattr(target_tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if cfg.model is None:
         return _from_scratch(cfg, special, len(target_tokenizer))
-    try:
-        model = _from_pretrained(cfg, special, len(target_tokenizer))
-        # Some architectures train and cannot generate, which is to be known before the training.
-        model.generate(torch.tensor([[2, 3]]), attention_mask=torch.ones(1, 2), decoder_start_token_id=0, max_new_tokens=2, do_sample=False)
-    except UserError:
-        raise
-    except Exception as error:  # whatever an architecture stumbles over
-        names = f"model {cfg.model}" + (f" with decoder {cfg.decoder}" if cfg.decoder else "")
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UserError(f"{names}: this transformers cannot generate with it; take another architecture ({why})") from None
+    model = _from_pretrained(cfg, special, len(target_tokenizer))
+    check_generates(model, decoder_start_token_id=0, num_beams=2, **ONE_TEXT)
     return model
 
 
@@ -252,8 +249,7 @@ def generate_texts(
     length_penalty: the search looks for the text whose log probability / length^length_penalty is the highest.
     no_repeat_ngram: no run of so many tokens occurs twice in a text; 0: it may.
     """
-    # All that decides is set here, or a hub model's own generation config, perhaps made for longer texts, would decide.
-    search: dict[str, Any] = {"num_beams": beams, "do_sample": False, "no_repeat_ngram_size": no_repeat_ngram, "min_length": 0}
+    search = ONE_TEXT | {"num_beams": beams, "no_repeat_ngram_size": no_repeat_ngram}
     if beams > 1:
         search |= {"length_penalty": length_penalty, "early_stopping": False}
 

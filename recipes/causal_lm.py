@@ -32,6 +32,7 @@ from lib.inference import language_model_scores
 from lib.model import (
     END_OF_TEXT,
     check_causal,
+    check_generates,
     export,
     load_config,
     load_model,
@@ -47,10 +48,13 @@ from lib.model import (
 )  # fmt: skip
 from lib.run import Run, RunSettings
 
+# A hub model's own generation config must not decide.
+SAMPLING = {"do_sample": True, "top_k": 50, "top_p": 1.0, "temperature": 0.8, "repetition_penalty": 1.0, "num_beams": 1}
+
 
 @dataclass
 class Config(RunSettings):
-    model: str | None  # a folder or hub id to go on training; null: from scratch, as the next seven settings say
+    model: str | None  # a folder or hub id to go on training; null: from scratch, as the settings from architecture to tie_embeddings say
     trust_remote_code: bool  # whether code and pickled weights that come with the model may run; only for sources that you trust
     architecture: str  # transformers' name for it: llama, gpt2, qwen3, ...
     vocab_size: PositiveInt  # tokens of the byte-level BPE; at least 257
@@ -91,16 +95,21 @@ def build_model(cfg: Config, vocab_size: int, end_of_text: int) -> torch.nn.Modu
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def check_samples(cfg: Config, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise a UserError, before the training, where the model could not generate the samples after it."""
-    if not cfg.samples or getattr(model.config, "rope_parameters", None):  # rotary positions have no end
-        return
+def check_model(cfg: Config, model: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The model, unless it sees the tokens that it is to predict, or could not generate the samples after the training."""
+    check_causal(model)
+    if not cfg.samples:
+        return model
+    check_generates(model, **SAMPLING)
+    if getattr(model.config, "rope_parameters", None):  # rotary positions have no end
+        return model
     tokens, limit = len(tokenizer(cfg.prompt, add_special_tokens=False)["input_ids"]), longest_text(model.config)
     if limit and tokens + cfg.sample_tokens - 1 > limit:  # the last one is not read
         raise UserError(
             f"the prompt has {tokens} tokens and sample_tokens is {cfg.sample_tokens}, but the model reads at most {limit}; "
             f"together they may be {limit + 1}: set a smaller --sample_tokens, or a shorter --prompt"
         )
+    return model
 
 
 def logits_of(engine: Any, batch: Batch) -> torch.Tensor:
@@ -114,7 +123,7 @@ def generate(engine: Any, tokenizer: PreTrainedTokenizerBase, cfg: Config) -> li
     torch.manual_seed(cfg.seed)
     engine.eval()
     tokens = engine.module.generate(
-        input_ids=prompt["input_ids"], attention_mask=prompt["attention_mask"], do_sample=True, top_k=50, temperature=0.8,
+        input_ids=prompt["input_ids"], attention_mask=prompt["attention_mask"], **SAMPLING,
         max_new_tokens=cfg.sample_tokens, pad_token_id=tokenizer.eos_token_id, synced_gpus=engine.zero_optimization_stage() == 3,
     )  # fmt: skip
     return [str(text) for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
@@ -137,8 +146,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     run.plan(len(train))
 
     # Model, optimizer, engine.
-    model: Any = load_model(lambda: check_causal(build_model(cfg, len(tokenizer), tokenizer.eos_token_id)), ds_config, cfg.seed)
-    check_samples(cfg, model, tokenizer)
+    model: Any = load_model(lambda: check_model(cfg, build_model(cfg, len(tokenizer), tokenizer.eos_token_id), tokenizer), ds_config, cfg.seed)
     optimizer = make_adamw(model, ds_config, cfg.learning_rate, cfg.weight_decay)
     schedule = get_scheduler(cfg.lr_schedule, optimizer, cfg.warmup_steps, run.total_steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)

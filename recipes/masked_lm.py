@@ -52,7 +52,7 @@ SPECIAL_TOKENS = {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>",
 
 @dataclass
 class Config(RunSettings):
-    model: str | None  # a folder or hub id to go on training; null: from scratch, as the next six settings say
+    model: str | None  # a folder or hub id to go on training; null: from scratch, as the settings from architecture to num_heads say
     trust_remote_code: bool  # whether code and pickled weights that come with the model may run; only for sources that you trust
     architecture: str  # transformers' name for it: modernbert, bert, electra, ...
     vocab_size: PositiveInt  # tokens of the byte-level BPE; at least 260
@@ -125,7 +125,8 @@ def hide(rows: dict[str, Any], tokenizer: PreTrainedTokenizerBase, cfg: Config) 
 
 def hide_one(blocks: Dataset, count: int, mask_token_id: int) -> dict[str, list[np.ndarray]]:
     """`count` rows, each a block in which one token, drawn from all, is hidden."""
-    places = np.array([(row, place) for row, words in enumerate(blocks["words"]) for place, word in enumerate(words) if word >= 0])
+    places_of = [np.flatnonzero(np.array(words) >= 0) for words in blocks["words"]]
+    places = np.stack([np.repeat(np.arange(len(places_of)), list(map(len, places_of))), np.concatenate(places_of)], axis=1)
     changed: dict[str, list[np.ndarray]] = {"input_ids": [], "labels": []}
     for row, place in np.random.default_rng(0).permutation(places)[:count]:
         ids = np.array(blocks[int(row)]["input_ids"])

@@ -184,6 +184,8 @@ def test_what_would_change_the_result_is_refused_and_the_rest_is_not(run_folder:
     step, notes = open_run(run_folder, max_steps="16")
     assert step == 8 and "max_steps was 8 and is 16" in notes[0]
     assert yaml.safe_load((run_folder / "config.yaml").read_text())["max_steps"] == 8  # nothing is written before all is checked
+    with pytest.raises(UserError, match="set one of max_steps and epochs"):  # before rows are read
+        open_run(run_folder, max_steps="20", epochs="2")
     with pytest.raises(UserError, match="keep_best is true, but eval_every is null"):
         open_run(run_folder, keep_best="true", eval_every="null")
     with pytest.raises(UserError, match="resume and overwrite"):

@@ -153,6 +153,8 @@ def test_classification_scores_of_the_majority_class() -> None:
 
 def test_tfidf_and_logistic_regression_tell_words_apart() -> None:
     scores = baselines.tfidf_logistic_regression(["good film", "good play", "bad film", "bad play"], [1, 1, 0, 0], ["good book", "bad book"], [1, 0])
+    of_letters = baselines.tfidf_logistic_regression(["M K V", "M K L", "G P G", "G P A"], [1, 1, 0, 0], ["M K A", "G P V"], [1, 0])  # proteins, say
+    assert of_letters["accuracy"] == 1.0
     assert scores == {"accuracy": 1, "macro_f1": 1}
 
 

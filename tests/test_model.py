@@ -28,6 +28,7 @@ from transformers import (
     LlamaForCausalLM,
     M2M100Config,
     ModernBertConfig,
+    MPNetConfig,
     PretrainedConfig,
     PreTrainedModel,
     RobertaConfig,
@@ -155,15 +156,36 @@ def test_fewer_layers_than_the_model_has(tmp_path: Path) -> None:
 def test_samples_that_the_model_could_not_generate_are_refused() -> None:
     tokenizer = train_tokenizer(["a few words"], 257, END_OF_TEXT)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=257, n_positions=16, n_embd=16, n_layer=1, n_head=2))
-    check_samples = importlib.import_module("recipes.causal_lm").check_samples
-    check_samples(SimpleNamespace(prompt="words", samples=1, sample_tokens=12), model, tokenizer)
-    check_samples(SimpleNamespace(prompt="words", samples=0, sample_tokens=13), model, tokenizer)
+    check_model = importlib.import_module("recipes.causal_lm").check_model
+    check_model(SimpleNamespace(prompt="words", samples=1, sample_tokens=12), model, tokenizer)
+    check_model(SimpleNamespace(prompt="words", samples=0, sample_tokens=13), model, tokenizer)
     with pytest.raises(UserError, match="the prompt has 5 tokens and sample_tokens is 13, but the model reads at most 16"):
-        check_samples(SimpleNamespace(prompt="words", samples=1, sample_tokens=13), model, tokenizer)
+        check_model(SimpleNamespace(prompt="words", samples=1, sample_tokens=13), model, tokenizer)
     rotary = LlamaForCausalLM(
         LlamaConfig(vocab_size=257, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16)
     )
-    check_samples(SimpleNamespace(prompt="words", samples=1, sample_tokens=99), rotary, tokenizer)  # whose positions have no end
+    check_model(SimpleNamespace(prompt="words", samples=1, sample_tokens=99), rotary, tokenizer)  # whose positions have no end
+
+
+def test_damaged_weights_and_what_does_not_fit_them_are_one_line(tmp_path: Path) -> None:
+    BertModel(TINY_BERT).save_pretrained(tmp_path)
+    wider = load_config(str(tmp_path), 0.0, False, intermediate_size=32)
+    with pytest.raises(UserError, match=r"a local folder, but it cannot be read .*other sizes than its config"):
+        load_weights(AutoModel, str(tmp_path), wider, False)
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")  # cloned without git-lfs
+    with pytest.raises(UserError, match=r"a local folder, but it cannot be read .*Safetensor"):
+        load_weights(AutoModel, str(tmp_path), load_config(str(tmp_path), 0.0, False), False)
+
+
+def test_bigbird_attends_alike_on_every_rank(tmp_path: Path) -> None:
+    BigBirdConfig(attention_type="block_sparse").save_pretrained(tmp_path)
+    assert load_config(str(tmp_path), 0.0, False).attention_type == "original_full"
+
+
+def test_activation_checkpointing_that_a_model_lacks_is_refused() -> None:
+    model = AutoModel.from_config(MPNetConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
+    with pytest.raises(UserError, match="but MPNetModel has none"):
+        load_model(lambda: model, {"zero_optimization": {"stage": 2}, "activation_checkpointing": {}}, 0)
 
 
 def test_a_model_of_another_kind_is_called_one(tmp_path: Path) -> None:
@@ -203,7 +225,7 @@ def test_a_pretrained_decoder_keeps_its_weights_and_writes_with_its_own_tokens(t
         ("bert", "small", "knows 32 tokens, the tokenizer beside it 30,522"),
         ("bert", "llama", "llama, cannot attend to an encoder"),
         ("bert", "nowhere", "nowhere: neither a local folder nor"),
-        ("bert", "big_bird", "big_bird: this transformers cannot generate with it"),  # which was known after the training only
+        ("bert", "big_bird", "EncoderDecoderModel: this transformers cannot generate with it"),  # which was known after the training only
     ],
 )
 def test_a_decoder_that_does_not_fit_is_refused(tmp_path: Path, model: str | None, decoder: str, words: str) -> None:

@@ -74,6 +74,13 @@ def test_every_config_in_the_tree_is_accepted(recipe: str, world_size: int) -> N
         assert filled["train_micro_batch_size_per_gpu"] * filled["gradient_accumulation_steps"] * world_size == cfg.batch_size
 
 
+def test_how_long_to_train_is_said_in_one_way() -> None:
+    steps_in_yaml, epochs_given, neither = settings(), settings(epochs="3"), settings(max_steps="null")
+    assert steps_in_yaml.max_steps and steps_in_yaml.epochs is None
+    assert (epochs_given.max_steps, epochs_given.epochs) == (None, 3.0)  # what is given puts the YAML's other way aside
+    assert (neither.max_steps, neither.epochs) == (None, None)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_setting_is_explained(recipe: str) -> None:
     config_class = importlib.import_module(f"recipes.{recipe}").Config
