@@ -91,10 +91,13 @@ def bm25(queries: Sequence[str], documents: Sequence[str], depth: int) -> np.nda
     """
     import bm25s
 
-    index = bm25s.BM25()
-    index.index(bm25s.tokenize(list(documents), show_progress=False), show_progress=False)
-    found, scores = index.retrieve(bm25s.tokenize(list(queries), show_progress=False), k=min(depth, len(documents)), show_progress=False)
+    of_documents, of_queries = (bm25s.tokenize(list(texts), show_progress=False) for texts in (documents, queries))
     ranking = np.full((len(queries), depth), -1)
+    if not of_documents.vocab or not of_queries.vocab:  # texts of single letters, say
+        return ranking
+    index = bm25s.BM25()
+    index.index(of_documents, show_progress=False)
+    found, scores = index.retrieve(of_queries, k=min(depth, len(documents)), show_progress=False)
     ranking[:, : found.shape[1]] = np.where(scores > 0, found, -1)
     return ranking
 

@@ -195,6 +195,7 @@ def test_bm25_ranks_in_silence_and_fills_up(capfd: pytest.CaptureFixture[str]) -
     ranking = baselines.bm25(["Apples", "green", "red cars", "zebra", ""], documents, depth=5)
     assert ranking.tolist() == [[0, -1, -1, -1, -1], [1, 0, 2, -1, -1], [2, 0, -1, -1, -1], [-1] * 5, [-1] * 5]
     assert baselines.bm25(["green"], documents, depth=2).tolist() == [[1, 0]]
+    assert baselines.bm25(["a", "b"], ["a b", "the of"], depth=1).tolist() == [[-1], [-1]]  # not a word among them
     assert capfd.readouterr() == ("", "")
 
 
