@@ -211,10 +211,10 @@ def check_causal(model: PreTrainedModel) -> None:
         raise UserError(f"{type(model).__name__} sees the tokens that it is to predict; take an architecture that is a decoder")
 
 
-def check_generates(model: Any, **options: Any) -> None:
+def check_generates(model: Any, remedy: str, **options: Any) -> None:
     """Raise a UserError where transformers cannot generate with a model: some can be trained and cannot, which is to be known before the training.
 
-    options: what generate needs besides.
+    remedy: what the user can do then. options: what generate needs besides.
     """
     tokens = torch.tensor([[1, 2, 3]])
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
@@ -225,7 +225,7 @@ def check_generates(model: Any, **options: Any) -> None:
     except Exception as error:  # whatever an architecture stumbles over
         traceback.print_exc()  # for the log of the run
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UserError(f"{type(model).__name__}: this transformers cannot generate with it; take another architecture ({why})") from None
+        raise UserError(f"{type(model).__name__}: this transformers cannot generate with it; {remedy} ({why})") from None
 
 
 def load_model(build: Callable[[], torch.nn.Module], ds_config: dict[str, Any], seed: int) -> torch.nn.Module:

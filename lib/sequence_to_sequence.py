@@ -117,7 +117,7 @@ def build_model(cfg: Any, target_tokenizer: PreTrainedTokenizerBase) -> PreTrain
     if cfg.model is None:
         return _from_scratch(cfg, special, len(target_tokenizer))
     model = _from_pretrained(cfg, special, len(target_tokenizer))
-    check_generates(model, decoder_start_token_id=0, num_beams=2, **ONE_TEXT)
+    check_generates(model, "take another architecture", decoder_start_token_id=0, num_beams=2, **ONE_TEXT)
     return model
 
 

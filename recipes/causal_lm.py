@@ -100,7 +100,7 @@ def check_model(cfg: Config, model: Any, tokenizer: PreTrainedTokenizerBase) -> 
     check_causal(model)
     if not cfg.samples:
         return model
-    check_generates(model, **SAMPLING)
+    check_generates(model, "set --samples 0, or take another architecture", **SAMPLING)
     if getattr(model.config, "rope_parameters", None):  # rotary positions have no end
         return model
     tokens, limit = len(tokenizer(cfg.prompt, add_special_tokens=False)["input_ids"]), longest_text(model.config)
