@@ -324,5 +324,6 @@ def test_changed_code_does_not_meet_the_cache_of_the_old(tmp_path: Path, monkeyp
     for answer in (1, 2):  # a function that can be imported is known to datasets by its name only
         (tmp_path / "own.py").write_text(f"ANSWER = {answer}\n\n\ndef answers(rows):\n    return {{'answer': [ANSWER] * len(rows['a'])}}\n")
         module = importlib.reload(importlib.import_module("own"))
-        first, second = (map_rows(splits, functools.partial(module.answers))["train"] for _ in range(2))
-        assert first["answer"][:] == [answer] and first.cache_files == second.cache_files
+        for function in (module.answers, functools.partial(module.answers)):
+            first, second = (map_rows(splits, function)["train"] for _ in range(2))
+            assert first["answer"][:] == [answer] and first.cache_files == second.cache_files

@@ -24,6 +24,7 @@ from transformers import (
     EncoderDecoderConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPT2Model,
     LlamaConfig,
     LlamaForCausalLM,
     M2M100Config,
@@ -165,6 +166,10 @@ def test_samples_that_the_model_could_not_generate_are_refused() -> None:
         LlamaConfig(vocab_size=257, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16)
     )
     check_model(SimpleNamespace(prompt="words", samples=1, sample_tokens=99), rotary, tokenizer)  # whose positions have no end
+    headless = GPT2Model(model.config)  # as a model with code of its own may be, which transformers cannot generate with
+    with pytest.raises(UserError, match="cannot generate with it; set --samples 0"):
+        check_model(SimpleNamespace(prompt="words", samples=1, sample_tokens=12), headless, tokenizer)
+    check_model(SimpleNamespace(prompt="words", samples=0, sample_tokens=12), headless, tokenizer)
 
 
 def test_damaged_weights_and_what_does_not_fit_them_are_one_line(tmp_path: Path) -> None:
