@@ -25,6 +25,8 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     GPT2Model,
+    GPTBigCodeConfig,
+    GPTBigCodeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     M2M100Config,
@@ -231,6 +233,7 @@ def test_a_pretrained_decoder_keeps_its_weights_and_writes_with_its_own_tokens(t
         ("bert", "llama", "llama, cannot attend to an encoder"),
         ("bert", "nowhere", "nowhere: neither a local folder nor"),
         ("bert", "big_bird", "EncoderDecoderModel: this transformers cannot generate with it"),  # which was known after the training only
+        ("bert", "big_code", "big_code: .*Cross-attention not implemented for MQA"),
     ],
 )
 def test_a_decoder_that_does_not_fit_is_refused(tmp_path: Path, model: str | None, decoder: str, words: str) -> None:
@@ -238,11 +241,12 @@ def test_a_decoder_that_does_not_fit_is_refused(tmp_path: Path, model: str | Non
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=259, **sizes)).save_pretrained(tmp_path / "llama")
     BigBirdModel(BigBirdConfig(vocab_size=259, **sizes)).save_pretrained(tmp_path / "big_bird")
+    GPTBigCodeForCausalLM(GPTBigCodeConfig(vocab_size=259, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "big_code")
     small_encoder(tmp_path / "bert")
     cfg = SimpleNamespace(trust_remote_code=False, pretrained_learning_rate=1e-4, vocab_size=259, **SIZES | {"decoder": str(tmp_path / decoder)})
     cfg.model = str(tmp_path / "bert")
     build_model(SimpleNamespace(**vars(cfg) | {"decoder": None}), tokenizer).save_pretrained(tmp_path / "both")
-    for folder in ("llama", "big_bird"):
+    for folder in ("llama", "big_bird", "big_code"):
         tokenizer.save_pretrained(tmp_path / folder)
     BertModel(TINY_BERT).save_pretrained(small_encoder(tmp_path / "small"))
     cfg.model = model and str(tmp_path / model)
