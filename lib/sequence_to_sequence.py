@@ -140,7 +140,10 @@ def _from_scratch(cfg: Any, special: dict[str, int], vocab_size: int) -> PreTrai
         encoder=half, decoder=copy.deepcopy(half), initializer_range=_deviation(cfg), vocab_size=vocab_size, **special,
         decoder_start_token_id=special["bos_token_id"],
     )  # fmt: skip
-    return _generates_at_most(T5GemmaForConditionalGeneration(both), cfg.max_target_length)
+    model = T5GemmaForConditionalGeneration(both)
+    with torch.no_grad():  # a token that starts as one vector on both sides is copied after a few hundred steps, instead of none of thousands
+        model.get_encoder().embed_tokens.weight.copy_(model.get_decoder().embed_tokens.weight)
+    return _generates_at_most(model, cfg.max_target_length)
 
 
 def _from_pretrained(cfg: Any, special: dict[str, int], vocab_size: int) -> Any:

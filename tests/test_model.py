@@ -275,6 +275,13 @@ def test_what_is_pre_trained_learns_at_its_own_rate_or_not_at_all(given: str, ra
     assert optimizer.param_groups[0]["lr"] == (1e-4 if given == "an encoder-decoder" else 1e-3)  # which is what a run logs
 
 
+def test_from_scratch_a_token_starts_as_one_vector_on_both_sides() -> None:
+    cfg = SimpleNamespace(model=None, trust_remote_code=False, **SIZES)
+    model = build_model(cfg, train_tokenizer(["a few words"], 259, SPECIAL_TOKENS))
+    of_sources, of_targets = (half.embed_tokens.weight for half in (model.get_encoder(), model.get_decoder()))
+    assert of_sources is not of_targets and torch.equal(of_sources, of_targets) and of_targets is model.get_output_embeddings().weight
+
+
 def test_a_whole_encoder_decoder_brings_its_tokenizers_and_needs_a_rate(tmp_path: Path) -> None:
     tokenizer, of_targets = train_tokenizer(["a few words"], 259, SPECIAL_TOKENS), train_tokenizer(["many more words"] * 9, 264, SPECIAL_TOKENS)
     cfg = SimpleNamespace(model=None, trust_remote_code=False, pretrained_learning_rate=0.0, **SIZES)
