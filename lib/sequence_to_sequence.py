@@ -141,7 +141,8 @@ def _from_scratch(cfg: Any, special: dict[str, int], vocab_size: int) -> PreTrai
         decoder_start_token_id=special["bos_token_id"],
     )  # fmt: skip
     model = T5GemmaForConditionalGeneration(both)
-    with torch.no_grad():  # a token that starts as one vector on both sides is copied after a few hundred steps, instead of none of thousands
+    # Drawn apart, the two embeddings would have to be matched, token by token, before the model can copy a word.
+    with torch.no_grad():
         model.get_encoder().embed_tokens.weight.copy_(model.get_decoder().embed_tokens.weight)
     return _generates_at_most(model, cfg.max_target_length)
 

@@ -327,5 +327,6 @@ def test_changed_code_does_not_meet_the_cache_of_the_old(tmp_path: Path, monkeyp
         for function in (module.answers, functools.partial(module.answers)):
             first, second = (map_rows(splits, function)["train"] for _ in range(2))
             assert first["answer"][:] == [answer] and first.cache_files == second.cache_files
+    before = map_rows(splits, module.answers)["train"].cache_files
     monkeypatch.setattr("lib.data.CODE", [])  # that of lib/, which the function may call
-    assert map_rows(splits, module.answers)["train"].cache_files != first.cache_files
+    assert map_rows(splits, module.answers)["train"].cache_files != before
