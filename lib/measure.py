@@ -115,7 +115,7 @@ class Meter:
                 comm.comms_logger.reset_data()
                 comm.configure(enabled=True, prof_all=True, verbose=False, debug=False)
             self.mark("forward")  # and the loss, until backward begins
-            if self.step != INSPECTED:
+            if self.step != INSPECTED or not torch.is_grad_enabled():  # a pass without gradients is followed by the same one with them
                 return real(*arguments, **options)
             with FlopCounterMode(display=False, custom_mapping={ATTENTION_ON_CPU: attention_flops}) as counter:
                 output = real(*arguments, **options)

@@ -254,21 +254,18 @@ def load_model(build: Callable[[], torch.nn.Module], ds_config: dict[str, Any], 
                 model.tie_weights()  # which is part of the initialization that was left out
         if generation_config is not None:
             model.generation_config = generation_config
-        names = {name for name, _ in model.named_parameters()}
-        ranks.on_rank0(lambda: _check_names({name for name, _ in whole[0].named_parameters()}, names))
+        names = _names(model)
+        ranks.on_rank0(lambda: _check_names(_names(whole[0]), names))
         source = dict(whole[0].named_parameters()) if whole else {}
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
                     if whole:
                         parameter.copy_(source[name])
-            buffers = dict(whole[0].named_buffers()) if whole else {}
-            for name, buffer in model.named_buffers():
-                if whole:
-                    buffer.copy_(buffers[name])
-                on_device = buffer.to(ranks.device())
-                dist.broadcast(on_device, src=0)
-                buffer.copy_(on_device)
+        # zero.Init has rounded what the constructor computed: rotary frequencies, scales.
+        right = ranks.on_rank0(lambda: {name: tensor.detach() for name, tensor in constants(whole[0]).items()})
+        for name, tensor in constants(model).items():
+            tensor.data = right[name].to(tensor.device)
     if "activation_checkpointing" in ds_config:
         if not (isinstance(model, PreTrainedModel) and model.supports_gradient_checkpointing):
             raise UserError(f"activation_checkpointing is in the DeepSpeed JSON, but {type(model).__name__} has none; leave the section out")
@@ -277,10 +274,25 @@ def load_model(build: Callable[[], torch.nn.Module], ds_config: dict[str, Any], 
     return model
 
 
+def constants(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of a model that are no parameters: buffers, and plain attributes of its modules."""
+    attributes = {
+        f"{name}.{key}": value
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter)
+    }
+    return dict(model.named_buffers()) | attributes
+
+
+def _names(model: torch.nn.Module) -> set[str]:
+    return {*dict(model.named_parameters()), *constants(model)}
+
+
 def _check_names(loaded: set[str], built: set[str]) -> None:
     if loaded != built:
         raise UserError(
-            f"stage 3 cannot train this model: made from its config it has other parameters than loaded ({', '.join(sorted(loaded ^ built)[:3])}); "
+            f"stage 3 cannot train this model: made from its config it has other parameters or buffers than loaded ({', '.join(sorted(loaded ^ built)[:3])}); "
             "its config may say that embeddings are tied and its weights not: mend that, or take stage 0, 1 or 2"
         )
 

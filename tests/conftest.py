@@ -1,11 +1,17 @@
 """What the tests share: the recipes found in the tree, and real launches."""
 
+import importlib
 import json
+import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +20,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # these tests run on the CPU, with or without a GPU
 os.environ["HF_HUB_OFFLINE"] = "1"  # and need no network
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes what it runs in the background, and all that this starts, ignore Ctrl-C
@@ -58,11 +64,64 @@ def execute(command: list[Any], cwd: Path = ROOT, timeout: float = 600, **enviro
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-def deepspeed(world_size: int, script: str | Path, *arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return execute([SCRIPTS / "deepspeed", "--quiet", "--num_accelerators", world_size, "--master_port", port, script, *arguments], **options)
+        return int(free.getsockname()[1])
+
+
+# Ranks are forked from one process that has imported what takes seconds. DeepSpeed's launcher, which starts each of them anew, is tested by
+# test_launch.py, test_compare.py and by hand.
+RANKS = multiprocessing.get_context("forkserver")
+RANKS.set_forkserver_preload(["deepspeed", "transformers", "datasets", "sklearn", "deepspeed.runtime.zero.stage3", "contract_worker"])
+
+
+def _rank(worker: str, arguments: tuple[str, ...], log: Path, environment: dict[str, str]) -> None:
+    """One rank: `main(*arguments)` of the module `worker`, which prints to the file `log`."""
+    os.environ.update(environment)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = os.fdopen(os.dup(1), "w", buffering=1), os.fdopen(os.dup(2), "w", buffering=1)  # a run sends fd 1 and 2 to its own log
+    from lib import config
+
+    try:
+        importlib.import_module(worker).main(*arguments)
+    except BaseException:
+        traceback.print_exc()
+        config.leave(1)
+    config.leave(0)
+
+
+def run_ranks(world_size: int, worker: str, *arguments: Any, timeout: float = 600) -> None:
+    """Run `main(*arguments)` of a module of tests/ on so many ranks, one thread each. Fails the test where a rank fails, with what it printed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
+        patch.setenv("OMP_NUM_THREADS", "1")  # the ranks share the cores; and a process can be forked only before OpenMP has started threads
+        multiprocessing.forkserver.ensure_running()
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder) / str(rank) for rank in range(world_size)]
+        together = {"WORLD_SIZE": str(world_size), "LOCAL_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        processes = [
+            RANKS.Process(target=_rank, args=(worker, tuple(map(str, arguments)), log, together | {"RANK": str(rank), "LOCAL_RANK": str(rank)}))
+            for rank, log in enumerate(logs)
+        ]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + timeout
+        while any(process.exitcode is None for process in processes):
+            failed = any(process.exitcode for process in processes)
+            if failed or time.monotonic() > deadline:
+                for process in processes:
+                    process.join(5 if failed else 0)  # the others notice it, and say what they see
+                    process.kill()
+            multiprocessing.connection.wait([process.sentinel for process in processes if process.exitcode is None], timeout=1)
+        problems = [f"rank {rank}: {log.read_text()[-4000:]}" for rank, (process, log) in enumerate(zip(processes, logs, strict=True)) if process.exitcode]
+        assert not problems, "\n".join(problems)
+
+
+def deepspeed(world_size: int, script: str | Path, *arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+    return execute([SCRIPTS / "deepspeed", "--quiet", "--num_accelerators", world_size, "--master_port", free_port(), script, *arguments], **options)
 
 
 def launch(*arguments: Any, cwd: Path = ROOT, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -3,22 +3,18 @@
 import functools
 import itertools
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
 import deepspeed
+import torch
 from contract_worker import small_encoder
 from datasets import Dataset
 from transformers import BertConfig, BertModel, set_seed
 
-from lib import config, ranks
+from lib import ranks
+from lib.config import ROOT
 from lib.model import load_model, make_adamw, train_tokenizer
 from lib.sequence_to_sequence import SPECIAL_TOKENS, build_model, collator, generate_texts
 
@@ -35,7 +31,8 @@ def small_decoder(folder: Path, tokens: int) -> Path:
     return folder
 
 
-def main(file: Path, configs: list[str]) -> None:
+def main(where: str, *configs: str) -> None:
+    file = Path(where)
     ranks.init(timeout_minutes=3)
     tokenizer = train_tokenizer(["a few words, and more of them"] * 9, 280, SPECIAL_TOKENS, "$A </s>")
     random = torch.Generator().manual_seed(0)
@@ -76,9 +73,3 @@ def main(file: Path, configs: list[str]) -> None:
         engine.destroy()
     if ranks.rank() == 0:
         file.write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
-    main(Path(arguments[0]), arguments[1:])
-    config.leave(0)

@@ -7,20 +7,16 @@ import contextlib
 import functools
 import importlib
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 import deepspeed
 
 from lib import config
-from lib.config import Stopped
+from lib.config import ROOT, Stopped
 from lib.ds_config import load_ds_config
 from lib.measure import Meter
 from lib.results import INSPECTED
@@ -52,7 +48,8 @@ def initialize_slowly(*arguments: Any, **options: Any) -> Any:
     return everything
 
 
-def main(folder: Path, cases: list[str]) -> None:
+def main(where: str, *cases: str) -> None:
+    folder = Path(where)
     world_size, batches = int(os.environ["WORLD_SIZE"]), causal_lm.training_batches
     for case in cases:
         name, json_path, settings = case.split(":")
@@ -71,9 +68,3 @@ def main(folder: Path, cases: list[str]) -> None:
         with contextlib.suppress(Stopped):
             causal_lm.main(cfg, ds_config)
         runs[0].close()
-
-
-if __name__ == "__main__":
-    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
-    main(Path(arguments[0]), arguments[1:])
-    config.leave(0)

@@ -10,25 +10,19 @@ import functools
 import importlib
 import json
 import math
-import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 import torch.nn.functional as F
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-import deepspeed
 from transformers import LlamaConfig, LlamaForCausalLM, get_scheduler
 
 from lib import checkpoint_files, ranks
 from lib import config as settings
 from lib.checkpoints import Checkpoints
-from lib.config import UserError
+from lib.config import ROOT, UserError
 from lib.ds_config import load_ds_config
 from lib.model import load_model, make_adamw, true_stage0, veto_if_not_finite
 from lib.run import Run
@@ -125,7 +119,8 @@ def poison(config: str, folder: Path, precision: str) -> dict[str, Any]:
     return {"error": error, "evidence": evidence, "skipping": skipping}
 
 
-def main(what: str, folder: Path, precision: str, configs: list[str]) -> None:
+def main(what: str, where: str, precision: str, *configs: str) -> None:
+    folder = Path(where)
     ranks.init(timeout_minutes=2)
     world_size = ranks.world_size()
     result: dict[str, Any] = {}
@@ -147,10 +142,3 @@ def main(what: str, folder: Path, precision: str, configs: list[str]) -> None:
                 result[f"{source.name} {config}"] = train(config, target, precision, resume=True)
     if ranks.rank() == 0:
         (folder / f"{what}-{world_size}.json").write_text(json.dumps(result))
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
-    main(arguments[0], Path(arguments[1]), arguments[2], arguments[3:])
-    settings.leave(0)

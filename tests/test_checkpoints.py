@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import CONFIGS, MEASURED, ROOT, deepspeed, launch
+from conftest import CONFIGS, MEASURED, ROOT, launch, run_ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -31,8 +31,7 @@ HALF, LAST = checkpoint_files.folder_of(4), checkpoint_files.folder_of(8)
 
 
 def worker(what: str, world_size: int, folder: Path, precision: str, configs: list[str]) -> Any:
-    done = deepspeed(world_size, "tests/resume_worker.py", what, folder, precision, *configs, OMP_NUM_THREADS="1")
-    assert done.returncode == 0, f"{done.stdout[-1000:]}\n{done.stderr[-4000:]}"
+    run_ranks(world_size, "resume_worker", what, folder, precision, *configs)
     return json.loads((folder / f"{what}-{world_size}.json").read_text())
 
 
@@ -263,15 +262,14 @@ def test_a_run_in_use_is_not_touched(run_folder: Path) -> None:
 def test_another_model_or_other_data_is_refused_and_nothing_is_changed(run_folder: Path, changes: dict[str, int], words: str) -> None:
     before = {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file() and path.name not in (".lock", "log.txt")}
     changed = ",".join(f"{name}={value}" for name, value in changes.items())
-    done = deepspeed(2, "tests/resume_worker.py", "resume", run_folder, "fp32", "zero2", changed, OMP_NUM_THREADS="1")
-    assert done.returncode != 0 and words in (run_folder / "log.txt").read_text()
+    with pytest.raises(AssertionError, match=re.escape(words)):
+        run_ranks(2, "resume_worker", "resume", run_folder, "fp32", "zero2", changed)
     assert {path: path.read_bytes() for path in before} == before
 
 
 @pytest.mark.slow
 def test_a_longer_run_goes_on_with_the_rates_of_its_own_schedule(run_folder: Path) -> None:
-    done = deepspeed(2, "tests/resume_worker.py", "resume", run_folder, "fp32", "zero2", "max_steps=16", OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
+    run_ranks(2, "resume_worker", "resume", run_folder, "fp32", "zero2", "max_steps=16")
     entries = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     expected = [0.5e-2 * (1 + math.cos(math.pi * (step - 2) / 14)) for step in range(9, 17)]  # after each step; cosine, 2 steps of warm-up
     assert [entry["learning_rate"] for entry in entries[8:]] == pytest.approx(expected)

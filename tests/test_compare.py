@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CONFIGS, ROOT, SCRIPTS, deepspeed, execute
+import torch
+from conftest import CONFIGS, ROOT, SCRIPTS, execute, run_ranks
 from measure_worker import SLOW, WIDE
 
 from lib import compare, theory
 from lib.config import UserError
 from lib.findings import plain, sentences
-from lib.results import collect, written
+from lib.measure import Meter
+from lib.results import INSPECTED, collect, written
 
 # Theory
 
@@ -111,8 +113,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 arguments.append(f"{name}:{path}:{WIDE},tie_embeddings={tied},batch_size={BATCH},precision={precision}")
         if ranks == 1:
             arguments.append(arguments[0].replace("zero0_", "slow_", 1))
-        done = deepspeed(ranks, "tests/measure_worker.py", folder, *arguments, OMP_NUM_THREADS="1")
-        assert done.returncode == 0, f"{done.stdout[-1000:]}\n{done.stderr[-4000:]}"
+        run_ranks(ranks, "measure_worker", folder, *arguments)
     return folder
 
 
@@ -150,6 +151,18 @@ def test_time_and_operations_are_counted(measured: Path) -> None:
     matrices = fast["facts"]["parameters"] - 300 * width - (2 * layers + 1) * width
     assert fast["forward_flops"] == 2 * tokens * (matrices + layers * 2 * length * width)
     assert fast["peak_host_bytes"] > 100e6
+
+
+def test_a_pass_that_is_done_again_counts_once(tmp_path: Path) -> None:
+    """As semantic_search does under accumulation: all vectors first without gradients, then each micro-batch again with them."""
+    meter, layer, rows = Meter(tmp_path, INSPECTED + 2, goes_on=False), torch.nn.Linear(3, 5), torch.ones(7, 3)
+    meter.step = INSPECTED
+    forward = meter.forward(layer, layer.forward)
+    with torch.no_grad():
+        forward(rows)
+    assert meter.flops == 0
+    forward(rows)
+    assert meter.flops == 2 * 7 * 3 * 5
 
 
 # The command

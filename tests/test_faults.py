@@ -17,7 +17,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
-from conftest import RECIPES, ROOT, deepspeed
+from conftest import RECIPES, ROOT, run_ranks
 
 from lib import checkpoint_files, config
 from lib.config import UserError
@@ -208,8 +208,7 @@ def test_faulty_data(tmp_path: Path, seed: int) -> None:
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the checkpoints of steps 4 and 8 of a run of 2 ranks."""
     folder = tmp_path_factory.mktemp("written")
-    done = deepspeed(2, "tests/resume_worker.py", "write", folder, "fp32", "zero2", OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
+    run_ranks(2, "resume_worker", "write", folder, "fp32", "zero2")
     return folder / "zero2-2" / "checkpoints"
 
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import CONFIGS, deepspeed
+from conftest import CONFIGS, run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -13,8 +13,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, list[
     """Number of ranks -> "<model> <config> <beams> <length penalty> <no repeat>" -> a text for each row."""
     folder = tmp_path_factory.mktemp("generation")
     for world_size in (1, 2):
-        done = deepspeed(world_size, "tests/generation_worker.py", folder / f"{world_size}.json", *CONFIGS, timeout=300, OMP_NUM_THREADS="1")
-        assert done.returncode == 0, done.stderr[-3000:]
+        run_ranks(world_size, "generation_worker", folder / f"{world_size}.json", *CONFIGS)
     return {world_size: json.loads((folder / f"{world_size}.json").read_text()) for world_size in (1, 2)}
 
 

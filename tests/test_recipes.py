@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, MEASURED, RECIPES, ROOT, deepspeed, execute, read_losses
+from conftest import CONFIGS, MEASURED, RECIPES, ROOT, execute, read_losses, run_ranks
 from contract_worker import tensors_of
 from safetensors.torch import load_file
 
@@ -40,8 +40,7 @@ def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     cases = [cases_of(recipe, folder) for recipe in recipes]
     for world_size in (2, 1, 4):  # the last two go on from checkpoints of the first
         chosen = [case for of_recipe in cases for case in of_recipe[world_size]]
-        done = deepspeed(world_size, "tests/contract_worker.py", folder, *chosen, timeout=300 + 30 * len(chosen), OMP_NUM_THREADS="1")
-        assert done.returncode == 0, f"{done.stdout[-1000:]}\n{done.stderr[-4000:]}"
+        run_ranks(world_size, "contract_worker", folder, *chosen, timeout=300 + 30 * len(chosen))
     return folder
 
 
