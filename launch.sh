@@ -14,7 +14,7 @@ usage() {
 ./launch.sh <recipe> [options] [recipe settings]   train
 ./launch.sh <recipe> --help                        the recipe's settings
 ./launch.sh compare <recipe> [--help]              run it at several ZeRO stages, and report memory, speed, traffic and losses
-./launch.sh test [--quick] [pytest arguments]      linter, type checker, tests (--quick: those of under a minute)
+./launch.sh test [--quick|--all] [pytest arguments]   linter, type checker, tests (--quick: those without training; --all: every case of each)
 ./launch.sh search <run> "words" [--top N]         search the documents that a run of semantic_search has indexed
 ./launch.sh results [--help]                       run every recipe at its defaults, and make the README's table of scores
 ./launch.sh torture <recipe> [--help]              kill it, stop it, fill its disk, resume everything from everything (an hour)
@@ -101,10 +101,10 @@ devices() {
 
 run_tests() {
   cd "$root"
-  if [ "${1:-}" = --quick ]; then
-    shift
-    set -- -m "not slow" "$@"
-  fi
+  case "${1:-}" in
+    --quick) shift; set -- -m "not slow" "$@" ;;
+    --all) shift; export TEST_ALL=yes ;;
+  esac
   "$bin/ruff" check .
   "$bin/ruff" format --check .
   "$bin/mypy"
@@ -116,7 +116,7 @@ main() {
   case "${1:-}" in
     --help | -h | "") usage; exit 0 ;;
     test) shift; environment; run_tests "$@"; exit 0 ;;
-    torture) shift; environment; exec "$python" "$root/tests/torture.py" "$@" ;;
+    torture) shift; environment; exec "$python" "$root/tests/by_hand/torture.py" "$@" ;;
     search) shift; environment; exec "$python" "$root/lib/search.py" "$@" ;;
     results) shift; environment; exec "$python" "$root/lib/scoreboard.py" "$@" ;;
     compare)

@@ -25,10 +25,21 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # these tests run on the CPU, wi
 os.environ["HF_HUB_OFFLINE"] = "1"  # and need no network
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes what it runs in the background, and all that this starts, ignore Ctrl-C
 
+ALL = "TEST_ALL" in os.environ  # ./launch.sh test --all
 CONFIGS = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]  # that every recipe has
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
 SCRIPTS = Path(sys.executable).parent
 MEASURED: list[str] = []  # figures that tests found, shown at the end
+
+
+BUDGETS = {"test_recipes.py": 330, "test_launch.py": 170, "test_compare.py": 120, "test_exports.py": 90, "test_checkpoints.py": 60}  # seconds on 2 quiet cores
+BUDGET = 30  # of the other files
+SECONDS: dict[str, float] = {}  # of each file
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    file = Path(report.location[0]).name
+    SECONDS[file] = SECONDS.get(file, 0) + report.duration
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -36,6 +47,10 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.section("measured: largest relative difference of a loss over 20 steps")
         for line in MEASURED:
             terminalreporter.line(line)
+    terminalreporter.section("seconds of each file")
+    for file, seconds in sorted(SECONDS.items(), key=lambda found: -found[1]):
+        over = "" if ALL or seconds <= BUDGETS.get(file, BUDGET) else f"  WARNING: above its budget of {BUDGETS.get(file, BUDGET)} s"
+        terminalreporter.line(f"{seconds:7.1f}  {file}{over}")
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +108,11 @@ def _rank(worker: str, arguments: tuple[str, ...], log: Path, environment: dict[
     config.leave(0)
 
 
-def run_ranks(world_size: int, worker: str, *arguments: Any, timeout: float = 600) -> None:
-    """Run `main(*arguments)` of a module of tests/ on so many ranks, one thread each. Fails the test where a rank fails, with what it printed."""
+def run_ranks(world_size: int, worker: str, *arguments: Any, timeout: float = 600) -> str:
+    """Run `main(*arguments)` of a module of tests/ on so many ranks, one thread each. Returns what rank 0 printed.
+
+    An AssertionError with what they printed where a rank fails.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
         patch.setenv("OMP_NUM_THREADS", "1")  # the ranks share the cores; and a process can be forked only before OpenMP has started threads
@@ -118,6 +136,7 @@ def run_ranks(world_size: int, worker: str, *arguments: Any, timeout: float = 60
             multiprocessing.connection.wait([process.sentinel for process in processes if process.exitcode is None], timeout=1)
         problems = [f"rank {rank}: {log.read_text()[-4000:]}" for rank, (process, log) in enumerate(zip(processes, logs, strict=True)) if process.exitcode]
         assert not problems, "\n".join(problems)
+        return logs[0].read_text()
 
 
 def deepspeed(world_size: int, script: str | Path, *arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -3,7 +3,7 @@
 A case is RECIPE:NAME:JSON:setting=value,... or, to go on from the checkpoint that another case wrote after 10 of its steps,
 RECIPE:NAME:JSON:setting=value,...:RUN. It leaves its run in folder/RECIPE/NAME-WORLD_SIZE, the scores that main() returned in scores.json, and
 in probe.pt the last training inputs of the engine and what it answers to them after training. A recipe that starts from MiniLM starts from a smaller encoder here,
-and the case `learn` has a few rows of the recipe's sample instead of all.
+and trains on some rows of its sample, the case `learn` on a few.
 """
 
 import dataclasses
@@ -13,24 +13,19 @@ import itertools
 import json
 import os
 import shutil
-import sys
-import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
 import deepspeed
 import plain_torch
 import pytest
+import torch
 from transformers import AutoTokenizer, BertConfig, BertModel, set_seed
 
 from lib import config, ranks
 from lib.checkpoint_files import folder_of
+from lib.config import ROOT
 from lib.ds_config import load_ds_config
 from lib.model import model_folder
 from lib.samples import SAMPLES, SPLITS, load_sample
@@ -51,18 +46,34 @@ def small_encoder(folder: Path) -> Path:
     return folder
 
 
-def few_rows(folder: Path, sample: str) -> Path:
-    """8 short rows of a built-in sample (addresses are cut), the same in all splits: the test scores show whether they were learned by heart."""
+def small_data(folder: Path, sample: str, max_rows: int, learn: bool) -> Path:
+    """Rows of a built-in sample as files: those that --quick trains on, and few others, for a case is not to spend its time on scoring them.
+
+    learn: 8 short rows, the same in all splits: the test scores show whether they were learned by heart. Addresses are cut.
+    """
+
+    def cut(row: dict[str, Any]) -> dict[str, Any]:
+        return {**row, "text": row["text"][:300]} if sample == "sotu" else row
+
+    def is_short(row: dict[str, Any]) -> bool:
+        return max(len(value) for value in row.values() if isinstance(value, str)) <= 300
+
     if not folder.exists():
         folder.mkdir(parents=True)
-        rows = ({**row, "text": row["text"][:300]} if sample == "sotu" else row for row in load_sample(sample)["train"].shuffle(seed=0))
-        short = list(itertools.islice((row for row in rows if max(len(value) for value in row.values() if isinstance(value, str)) <= 300), 8))
-        for split in SPLITS:
-            (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in short))
+        mixed = {split: rows.shuffle(seed=0) for split, rows in load_sample(sample).items()}
+        if learn:
+            rows = list(itertools.islice(filter(is_short, map(cut, mixed["train"])), 8))
+            splits = dict.fromkeys(SPLITS, rows)
+        else:  # odd numbers of rows, so that fillers are needed
+            few = {split: [cut(row) for row in mixed[split].select(range(count))] for split, count in {"validation": 3, "test": 13}.items()}
+            splits = {"train": list(mixed["train"].select(range(max_rows))), **few}
+        for split, part in splits.items():
+            (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     return folder
 
 
-def main(folder: Path, cases: list[str]) -> None:
+def main(where: str, *cases: str) -> None:
+    folder = Path(where)
     ranks.init(timeout_minutes=10)
     for case in cases:
         recipe_name, name, json_path, settings, *source = case.split(":")
@@ -75,8 +86,10 @@ def main(folder: Path, cases: list[str]) -> None:
         for setting in ("model", "decoder"):
             if getattr(cfg, setting, None) == "minilm":
                 setattr(cfg, setting, str(ranks.on_rank0(lambda: small_encoder(folder / "inputs" / "encoder"))))
-        if name == "learn" and cfg.dataset in SAMPLES:
-            cfg.dataset, cfg.max_rows = str(ranks.on_rank0(functools.partial(few_rows, folder / "inputs" / cfg.dataset, cfg.dataset))), None
+        if cfg.dataset in SAMPLES and recipe_name != "word_embeddings":  # whose scores need many words
+            learn = name == "learn"
+            folder_of_rows = folder / "inputs" / f"{cfg.dataset}{'-learn' if learn else ''}"
+            cfg.dataset, cfg.max_rows = str(ranks.on_rank0(functools.partial(small_data, folder_of_rows, cfg.dataset, cfg.max_rows, learn))), None
         ds_config = load_ds_config(Path(json_path), cfg, int(os.environ["WORLD_SIZE"]))
         real_initialize = plain_torch.initialize if name.startswith("plain") else deepspeed.initialize
         inputs: dict[str, Any] = {}
@@ -106,14 +119,3 @@ def main(folder: Path, cases: list[str]) -> None:
             scores = recipe.main(cfg, ds_config)
         if ranks.rank() == 0:
             (run_dir / "scores.json").write_text(json.dumps({"scores": scores, "settings": dataclasses.asdict(cfg)}))
-
-
-if __name__ == "__main__":
-    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
-    stderr = os.fdopen(os.dup(2), "w")  # a run sends what is written to fd 2 to its log
-    try:
-        main(Path(arguments[0]), arguments[1:])
-    except BaseException:
-        traceback.print_exc(file=stderr)
-        raise
-    config.leave(0)

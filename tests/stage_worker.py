@@ -4,6 +4,7 @@ Models whose constructors compute constants: rotary frequencies, by torch.arange
 their attention sharp, so that a rounded angle shows. What each model is and says is left in <model>-<config>.pt, and its export in <model>-<config>.
 """
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,10 @@ def main(where: str, *configs: str) -> None:
         for config in configs:
             ds_config = json.loads((ROOT / "ds_configs" / "causal_lm" / f"{config}.json").read_text())
             ds_config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "bf16": {"enabled": True}}
-            model = load_model(lambda name=name: build(name), ds_config, seed=0)
+            model = load_model(functools.partial(build, name), ds_config, seed=0)
             engine, *_ = deepspeed.initialize(model=model, optimizer=make_adamw(model, ds_config, 1e-5, 0.0), config=ds_config)
             true_stage0(engine)
-            constants = {key: tensor.clone() for key, tensor in constants(engine.module).items()}
+            before = {key: tensor.clone() for key, tensor in constants(engine.module).items()}
             loss = token_losses(engine(input_ids=ids[:, :-1]).logits.float(), ids[:, 1:]).mean()
             engine.backward(loss)
             engine.step()
@@ -50,7 +51,7 @@ def main(where: str, *configs: str) -> None:
             with torch.no_grad():
                 logits = engine(input_ids=ids[:, :-1]).logits
             if ranks.rank() == 0:
-                found = {"constants": constants, "loss": loss.item(), "norm": float(engine.get_global_grad_norm()), "logits": logits}
+                found = {"constants": before, "loss": loss.item(), "norm": float(engine.get_global_grad_norm()), "logits": logits}
                 exported = AutoModelForCausalLM.from_pretrained(folder / f"{name}-{config}", dtype=torch.bfloat16).eval()
                 with torch.no_grad():
                     found["exported"] = exported(input_ids=ids[:, :-1]).logits

@@ -10,7 +10,7 @@ import pytrec_eval
 import sacrebleu
 import torch
 import torch.nn.functional as F
-from conftest import deepspeed, launch
+from conftest import launch, run_ranks
 from contract_worker import small_encoder
 from gensim.models import KeyedVectors
 from gensim.test.utils import datapath
@@ -39,8 +39,7 @@ LENGTHS = ("--max_source_length", "32", "--max_target_length", "24", "--beams", 
 def train(recipe: str, folder: Path, *settings: str) -> tuple[Path, dict[str, float]]:
     """(exported folder, test scores) of a short run at stage 3 on 2 ranks."""
     run = folder / "run"
-    done = deepspeed(2, f"recipes/{recipe}.py", "--deepspeed_config", f"ds_configs/{recipe}/zero3.json", "--quick", "--run_dir", run, *settings)
-    assert done.returncode == 0, done.stderr
+    run_ranks(2, "recipe_worker", recipe, "--deepspeed_config", f"ds_configs/{recipe}/zero3.json", "--quick", "--run_dir", run, *settings)
     return run / "model", next(iter(json.loads((run / "result.json").read_text())["scores"].values()))
 
 

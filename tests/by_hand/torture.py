@@ -23,13 +23,13 @@ from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # launch.sh takes the environment that runs this
 
-from conftest import CONFIGS, deepspeed
+from conftest import CONFIGS, run_ranks
 
 from lib.checkpoint_files import folder_of, list_complete
 
@@ -157,8 +157,7 @@ def resumes(recipe: str, folder: Path) -> None:
         return f"{recipe}:{name}:{path}:precision=fp32,batch_size=8,save_every=10,keep_checkpoints=9,{','.join(settings)}"
 
     def launch(world_size: int, cases: list[str]) -> None:
-        done = deepspeed(world_size, "tests/contract_worker.py", folder, *cases, OMP_NUM_THREADS="1", timeout=7200)
-        assert done.returncode == 0, f"{done.stdout[-1000:]}\n{done.stderr[-4000:]}"
+        run_ranks(world_size, "contract_worker", folder, *cases, timeout=7200)
 
     for world_size in (1, 2):
         launch(world_size, [case(config, config, "resume=false") for config in CONFIGS])

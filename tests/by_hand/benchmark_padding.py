@@ -1,8 +1,8 @@
 """Useful (not padded) tokens a second beside the HF Trainer, on the same rows, model and DeepSpeed config. Run by hand:
 
-    python tests/benchmark_padding.py text_classification
-    python tests/benchmark_padding.py causal_lm, or translation, question_answering
-    python tests/benchmark_padding.py causal_lm --max_length 128
+    python tests/by_hand/benchmark_padding.py text_classification
+    python tests/by_hand/benchmark_padding.py causal_lm, or translation, question_answering
+    python tests/by_hand/benchmark_padding.py causal_lm --max_length 128
 
 Fresh processes in turn, each with 2 ranks at ZeRO-2: the recipe, the Trainer as it is by default (random order, each batch padded to its
 longest row), and the Trainer with its batches grouped by length. The language model's rows are lines of the sample, of which about half of
@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -205,7 +205,7 @@ def main() -> None:
         ours = sum(entry["tokens"] for entry in entries) / sum(entry["step_seconds"] for entry in entries)
         print(f"series {series + 1}: recipe {ours:,.0f} useful tokens/s", flush=True)
         for order, name in TRAINER_MODES.items():
-            launch("tests/benchmark_padding.py", options.recipe, "--trainer_in", folder, "--steps", options.steps, "--order", order, *length)
+            launch("tests/by_hand/benchmark_padding.py", options.recipe, "--trainer_in", folder, "--steps", options.steps, "--order", order, *length)
             trainer = json.loads((folder / "ds" / "hf.json").read_text())
             ratios[order].append(ours / trainer["tokens_per_second"])
             print(

@@ -1,6 +1,6 @@
 """Saving and loading a checkpoint beside DeepSpeed's own, on the same engine. Run by hand:
 
-    deepspeed --num_accelerators 2 tests/benchmark_checkpoint.py --stage 2 --millions 100 --series 5
+    deepspeed --num_accelerators 2 tests/by_hand/benchmark_checkpoint.py --stage 2 --millions 100 --series 5
 
 One launch, one engine, one model (a Llama of about so many million parameters, fp32). After one step, series of four ways take turns:
 lib/checkpoint_files.py, with checksums, until training goes on, and until its flush is done too; DeepSpeed's save_checkpoint, which does
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import deepspeed

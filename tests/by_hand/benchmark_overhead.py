@@ -1,6 +1,6 @@
 """What a recipe's step costs beyond a bare DeepSpeed loop, on fixed-length data. Run by hand:
 
-    deepspeed --num_accelerators 2 tests/benchmark_overhead.py --series 5 --steps 20
+    deepspeed --num_accelerators 2 tests/by_hand/benchmark_overhead.py --series 5 --steps 20
 
 One launch, one engine, one model: series of steps of causal_lm's loop (run.steps, training_batches, label counts, log_step, end_step) and of a loop of
 engine(...), backward and step on ready tensors take turns, so that a machine's drift meets both. Prints the medians and peak memory.
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import deepspeed
