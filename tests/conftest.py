@@ -152,3 +152,19 @@ def read_losses(run: Path) -> list[float]:
     """The losses in a run's metrics.jsonl, one an optimizer step."""
     entries = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [entry["loss"] for entry in entries if "loss" in entry]
+
+
+@pytest.fixture(scope="session")
+def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with <recipe>/<case>-<ranks>, a run for each case of test_recipes.py of all recipes whose tests were chosen."""
+    from test_recipes import cases_of
+
+    folder = tmp_path_factory.mktemp("contract")
+    parameters = [item.callspec.params for item in request.session.items if isinstance(item, pytest.Function) and hasattr(item, "callspec")]
+    recipes = sorted({str(of_test[name]) for of_test in parameters for name in ("runs", "learned") if name in of_test})
+    cases = [cases_of(recipe, folder) for recipe in recipes]
+    for world_size in (2, 1, 4):  # the last two go on from checkpoints of the first
+        chosen = [case for of_recipe in cases for case in of_recipe[world_size]]
+        if chosen:
+            run_ranks(world_size, "contract_worker", folder, *chosen, timeout=300 + 30 * len(chosen))
+    return folder

@@ -10,8 +10,7 @@ import pytrec_eval
 import sacrebleu
 import torch
 import torch.nn.functional as F
-from conftest import launch, run_ranks
-from contract_worker import small_encoder
+from conftest import launch
 from gensim.models import KeyedVectors
 from gensim.test.utils import datapath
 from rouge_score.rouge_scorer import RougeScorer
@@ -28,32 +27,33 @@ from transformers import (
     pipeline,
 )  # fmt: skip
 
+from lib.config import UserError
 from lib.evaluation import question_answering_scores
-from lib.samples import load_sample
+from lib.search import search
 
 pytestmark = pytest.mark.slow
 
-LENGTHS = ("--max_source_length", "32", "--max_target_length", "24", "--beams", "2", "--length_penalty", "1.5")  # and what the tests below generate with
+Learned = tuple[Path, dict[str, float], list[dict[str, Any]]]
 
 
-def train(recipe: str, folder: Path, *settings: str) -> tuple[Path, dict[str, float]]:
-    """(exported folder, test scores) of a short run at stage 3 on 2 ranks."""
-    run = folder / "run"
-    run_ranks(2, "recipe_worker", recipe, "--deepspeed_config", f"ds_configs/{recipe}/zero3.json", "--quick", "--run_dir", run, *settings)
-    return run / "model", next(iter(json.loads((run / "result.json").read_text())["scores"].values()))
+@pytest.fixture
+def learned(request: pytest.FixtureRequest, launched: Path) -> Learned:
+    """(exported folder, test scores, test rows) of the recipe's run that has learned a few rows by heart."""
+    run = launched / request.param / "learn-2"
+    found = json.loads((run / "scores.json").read_text())
+    test = Path(found["settings"]["dataset"]) / "test.jsonl"
+    rows = [json.loads(line) for line in test.read_text().splitlines()] if test.is_file() else []
+    return run / "model", next(iter(found["scores"].values())), rows
 
 
-def rows_of_test(sample: str, count: int) -> Any:
-    """The test rows that a run with so many max_rows has."""
-    return load_sample(sample)["test"].shuffle(seed=0).select(range(count))
+def of(recipe: str) -> pytest.MarkDecorator:
+    """The test gets `learned` of this recipe."""
+    return pytest.mark.parametrize("learned", [recipe], indirect=True)
 
 
-def test_classification_scores_are_those_of_the_exported_model(tmp_path: Path) -> None:
-    rows = load_sample("docstrings")
-    for split, size in {"train": 200, "validation": 20, "test": 77}.items():  # 77: odd, and no multiple of anything here
-        rows[split].shuffle(seed=1).select(range(size)).to_json(tmp_path / f"{split}.jsonl")
-    model_folder, scores = train("text_classification", tmp_path, "--dataset", str(tmp_path), "--max_rows", "null", "--max_steps", "40")
-    test = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]
+@of("text_classification")
+def test_classification_scores_are_those_of_the_exported_model(learned: Learned) -> None:
+    model_folder, scores, test = learned
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
     predictions = []
     for row in test:
@@ -66,10 +66,11 @@ def test_classification_scores_are_those_of_the_exported_model(tmp_path: Path) -
     assert pipeline("text-classification", str(model_folder))("Sort a tensor.")[0]["label"] in set(model.config.label2id)
 
 
-def test_perplexity_is_that_of_the_exported_model(tmp_path: Path) -> None:
-    model_folder, scores = train("causal_lm", tmp_path)
+@of("causal_lm")
+def test_perplexity_is_that_of_the_exported_model(learned: Learned) -> None:
+    model_folder, scores, test = learned
     model, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
-    texts = rows_of_test("sotu", 3)["text"]
+    texts = [row["text"] for row in test]
     tokens = [token for text in texts for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
     assert tokenizer.decode(tokens, skip_special_tokens=True) == "".join(texts)  # nothing is lost in the BPE
     length, loss_sum = 64, 0.0
@@ -81,13 +82,11 @@ def test_perplexity_is_that_of_the_exported_model(tmp_path: Path) -> None:
     assert scores["bits_per_byte"] == pytest.approx(loss_sum / math.log(2) / len("".join(texts).encode()), rel=1e-4)
 
 
-def test_masked_scores_are_those_of_the_exported_model(tmp_path: Path) -> None:
-    texts = {split: [text[:400] for text in load_sample("sotu")[split]["text"][:7]] for split in ("train", "validation", "test")}
-    for split, part in texts.items():
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
-    model_folder, scores = train("masked_lm", tmp_path, "--dataset", str(tmp_path), "--max_rows", "null", "--scored_tokens", "9999")  # all there are
+@of("masked_lm")
+def test_masked_scores_are_those_of_the_exported_model(learned: Learned) -> None:
+    model_folder, scores, test = learned
     model, tokenizer = AutoModelForMaskedLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
-    tokens = [token for text in texts["test"] for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    tokens = [token for row in test for token in tokenizer(row["text"], add_special_tokens=False)["input_ids"]]
     nats, right, inside = [], [], 64 - 2
     for start in range(0, len(tokens), inside):
         block = torch.tensor([[tokenizer.cls_token_id, *tokens[start : start + inside], tokenizer.sep_token_id]])
@@ -103,51 +102,42 @@ def test_masked_scores_are_those_of_the_exported_model(tmp_path: Path) -> None:
     assert len(pipeline("fill-mask", str(model_folder))("The state of the<mask>.")) == 5
 
 
-@pytest.mark.parametrize("encoder", ["from scratch", "pre-trained"])
-def test_translations_are_those_of_the_exported_model(tmp_path: Path, encoder: str) -> None:
-    model = "null" if encoder == "from scratch" else str(small_encoder(tmp_path / "encoder"))
-    model_folder, scores = train("translation", tmp_path, "--model", model, "--max_steps", "200", "--max_rows", "21", "--label_smoothing", "0", *LENGTHS)
-    translator, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
-    target_tokenizer = AutoTokenizer.from_pretrained(model_folder / "target_tokenizer")
-    rows = rows_of_test("messages_fr", 21)
-    texts = []
-    for source in rows["source"]:
-        tokens = translator.generate(**tokenizer(source, truncation=True, max_length=32, return_tensors="pt"), num_beams=2, length_penalty=1.5)
-        texts.append(target_tokenizer.decode(tokens[0], skip_special_tokens=True).strip())
+@of("translation")
+def test_translations_are_those_of_the_exported_model(learned: Learned) -> None:
+    model_folder, scores, test = learned
+    texts = generated(model_folder, [row["source"] for row in test])
     assert len(set(texts)) > 3
-    assert scores["bleu"] == pytest.approx(sacrebleu.corpus_bleu(texts, [rows["target"]]).score)
-    assert scores["chrf"] == pytest.approx(sacrebleu.corpus_chrf(texts, [rows["target"]]).score)
+    assert scores["bleu"] == pytest.approx(sacrebleu.corpus_bleu(texts, [[row["target"] for row in test]]).score)
+    assert scores["chrf"] == pytest.approx(sacrebleu.corpus_chrf(texts, [[row["target"] for row in test]]).score)
 
 
-@pytest.mark.parametrize("decoder", ["new", "pre-trained"])
-def test_summaries_are_those_of_the_exported_model(tmp_path: Path, decoder: str) -> None:
-    warm = [] if decoder == "new" else ["--decoder", str(small_encoder(tmp_path / "bert"))]
-    model_folder, scores = train("summarization", tmp_path, *warm, "--max_steps", "100", "--max_rows", "21", "--no_repeat_ngram", "3", *LENGTHS)
-    writer, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
-    target_tokenizer = AutoTokenizer.from_pretrained(model_folder / "target_tokenizer")
-    rows, scorer, found = rows_of_test("docstring_pairs", 21), RougeScorer(["rouge1", "rougeL"], use_stemmer=True), []
-    texts: list[str] = []
-    for body, summary in zip(rows["body"], rows["summary"], strict=True):
-        text = tokenizer(body, truncation=True, max_length=32, return_tensors="pt")
-        tokens = writer.generate(**text, num_beams=2, length_penalty=1.5, no_repeat_ngram_size=3)
-        texts.append(target_tokenizer.decode(tokens[0], skip_special_tokens=True))
-        found.append(scorer.score(summary, texts[-1]))
+@of("summarization")
+def test_summaries_are_those_of_the_exported_model(learned: Learned) -> None:
+    model_folder, scores, test = learned
+    texts = generated(model_folder, [row["body"] for row in test])
+    scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+    found = [scorer.score(row["summary"], text) for row, text in zip(test, texts, strict=True)]
     assert len(set(texts)) > 3
     for name in ("rouge1", "rougeL"):
         assert scores[name] == pytest.approx(100 * sum(score[name].fmeasure for score in found) / len(found))
 
 
-def test_answers_are_those_of_the_exported_model(tmp_path: Path) -> None:
-    sample = load_sample("docstring_questions").filter(lambda row: len(row["context"].split()) < 100)
-    for split in ("train", "validation", "test"):  # the same rows, so that some answers are given
-        sample["test"].select(range(31)).to_json(tmp_path / f"{split}.jsonl")
-    settings = ["--dataset", tmp_path, "--max_rows", "null", "--max_length", "512", "--stride", "128", "--model", small_encoder(tmp_path / "encoder")]
-    model_folder, scores = train("question_answering", tmp_path, *map(str, settings), "--max_steps", "60", "--learning_rate", "5e-3")
+def generated(folder: Path, sources: list[str]) -> list[str]:
+    """What an exported encoder-decoder makes of texts, one at a time, by the search of --quick."""
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    target_tokenizer = AutoTokenizer.from_pretrained(folder / "target_tokenizer")
+    tokens = [model.generate(**tokenizer(source, truncation=True, max_length=128, return_tensors="pt"), num_beams=2)[0] for source in sources]
+    return [target_tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in tokens]
+
+
+@of("question_answering")
+def test_answers_are_those_of_the_exported_model(learned: Learned) -> None:
+    model_folder, scores, test = learned
     model, tokenizer = AutoModelForQuestionAnswering.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
-    rows, answers = sample["test"].select(range(31)), []
-    for question, context in zip(rows["question"], rows["context"], strict=True):
-        encoded = tokenizer(question, context, return_offsets_mapping=True, return_tensors="pt")
-        assert encoded["input_ids"].shape[1] <= 512  # one window
+    answers = []
+    for row in test:
+        encoded = tokenizer(row["question"], row["context"], return_offsets_mapping=True, return_tensors="pt")
+        assert encoded["input_ids"].shape[1] <= 192  # one window
         characters = encoded.pop("offset_mapping")[0].tolist()
         with torch.no_grad():
             output = model(**encoded)
@@ -155,32 +145,35 @@ def test_answers_are_those_of_the_exported_model(tmp_path: Path) -> None:
         context_tokens = [place for place, part in enumerate(encoded.sequence_ids()) if part == 1]
         spans = {(start, end): starts[start] + ends[end] for start in context_tokens for end in context_tokens if start <= end < start + 48}
         (start, end), best = max(spans.items(), key=lambda span: span[1])
-        answers.append(context[characters[start][0] : characters[end][1]] if best > starts[0] + ends[0] else "")
+        answers.append(row["context"][characters[start][0] : characters[end][1]] if best > starts[0] + ends[0] else "")
     assert any(answers) and not all(answers)
-    assert scores == pytest.approx(question_answering_scores(answers, [found["text"] for found in rows["answers"]]))
+    assert scores == pytest.approx(question_answering_scores(answers, [row["answers"]["text"] for row in test]))
 
 
-def test_a_sentence_transformer_finds_what_the_run_found(tmp_path: Path) -> None:
-    model_folder, scores = train("semantic_search", tmp_path)
-    rows, model = rows_of_test("docstring_pairs", 101), SentenceTransformer(str(model_folder), device="cpu")
-    queries, documents = model.encode(rows["summary"]), model.encode(rows["body"])
+@of("semantic_search")
+def test_a_sentence_transformer_finds_what_the_run_found(learned: Learned) -> None:
+    model_folder, scores, test = learned
+    model = SentenceTransformer(str(model_folder), device="cpu")
+    queries, documents = model.encode([row["summary"] for row in test]), model.encode([row["body"] for row in test])
     run = {str(q): {str(d): float(cosine) for d, cosine in enumerate(row)} for q, row in enumerate(queries @ documents.T)}
-    relevant = {str(q): {str(q): 1} for q in range(len(rows))}
+    relevant = {str(q): {str(q): 1} for q in range(len(test))}
     judged = pytrec_eval.RelevanceEvaluator(relevant, {"ndcg_cut.10", "recall.1,10,100"}).evaluate(run)
     for name, of_trec in (("ndcg_at_10", "ndcg_cut_10"), ("recall_at_1", "recall_1"), ("recall_at_10", "recall_10"), ("recall_at_100", "recall_100")):
-        assert scores[name] == pytest.approx(sum(query[of_trec] for query in judged.values()) / len(rows), abs=1e-6)
+        assert scores[name] == pytest.approx(sum(query[of_trec] for query in judged.values()) / len(test), abs=1e-6)
     index = model_folder.parent / "index"
     in_index = load_file(index / "vectors.safetensors")["vectors"]
     torch.testing.assert_close(torch.tensor(model.encode(json.loads((index / "documents.json").read_text()))), in_index, rtol=0, atol=1e-5)
-    found = launch("search", model_folder.parent, rows["summary"][7], "--top", "3").stdout.splitlines()
+    found = launch("search", model_folder.parent, test[7]["summary"], "--top", "3").stdout.splitlines()
     assert len(found) == 3
-    assert "--top is 0" in launch("search", model_folder.parent, "words", "--top", "0").stderr
-    best = rows["body"][int((queries[7] @ documents.T).argmax())]
+    best = test[int((queries[7] @ documents.T).argmax())]["body"]
     assert " ".join(best.split())[:200] in found[0]
+    with pytest.raises(UserError, match="has no index"):
+        search(model_folder, "words", 3, trust_remote_code=False)
 
 
-def test_gensim_loads_the_word_vectors(tmp_path: Path) -> None:
-    model_folder, scores = train("word_embeddings", tmp_path)
+@of("word_embeddings")
+def test_gensim_loads_the_word_vectors(learned: Learned) -> None:
+    model_folder, scores, _ = learned
     vectors = KeyedVectors.load_word2vec_format(str(model_folder / "vectors.txt"))
     _, spearman, unknown = vectors.evaluate_word_pairs(datapath("wordsim353.tsv"))
     assert scores["wordsim353"] == pytest.approx(spearman.statistic, abs=1e-6)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import ALL, CONFIGS, MEASURED, RECIPES, ROOT, execute, read_losses, run_ranks
+from conftest import ALL, CONFIGS, MEASURED, RECIPES, ROOT, execute, read_losses
 from contract_worker import tensors_of
 from safetensors.torch import load_file
 
@@ -32,20 +32,6 @@ WHOLE_MATRIX = ["recurrent_lm", "text_classification"]
 BY_HEART = {"accuracy": 1, "exact_match": 100, "bleu": 100, "rouge1": 100, "ndcg_at_10": 1}  # scores of a few rows that were learned by heart
 SAVING = "save_every=10,keep_checkpoints=9"
 FP32, BF16 = f"precision=fp32,batch_size={BATCH}", f"precision=bf16,batch_size={BATCH}"
-
-
-@pytest.fixture(scope="session")
-def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with <recipe>/<case>-<ranks>, a run for each case of all recipes whose tests were chosen."""
-    folder = tmp_path_factory.mktemp("contract")
-    recipes = sorted({str(item.callspec.params["runs"]) for item in request.session.items if isinstance(item, pytest.Function) and "runs" in item.fixturenames})
-    cases = [cases_of(recipe, folder) for recipe in recipes]
-    for world_size in (2, 1, 4):  # the last two go on from checkpoints of the first
-        chosen = [case for of_recipe in cases for case in of_recipe[world_size]]
-        if not chosen:
-            continue
-        run_ranks(world_size, "contract_worker", folder, *chosen, timeout=300 + 30 * len(chosen))
-    return folder
 
 
 @pytest.fixture(params=RECIPES)
@@ -75,8 +61,12 @@ def cases_of(recipe: str, folder: Path) -> dict[int, list[str]]:
     fp32 = {config: case(f"{config}_fp32", config, FP32) + (f",{SAVING}" if config in ("zero2", "zero3") else "") for config in configs_of(recipe)}
     bf16 = [case(f"{config}_bf16", config, BF16) for config in configs_of_bf16(recipe)]
     plain = case("plain", "zero0", FP32, BATCH)
-    whole_texts = [setting for setting in ("max_source_length=128", "max_target_length=128", "label_smoothing=0") if setting.split("=")[0] in known]
-    learn = case("learn", "zero2", ",".join(["lr_schedule=constant,max_steps=150", *whole_texts]), 4)
+    # Whole texts, and all tokens scored, so that the scores can be computed once more from the export (test_exports.py).
+    whole = {"max_source_length": 128, "max_target_length": 128, "label_smoothing": 0, "scored_tokens": 9999} | (
+        {"max_length": 192} if "stride" in known else {}
+    )
+    settings_of_learn = [f"{setting}={value}" for setting, value in whole.items() if setting in known]
+    learn = case("learn", "zero2", ",".join(["lr_schedule=constant,max_steps=150", *settings_of_learn]), 4)
     other = case("other", "zero2", f"{other_settings(recipe)},{SAVING}")
     variants = [case(name, "zero3", f"{FP32},{setting}") for name, (needs, setting) in VARIANTS.items() if needs in known]
     plain_variants = [case(f"plain_{name}", "zero0", f"{FP32},{setting}", BATCH) for name, (needs, setting) in VARIANTS.items() if needs in known]

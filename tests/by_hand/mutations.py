@@ -29,15 +29,135 @@ class Mutation(NamedTuple):
     tests: str  # pytest's arguments
 
 
-CONTRACT = "tests/test_recipes.py -k"
+# The name, the file, the text that stands once in it, what takes its place, and pytest's arguments for the tests that guard it.
 MUTATIONS = [
     Mutation(
         "drop the all-reduce of the label count",
-        "recipes/causal_lm.py",
-        'labels = ranks.all_sum(torch.stack([(batch["labels"] != IGNORED).sum() for batch in micro_batches]).sum())',
-        'labels = torch.stack([(batch["labels"] != IGNORED).sum() for batch in micro_batches]).sum()',
-        f"{CONTRACT} 'causal_lm and plain'",
+        "recipes/recurrent_lm.py",
+        "labels = ranks.all_sum(torch.stack(",
+        "labels = (lambda count: count)(torch.stack(",
+        "tests/test_recipes.py -k 'recurrent_lm and trains_as_plain'",
     ),
+    Mutation(
+        "forget the factor that undoes DeepSpeed's division by the accumulation steps (Adam hides it: only the norms show)",
+        "recipes/recurrent_lm.py",
+        "engine.backward(veto_if_not_finite(loss) * accumulation_steps * ranks.world_size())",
+        "engine.backward(veto_if_not_finite(loss) * ranks.world_size())",
+        "tests/test_recipes.py -k 'recurrent_lm and gradient_norms'",
+    ),
+    Mutation(
+        "shift the labels: each token is to predict itself",
+        "lib/data.py",
+        "labels[row, : len(part) - 1] = part[1:]",
+        "labels[row, : len(part) - 1] = part[:-1]",
+        "tests/test_data.py",
+    ),
+    Mutation(
+        "let a rank take neighbouring rows, by which other rows meet in a step",
+        "lib/data.py",
+        "own = np.arange(batch_size).reshape(-1, micro_batch_size)[ranks.rank() :: ranks.world_size()]",
+        "own = (np.arange(batch_size).reshape(-1, micro_batch_size) + ranks.rank())[ranks.rank() :: ranks.world_size()] % batch_size",
+        "tests/test_recipes.py -k 'recurrent_lm and trains_as_plain'",
+    ),
+    Mutation(
+        "count the fillers of an evaluation as rows",
+        "lib/ranks.py",
+        "real = row >= 0",
+        "real = row >= -1",
+        "tests/test_recipes.py -k 'recurrent_lm and scores_do_not'",
+    ),
+    Mutation(
+        "swap forward and reverse order of the ranks' rows",
+        "lib/ranks.py",
+        "return torch.cat(parts)",
+        "return torch.cat(parts[::-1])",
+        "tests/test_recipes.py -k 'semantic_search and trains_as_plain'",
+    ),
+    Mutation(
+        "save on rank 0 alone",
+        "lib/checkpoint_files.py",
+        "    owned = owned_pieces(engine)\n    tensors =",
+        "    owned = owned_pieces(engine) if ranks.rank() == 0 else []\n    tensors =",
+        "tests/test_checkpoints.py -k 'resumes_every_other'",
+    ),
+    Mutation(
+        "round the buffers of stage 3 to the training's precision",
+        "lib/model.py",
+        "tensor.data = right[name].to(tensor.device)",
+        "tensor.copy_(right[name])",
+        "tests/test_stages.py",
+    ),
+    Mutation(
+        "take stage 0 as DeepSpeed has it",
+        "lib/model.py",
+        "    if engine.zero_optimization():\n        return\n    optimizer = engine.optimizer",
+        "    return\n    optimizer = engine.optimizer",
+        "tests/test_recipes.py -k 'recurrent_lm and bf16'",
+    ),
+    Mutation(
+        "let a loss that is infinite change the weights",
+        "lib/model.py",
+        "return loss * torch.where(loss.isfinite(), 1.0, torch.nan)",
+        "return loss",
+        "tests/test_checkpoints.py -k 'infinite_loss'",
+    ),
+    Mutation(
+        "export what a rank holds and not what all hold",
+        "lib/model.py",
+        "deepspeed.zero.GatheredParameters(parameters[name]) if partitioned and name in parameters",
+        "deepspeed.zero.GatheredParameters(parameters[name]) if partitioned and name in parameters and parameters[name].dim() < 2",
+        "tests/test_recipes.py -k 'recurrent_lm and export'",
+    ),
+    Mutation(
+        "decay biases and norms too",
+        "lib/model.py",
+        '"weight_decay": 0.0 if is_vector else weight_decay',
+        '"weight_decay": weight_decay',
+        "tests/test_model.py -k 'decay or norms or pre_trained'",
+    ),
+    Mutation(
+        "believe a checkpoint without its checksums",
+        "lib/checkpoint_files.py",
+        'if _checksum_of_file(file) != facts["xxh3_128"]:',
+        "if False:",
+        "tests/test_faults.py -k faulty_checkpoints",
+    ),
+    Mutation(
+        "start the learning-rate schedule anew after a resume",
+        "lib/checkpoints.py",
+        'schedule.load_state_dict(manifest["schedule"])',
+        "pass",
+        "tests/test_recipes.py -k 'recurrent_lm and interrupted'",
+    ),
+    Mutation(
+        "resume with Adam's states left at zero",
+        "lib/checkpoint_files.py",
+        'for kind in [WEIGHT, *manifest["kinds"]]:\n                    source',
+        "for kind in [WEIGHT]:\n                    source",
+        "tests/test_recipes.py -k 'recurrent_lm and interrupted'",
+    ),
+    Mutation(
+        "draw dropout by what ran before",
+        "lib/run.py",
+        "set_seed(int(np.random.SeedSequence((self.cfg.seed, step, ranks.rank())).generate_state(1)[0]))",
+        "pass",
+        "tests/test_recipes.py -k 'text_classification and interrupted'",
+    ),
+    Mutation(
+        "export the last weights where the best were asked for",
+        "recipes/causal_lm.py",
+        "    checkpoints.take_best()\n",
+        "",
+        "tests/test_checkpoints.py -k the_best_is_exported",
+    ),
+    Mutation(
+        "let an unknown key of the DeepSpeed JSON pass",
+        "lib/ds_config.py",
+        "        if key not in known:",
+        "        if False:",
+        "tests/test_settings.py -k a_mistake_in_the_json",
+    ),
+    # LATER
 ]
 
 
