@@ -20,7 +20,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "by_hand")]
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # these tests run on the CPU, with or without a GPU
 os.environ["HF_HUB_OFFLINE"] = "1"  # and need no network
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes what it runs in the background, and all that this starts, ignore Ctrl-C

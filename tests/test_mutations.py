@@ -1,8 +1,8 @@
 """The mutations of tests/by_hand/mutations.py can still be made, and CONTRIBUTING.md lists them."""
 
 import pytest
-from by_hand.mutations import MUTATIONS, Mutation
 from conftest import ROOT
+from mutations import MUTATIONS, Mutation
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.what)

@@ -68,11 +68,11 @@ def cases_of(recipe: str, folder: Path) -> dict[int, list[str]]:
     settings_of_learn = [f"{setting}={value}" for setting, value in whole.items() if setting in known]
     learn = case("learn", "zero2", ",".join(["lr_schedule=constant,max_steps=150", *settings_of_learn]), 4)
     other = case("other", "zero2", f"{other_settings(recipe)},{SAVING}")
-    variants = [case(name, "zero3", f"{FP32},{setting}") for name, (needs, setting) in VARIANTS.items() if needs in known]
-    plain_variants = [case(f"plain_{name}", "zero0", f"{FP32},{setting}", BATCH) for name, (needs, setting) in VARIANTS.items() if needs in known]
+    variants = [case(name, "zero3", f"{FP32},{VARIANTS[name][1]}") for name in variants_of(recipe)]
+    plain_variants = [case(f"plain_{name}", "zero0", f"{FP32},{VARIANTS[name][1]}", BATCH) for name in variants_of(recipe)]
     settings_of = {"zero2_fp32-2": FP32, "zero3_fp32-2": FP32, "other-2": other_settings(recipe)}
     go_on: dict[int, list[str]] = {1: [], 2: [], 4: []}
-    for name in [*RESUMED_ALIKE, *resumed_elsewhere(recipe)]:
+    for name in [*resumed_alike(recipe), *resumed_elsewhere(recipe)]:
         source, target = name.split("_to_")
         config, world_size = target.split("-")
         go_on[int(world_size)].append(resumed(source, config, settings_of[source]))
@@ -81,6 +81,12 @@ def cases_of(recipe: str, folder: Path) -> dict[int, list[str]]:
         config, world_size = name.split("_fp32-")
         cases[int(world_size)].append(fp32[config])
     return {world_size: [*cases[world_size], *go_on[world_size]] for world_size in cases}
+
+
+def variants_of(recipe: str) -> list[str]:
+    if recipe == "summarization" and not ALL:  # which has its model from where translation has it
+        return []
+    return [name for name, (needs, _) in VARIANTS.items() if needs in kinds_of_settings(recipe)]
 
 
 def is_whole(recipe: str) -> bool:
@@ -92,7 +98,7 @@ def configs_of(recipe: str) -> list[str]:
 
 
 def configs_of_bf16(recipe: str) -> list[str]:
-    return CONFIGS[:4] if is_whole(recipe) else ["zero0", "zero2"]
+    return CONFIGS[:4] if is_whole(recipe) else ["zero2"]
 
 
 def on_other_ranks(recipe: str) -> list[str]:
@@ -100,7 +106,8 @@ def on_other_ranks(recipe: str) -> list[str]:
     return [f"{config}_fp32-{world_size}" for config in ("zero0", "zero2", "zero3") for world_size in (1, 4)] if is_whole(recipe) else []
 
 
-RESUMED_ALIKE = ["zero3_fp32-2_to_zero3-2", "other-2_to_zero2-2"]
+def resumed_alike(recipe: str) -> list[str]:
+    return ["other-2_to_zero2-2", *(["zero3_fp32-2_to_zero3-2"] if is_whole(recipe) else [])]
 
 
 def resumed_elsewhere(recipe: str) -> list[str]:
@@ -133,9 +140,8 @@ def test_every_stage_trains_as_plain_torch_does(runs: tuple[str, Path]) -> None:
 
 
 def test_every_variant_trains_as_plain_torch_does(runs: tuple[str, Path]) -> None:
-    for name, (needs, _) in VARIANTS.items():
-        if needs in kinds_of_settings(runs[0]):
-            assert difference(runs, f"{name}-2", f"plain_{name}-1") < 1e-5
+    for name in variants_of(runs[0]):
+        assert difference(runs, f"{name}-2", f"plain_{name}-1") < 1e-5
 
 
 def test_any_number_of_ranks_trains_alike(runs: tuple[str, Path]) -> None:
@@ -144,23 +150,26 @@ def test_any_number_of_ranks_trains_alike(runs: tuple[str, Path]) -> None:
 
 
 def test_stages_agree_in_bf16(runs: tuple[str, Path]) -> None:
-    for config in configs_of_bf16(runs[0]):
+    recipe, folder = runs
+    for config in configs_of_bf16(recipe):
         assert difference(runs, f"{config}_bf16-2", "zero2_bf16-2") < 2e-3
+    first, in_fp32 = (read_losses(folder / f"zero2_{precision}-2")[0] for precision in ("bf16", "fp32"))
+    assert first != in_fp32 and first == pytest.approx(in_fp32, rel=0.02)
 
 
-@pytest.mark.parametrize("run", RESUMED_ALIKE)
-def test_interrupted_and_resumed_equals_uninterrupted(runs: tuple[str, Path], run: str) -> None:
+def test_interrupted_and_resumed_equals_uninterrupted(runs: tuple[str, Path]) -> None:
     """Bit for bit: every loss, and the weights in the end."""
-    _, folder = runs
-    whole, cut = folder / run.split("_to_")[0], folder / run
-    assert read_losses(cut) == read_losses(whole) and len(read_losses(whole)) == 20
-    of_steps = [[line for line in (run / "metrics.jsonl").read_text().splitlines() if "step_seconds" in line] for run in (cut, whole)]
-    assert of_steps[0][:10] == of_steps[1][:10] and of_steps[0][10:] != of_steps[1][10:], "it began anew, or did nothing"
-    assert not list((cut / "checkpoints").glob("damaged-*"))
-    files = list((whole / "model").glob("*.safetensors"))
-    assert files
-    for file in files:
-        assert file.read_bytes() == (cut / "model" / file.name).read_bytes()
+    recipe, folder = runs
+    for run in resumed_alike(recipe):
+        whole, cut = folder / run.split("_to_")[0], folder / run
+        assert read_losses(cut) == read_losses(whole) and len(read_losses(whole)) == 20
+        of_steps = [[line for line in (run / "metrics.jsonl").read_text().splitlines() if "step_seconds" in line] for run in (cut, whole)]
+        assert of_steps[0][:10] == of_steps[1][:10] and of_steps[0][10:] != of_steps[1][10:], "it began anew, or did nothing"
+        assert not list((cut / "checkpoints").glob("damaged-*"))
+        files = list((whole / "model").glob("*.safetensors"))
+        assert files
+        for file in files:
+            assert file.read_bytes() == (cut / "model" / file.name).read_bytes()
 
 
 def test_another_stage_and_number_of_ranks_resumes(runs: tuple[str, Path]) -> None:
