@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The one command of this repository: trains a recipe, compares ZeRO stages, or runs the tests. It prints the deepspeed command that it runs.
 set -euo pipefail
+export PYTHONUTF8=1 # where the locale is not UTF-8, files still are, those of the libraries too
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
@@ -147,6 +148,7 @@ main() {
     esac
   done
 
+  ds_config=${ds_config/#\~\//$HOME/} # as the shell would, were it not for --ds_config=~/x.json
   local folder=$root/ds_configs/$recipe
   if [ -n "$stage" ] && [ -n "$ds_config" ]; then
     fail "--stage $stage and --ds_config $ds_config both choose a DeepSpeed config; give one of them"

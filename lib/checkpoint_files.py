@@ -15,16 +15,18 @@ safetensors and JSON hold numbers and text alone: loading runs no code. Why a fo
 import errno
 import functools
 import json
+import math
 import os
 import re
 import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import xxhash
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -56,6 +58,11 @@ class Flush(threading.Thread):
 
     def run(self) -> None:
         self.problem = _problem_of(self._flush)
+
+    def outcome(self) -> str | None:
+        """What went wrong, when it is done."""
+        self.join()
+        return self.problem
 
     def _flush(self) -> None:
         for path in self.paths:
@@ -90,8 +97,7 @@ def write(parent: Path, engine: Any, facts: Manifest) -> str | None:
     written: list[Manifest] = []
     problem = ranks.on_rank0(lambda: _problem_of(begin))
     if problem is None:
-        problem = _problem_of(lambda: written.append(_write_pieces(unfinished, engine, kinds)))
-        problem = ranks.first_problem(problem)
+        problem = ranks.first_problem_of(lambda: _problem_of(lambda: written.append(_write_pieces(unfinished, engine, kinds))))
     files = ranks.gather_on_rank0(written)
 
     def publish() -> None:
@@ -144,13 +150,16 @@ def _checksum_of(manifest: Manifest) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(kept, sort_keys=True).encode())
 
 
-def remove(folder: Path) -> None:
-    """Delete a checkpoint. It loses its name first, so that a half deleted one is never taken for one."""
-    if folder.exists():
-        doomed = folder.with_name(f".deleting-{folder.name}")
+def remove(folder: Path) -> str | None:
+    """Delete a checkpoint. It loses its name first, so that a half deleted one is never taken for one. Returns what kept it from being deleted."""
+    doomed = folder.with_name(f".deleting-{folder.name}")
+
+    def delete() -> None:
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        shutil.rmtree(doomed)
+
+    return _problem_of(delete)
 
 
 def remove_leftovers(parent: Path) -> None:
@@ -162,18 +171,71 @@ def remove_leftovers(parent: Path) -> None:
 # --- finding ------------------------------------------------------------------------------------------------------------
 
 
+class _Facts(BaseModel):
+    """What a manifest of FORMAT must hold, whoever wrote it: no value of it may lead out of its folder, or to a traceback."""
+
+    model_config = ConfigDict(strict=True)
+    recipe: str
+    step: NonNegativeInt
+    samples: NonNegativeInt
+    rows: NonNegativeInt
+    skipped_steps: NonNegativeInt
+    score: float | None
+    seconds: float
+    stage: int
+    world_size: int
+    schedule: dict[str, Any]
+    loss_scale: dict[str, float]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    shapes: dict[str, list[NonNegativeInt]]
+    kinds: list[Annotated[str, Field(pattern=r"^[a-z_0-9]+$")]]
+    scalars: dict[str, float]
+    files: dict[Annotated[str, Field(pattern=r"^rank-[0-9]+-of-[0-9]+\.safetensors$")], "_File"]
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(strict=True)
+    bytes: NonNegativeInt
+    xxh3_128: str
+    pieces: list[Annotated[list[str | NonNegativeInt], Field(min_length=3, max_length=3)]]
+
+
+def _check_facts(manifest: Manifest, folder: Path) -> None:
+    """Raise ValueError where a manifest does not hold what it must, or its pieces leave a part of a parameter out."""
+    try:
+        _Facts.model_validate(manifest)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise ValueError(f"{MANIFEST}: {'.'.join(map(str, problem['loc']))[:80]!r}: {problem['msg'][:80]}") from None
+    if folder_of(manifest["step"]) != folder.name:
+        raise ValueError(f"{MANIFEST} is of step {manifest['step']}")
+    end = dict.fromkeys(manifest["shapes"], 0)  # of what the pieces so far, in order, make up
+    try:
+        for name, start, size in sorted(piece for file in manifest["files"].values() for piece in file["pieces"]):
+            if start > end[name]:
+                raise ValueError
+            end[name] = max(end[name], start + size)
+        whole = all(end[name] == math.prod(shape) for name, shape in manifest["shapes"].items())
+    except (ValueError, TypeError, KeyError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{MANIFEST}: its pieces do not make up its parameters")
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint. Raises ValueError with what is wrong with it, UserError where it is newer than this code."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"it has no {MANIFEST}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{MANIFEST} cannot be read ({type(error).__name__})") from None
-    if not isinstance(manifest, dict) or manifest.get("checksum") != _checksum_of(manifest):
+    if not isinstance(manifest, dict) or manifest.get("checksum") != _checksum_of(manifest) or not isinstance(manifest.get("format"), int):
         raise ValueError(f"{MANIFEST} is damaged: its checksum differs")
     if manifest["format"] > FORMAT:
         raise UserError(f"{shown(folder)} has format {manifest['format']}, but this code reads up to {FORMAT}: resume it with the newer code that wrote it")
+    _check_facts(manifest, folder)
     return manifest
 
 
@@ -191,35 +253,37 @@ def list_complete(parent: Path) -> list[tuple[Path, Manifest]]:
 def find_newest(parent: Path) -> tuple[Path | None, Manifest, list[str]]:
     """(folder, manifest) of the newest checkpoint of which every byte is as it was written, the same on all ranks, and notes.
 
-    The ranks share the reading of its files. Each newer one that is incomplete or damaged is renamed to damaged-..., so that it is
-    not counted among the good ones from then on, and named in a note. Raises UserError where some are there but none is whole.
+    The ranks share the reading of its files. Each newer one that is incomplete or damaged is named in a note; nothing is changed
+    (put_newer_aside). Raises UserError where some are there but none is whole.
     """
     notes: list[str] = []
-    folders = ranks.on_rank0(lambda: sorted(parent.glob("step-*"), reverse=True))
-    for folder in folders:
+    for folder in ranks.on_rank0(lambda: sorted(parent.glob("step-*"), reverse=True)):
         problem, manifest = ranks.on_rank0(functools.partial(_whole_manifest, folder))
         problem = problem or damage(folder, manifest)
         if problem is None:
-            ranks.on_rank0(functools.partial(put_aside, folders[: len(notes)]))
-            return folder, manifest, [f"{note}: passed over, and renamed to damaged-..." for note in notes]
+            return folder, manifest, [f"{note}: passed over, and called damaged-... from here on" for note in notes]
         notes.append(f"{folder.name} is damaged ({problem})")
     if notes:
         raise UserError(f"no checkpoint in {shown(parent)} is whole: {', '.join(notes)}; restore one from a backup, or start anew with another --run_dir")
     return None, {}, []
 
 
-def put_aside(folders: list[Path]) -> None:
-    """Rename checkpoints that are not whole, so that they are no longer counted as such."""
-    for folder in folders:
-        aside = folder.with_name(f"damaged-{folder.name}")
-        shutil.rmtree(aside, ignore_errors=True)  # an earlier one of the same step
-        folder.rename(aside)
+def put_newer_aside(newest: Path) -> None:
+    """Rename what find_newest passed over to damaged-..., so that it is not counted among the good ones from then on."""
+    for folder in newest.parent.glob("step-*"):
+        if folder.name > newest.name:
+            aside = folder.with_name(f"damaged-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)  # an earlier one of the same step
+            try:
+                folder.rename(aside)
+            except OSError as error:
+                raise UserError(f"{shown(folder)} is damaged and cannot be renamed: {error.strerror or error}; move it away") from None
 
 
 def damage(folder: Path, manifest: Manifest) -> str | None:
     """What is wrong with a checkpoint's files, the same on all ranks, or None. The ranks share the reading of them."""
     files = list(manifest["files"].items())[ranks.rank() :: ranks.world_size()]
-    return ranks.first_problem(next((found for name, facts in files if (found := _file_problem(folder / name, facts))), None))
+    return ranks.first_problem_of(lambda: next((found for name, facts in files if (found := _file_problem(folder / name, facts))), None))
 
 
 def _whole_manifest(folder: Path) -> tuple[str | None, Manifest]:
@@ -233,8 +297,6 @@ def _whole_manifest(folder: Path) -> tuple[str | None, Manifest]:
 def _file_problem(file: Path, facts: Manifest) -> str | None:
     """What is wrong with a file of a checkpoint, given what the manifest says of it."""
     try:
-        if not re.fullmatch(r"rank-\d+-of-\d+\.safetensors", file.name):
-            return f"'{file.name}' is no name of a checkpoint's file"
         if not file.is_file():
             return f"{file.name} is missing"
         if file.stat().st_size != facts["bytes"]:
@@ -266,12 +328,15 @@ def read(folder: Path, manifest: Manifest, engine: Any) -> None:
     for file, facts in manifest["files"].items():
         for name, start, size in facts["pieces"]:
             places.setdefault(name, []).append((start, size, file))
-    problem = None
-    try:
-        _read_pieces(folder, manifest, places, engine)
-    except (OSError, SafetensorError) as error:
-        problem = f"{shown(folder)} cannot be read: {' '.join(str(error).split())}"
-    problem = ranks.first_problem(problem)
+
+    def attempt() -> str | None:
+        try:
+            _read_pieces(folder, manifest, places, engine)
+        except (OSError, ValueError, SafetensorError) as error:
+            return f"{shown(folder)} cannot be read: {' '.join(str(error).split())}"
+        return None
+
+    problem = ranks.first_problem_of(attempt)
     if problem is not None:
         raise UserError(problem)
     refresh_model(engine)
@@ -285,18 +350,21 @@ def _read_pieces(folder: Path, manifest: Manifest, places: dict[str, list[tuple[
             opened[file] = safe_open(folder / file, framework="pt")
         return opened[file]
 
+    def copy(target: torch.Tensor, source: torch.Tensor, name: str) -> None:
+        if source.shape != target.shape:  # copy_ would repeat a single number
+            raise ValueError(f"{name} has {list(source.shape)} elements instead of {list(target.shape)}")
+        target.copy_(source)
+
     with torch.no_grad():
         for piece in pieces(engine):
-            left = piece.size
             for start, size, file in places[piece.name]:
                 begin, end = max(start, piece.start), min(start + size, piece.start + piece.size)
                 if begin >= end:
                     continue
                 for kind in [WEIGHT, *manifest["kinds"]]:
-                    source = open_file(file).get_slice(f"{kind}/{piece.name}@{start}")[begin - start : end - start]
-                    piece.view(kind, engine.basic_optimizer)[begin - piece.start : end - piece.start].copy_(source)
-                left -= end - begin
-            assert left == 0, f"{piece.name}: {left} elements are in no file of {folder}"
+                    name = f"{kind}/{piece.name}@{start}"
+                    source = open_file(file).get_slice(name)[begin - start : end - start]
+                    copy(piece.view(kind, engine.basic_optimizer)[begin - piece.start : end - piece.start], source, name)
         first = next(iter(manifest["files"]))  # rank 0's
         for name, buffer in buffers(engine).items():
-            buffer.copy_(open_file(first).get_tensor(f"buffer/{name}"))
+            copy(buffer, open_file(first).get_tensor(f"buffer/{name}"), name)

@@ -23,7 +23,7 @@ from lib.ds_config import offload_device, stage_of
 from lib.run import Run, versions
 from lib.zero_state import loss_scaler, shapes
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SIGUSR1: Slurm's warning, with --signal
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # SIGHUP: the terminal has closed; SIGUSR1: Slurm's warning, with --signal
 TIME_LIMIT = 1000.0  # in the place of a signal's number
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what fp16's loss scaler changes
 
@@ -39,20 +39,23 @@ class Checkpoints:
         self.stop = 0.0  # the number of the signal that came to this rank
         self.step_score: tuple[int, float] = (0, -math.inf)  # (step, score) of the last evaluation
         self.best_score = -math.inf
+        self.undeletable: set[Path] = set()  # old checkpoints, each warned of once
         self.saves = self.cfg.save_every is not None or self.cfg.save_minutes is not None
         if any(offload_device(run.ds_config, what) == "nvme" for what in ("optimizer", "param")):
             raise UserError('checkpoints of states offloaded to NVMe are not supported; offload to "cpu"')
         ranks.on_rank0(self._check_disk)
         for number in SIGNALS:
-            signal.signal(number, self._note_signal)
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores it: the run is to go on without the terminal
+                signal.signal(number, self._note_signal)
 
     def _note_signal(self, number: int, _: Any) -> None:
         self.stop = float(number)
+        ranks.asked_to_stop.set()
 
     def _check_disk(self) -> None:
         checkpoint_files.remove_leftovers(self.folder)
         needed = sum(3 * 4 * math.prod(shape) for shape in shapes(self.engine).values())  # fp32 weights and Adam's two states
-        free = shutil.disk_usage(self.run.folder).free
+        free = shutil.disk_usage(self.run.folder).free + self.run.overwritten_bytes()
         if self.saves and free < needed:
             raise UserError(
                 f"a checkpoint takes about {needed / 1e9:,.2f} GB, but {shown(self.run.folder)} is on a disk with {free / 1e9:,.2f} GB free; "
@@ -60,8 +63,12 @@ class Checkpoints:
             )
 
     def restore(self) -> int:
-        """Go on from the checkpoint that --resume found, if there is one. Returns the number of steps done before."""
+        """Go on from the checkpoint that --resume found, if there is one, else begin anew. Returns the number of steps done before.
+
+        Until here nothing in the run folder has changed that a start which is refused would spoil.
+        """
         if self.run.checkpoint is None:
+            self.run.begin()
             return 0
         folder, manifest = self.run.checkpoint
         if manifest["rows"] != self.run.rows:
@@ -73,7 +80,8 @@ class Checkpoints:
             raise UserError(f"{shown(folder)} is beyond the {self.run.total_steps} steps that this run is to have; give a larger --max_steps or --epochs")
         self._load(folder, manifest)
         self.run.skipped_steps = manifest["skipped_steps"]
-        ranks.on_rank0(self.run.write_facts)
+        ranks.on_rank0(lambda: checkpoint_files.put_newer_aside(folder))
+        self.run.begin()
         best = ranks.on_rank0(self._find_best)
         self.best_score = best[1]["score"] if best else -math.inf
         return int(manifest["samples"]) // int(self.cfg.batch_size)
@@ -87,9 +95,9 @@ class Checkpoints:
         for group, rate in zip(self.engine.basic_optimizer.param_groups, schedule.get_last_lr(), strict=True):
             group["lr"] = rate
         scaler = loss_scaler(self.engine)
-        for name, value in manifest["loss_scale"].items():
-            if hasattr(scaler, name):
-                setattr(scaler, name, value)
+        for name in LOSS_SCALE:
+            if name in manifest["loss_scale"] and hasattr(scaler, name):
+                setattr(scaler, name, manifest["loss_scale"][name])
         self.engine.global_steps = manifest["step"]
         self.engine.global_samples = manifest["samples"]
         self.engine.micro_steps = manifest["step"] * self.engine.gradient_accumulation_steps()
@@ -107,19 +115,20 @@ class Checkpoints:
         """
         if not self.engine.was_step_applied():
             self._not_applied(step, micro_batches)
-        minutes = (time.monotonic() - self.saved_at) / 60
-        due = self.cfg.save_minutes is not None and minutes >= self.cfg.save_minutes and ranks.rank() == 0
-        if self.cfg.time_limit is not None and (time.time() - self.run.started) / 60 >= self.cfg.time_limit:
+        # Rank 0 decides what depends on a clock or a score; a signal may come to any rank.
+        now, decides = time.monotonic(), ranks.rank() == 0
+        if decides and self.cfg.time_limit is not None and (now - self.run.started) / 60 >= self.cfg.time_limit:
             self.stop = self.stop or TIME_LIMIT
+        due = decides and self.cfg.save_minutes is not None and (now - self.saved_at) / 60 >= self.cfg.save_minutes
+        best = decides and self.cfg.keep_best and self.step_score[0] == step and self.step_score[1] > self.best_score
         flushing = self.flush is not None and self.flush.is_alive()
-        stop, due_now, flushing_somewhere = ranks.largest([self.stop, float(due), float(flushing)])
+        stop, due_now, best_now, flushing_somewhere = ranks.largest([self.stop, float(due), float(best), float(flushing)])
         if not flushing_somewhere:
             self.wait_for_flush()
         last = step == self.run.total_steps
-        best = self.cfg.keep_best and self.step_score[0] == step and self.step_score[1] > self.best_score
         by_steps = self.cfg.save_every is not None and step % self.cfg.save_every == 0
         saved = True
-        if due_now or by_steps or best or (stop and not last) or (last and self.saves):
+        if due_now or by_steps or best_now or (stop and not last) or (last and self.saves):
             saved = self.save(step)
         if stop or last:
             self.wait_for_flush()
@@ -133,7 +142,10 @@ class Checkpoints:
     def save(self, step: int) -> bool:
         """Write a checkpoint of the state after `step`. False if it did not succeed."""
         self.wait_for_flush()
-        self.run.flush()
+        with self.run.no_step():
+            return self._save(step)
+
+    def _save(self, step: int) -> bool:
         started = time.monotonic()
         scaler = loss_scaler(self.engine)
         facts = {
@@ -161,27 +173,29 @@ class Checkpoints:
             self.best_score = max(self.best_score, self.step_score[1])
         self.flush = checkpoint_files.Flush(self.folder / checkpoint_files.folder_of(step))
         self.run.say(f"step {step}/{self.run.total_steps}  saved in {self.saved_at - started:.1f} s")
-        self.run.restart_clock()
         return True
 
     def wait_for_flush(self) -> None:
         """Until the newest checkpoint is on the disk; then delete those that are no longer to be kept. Every rank must call it."""
         if self.flush is None:
             return
-        flush, self.flush = self.flush, None
-        flush.join()
-        problem = ranks.first_problem(flush.problem)
-        if problem is None:
-            ranks.on_rank0(self._delete_old)
-        else:  # its checksums will tell whether it is whole; until then nothing older is deleted
-            self.run.say(f"warning: {flush.paths[0].parent.name} may not have reached the disk: {problem}; the older checkpoints stay")
+        with self.run.no_step():
+            flush, self.flush = self.flush, None
+            problem = ranks.first_problem_of(flush.outcome)
+            if problem is None:
+                ranks.on_rank0(self._delete_old)
+            else:  # its checksums will tell whether it is whole; until then nothing older is deleted
+                self.run.say(f"warning: {flush.paths[0].parent.name} may not have reached the disk: {problem}; the older checkpoints stay")
 
     def _delete_old(self) -> None:
         complete = checkpoint_files.list_complete(self.folder)
         best = self._find_best()
         for folder, _ in complete[self.cfg.keep_checkpoints :]:
             if best is None or folder != best[0]:
-                checkpoint_files.remove(folder)
+                problem = checkpoint_files.remove(folder)
+                if problem is not None and folder not in self.undeletable:
+                    self.undeletable.add(folder)
+                    self.run.say(f"warning: {shown(folder)} cannot be deleted: {problem}; training goes on")
 
     def _find_best(self) -> tuple[Path, dict[str, Any]] | None:
         """With keep_best, the checkpoint with the best score, if any has one."""

@@ -39,6 +39,7 @@ from lib import report, results, supervise, theory
 from lib.config import ROOT, Parser, UserError, did_you_mean, shown
 from lib.config import parse as parse_settings
 from lib.ds_config import load_ds_config, read_json
+from lib.paths import from_home, new_folder
 from lib.results import INSPECTED, case_folder, read_outcome
 
 FEWEST_STEPS = INSPECTED + 2
@@ -84,7 +85,7 @@ def config_files(options: argparse.Namespace) -> dict[str, Path]:
     if options.stages and options.ds_configs:
         raise UserError("--stages and --ds_configs both choose the configs; give one of them")
     if options.ds_configs:
-        names = options.ds_configs.split(",")
+        names = [from_home(name) for name in options.ds_configs.split(",")]
         files = [folder / f"{name}.json" if not Path(name).is_file() and "/" not in name and "." not in name else Path(name) for name in names]
     else:
         known = sorted(folder.glob("zero*.json"), key=lambda path: (len(path.stem), path.stem))
@@ -150,11 +151,11 @@ def plan(options: argparse.Namespace, settings: list[str]) -> Path:
         raise UserError(f"--ranks is {options.ranks}, but there are {gpus} GPUs")
     configs = configs_of(options)
     commit, code = code_version(options.recipe, settings)
-    folder = Path(f"runs/compare-{options.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
     try:
-        (folder / "ds_configs").mkdir(parents=True)
+        folder = new_folder(f"runs/compare-{options.recipe}")
+        (folder / "ds_configs").mkdir()
     except OSError as error:
-        raise UserError(f"{shown(folder)} cannot be made: {error.strerror or error}") from None
+        raise UserError(f"{error.filename} cannot be made: {error.strerror or error}") from None
     try:
         files = {}
         for name, config in configs.items():
@@ -375,7 +376,7 @@ def main(arguments: list[str]) -> int:
         return 0
     if options.recipe is None:
         raise UserError("name a recipe, such as: ./launch.sh compare text_classification; or --list, or --help")
-    other = results.collect(Path(options.other)) if options.other else None  # before anything expensive
+    other = results.collect(Path(from_home(options.other))) if options.other else None  # before anything expensive
     if (Path(options.recipe) / "comparison.json").is_file():
         folder = Path(options.recipe)
         given = [name for name in ("stages", "ds_configs", "ranks", "steps", "rounds", "preset", "resume") if getattr(options, name)]

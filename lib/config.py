@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 import typing
@@ -23,6 +24,9 @@ from typing import Any, NoReturn, TypeVar
 
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
+
+from lib.console import Console
+from lib.paths import from_home
 
 ROOT = Path(__file__).resolve().parents[1]
 Seed = typing.Annotated[int, Field(ge=0, lt=2**32)]
@@ -91,9 +95,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def check_value(value: Any, kind: Any, where: str, text: bool) -> Any:
     """`value` as the type `kind`. `text`: it comes from the command line, where everything is text.
 
-    In YAML, types are taken strictly, except that PyYAML reads 3e-4 as text: text that is a number passes for one.
+    In YAML, types are taken strictly, except that PyYAML reads 3e-4 as text: text that is a number passes for one. A leading ~ is the home
+    folder in every plain str, which is what paths are; a prompt and its like are `Text`.
     """
     adapter = TypeAdapter(kind)
+    if isinstance(value, str) and kind in (str, str | None):
+        value = from_home(value)
     try:
         if text:
             if value.lower() in ("null", "none") and type(None) in typing.get_args(kind):
@@ -178,12 +185,12 @@ def parse(config_class: type[C], recipe: str, argv: list[str]) -> tuple[C, Path]
         word = unknown[0].split("=")[0].lstrip("-")
         raise UserError(f"unknown argument '{unknown[0]}'{did_you_mean(word, known).replace(chr(39), chr(39) + '--', 1)}")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    yaml_path = Path(options.config) if options.config else recipe_path.with_suffix(".yaml")
+    yaml_path = Path(from_home(options.config)) if options.config else recipe_path.with_suffix(".yaml")
     cfg = load(config_class, yaml_path, given, options.quick)
     if options.deepspeed_config is None:
         folder = ROOT / "ds_configs" / recipe_path.stem
         raise UserError(f"--deepspeed_config is missing; for example --deepspeed_config {shown(folder / 'zero2.json')}")
-    return cfg, Path(options.deepspeed_config)
+    return cfg, Path(from_home(options.deepspeed_config))
 
 
 def cli(main: Callable[..., Any], config_class: type[Any]) -> None:
@@ -199,21 +206,20 @@ def cli(main: Callable[..., Any], config_class: type[Any]) -> None:
 
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     recipe = sys.modules[main.__module__].__file__ or ""
-    console = os.fdopen(os.dup(2), "w")  # a run sends the process's own output to its log; errors must still be seen
+    console = Console(os.dup(2))  # a run sends the process's own output to its log; errors must still be seen
     try:
         cfg, ds_path = parse(config_class, recipe, sys.argv[1:])
         main(cfg, load_ds_config(ds_path, cfg, world_size))
         torch.distributed.destroy_process_group()
-        atexit._run_exitfuncs()  # where monitors end their uploads
     except Stopped as stopped:
         if rank == 0:
-            print(stopped, file=console, flush=True)
+            print(stopped, file=console)
         leave(stopped.code)
     except UserError as error:
         if rank > 0:  # rank 0, however busy its machine, says it first; then the launcher ends this process
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(20)
-        print(f"error: {f'rank {rank}: ' if rank else ''}{' '.join(str(error).split())}", file=console, flush=True)
+        print(f"error: {f'rank {rank}: ' if rank else ''}{' '.join(str(error).split())}", file=console)
         leave(2)
     except KeyboardInterrupt:  # before training; from then on it saves and stops
         leave(130)
@@ -221,21 +227,27 @@ def cli(main: Callable[..., Any], config_class: type[Any]) -> None:
         lost = ranks.lost_contact(error)
         if lost:
             if rank < 2:  # one of them is not the one that was lost
-                print(f"error: rank {rank} lost contact with another rank ({lost}), which has ended or does not answer", file=console, flush=True)
+                print(f"error: rank {rank} lost contact with another rank ({lost}), which has ended or does not answer", file=console)
         elif any(reason in str(error) for reason in ("No space left on device", "Disk quota exceeded")):
-            print(f"error: rank {rank}: {' '.join(str(error).split())}; make room, then --resume goes on", file=console, flush=True)
+            print(f"error: rank {rank}: {' '.join(str(error).split())}; make room, then --resume goes on", file=console)
         else:
-            print(traceback.format_exc(), file=console, flush=True)
+            print(traceback.format_exc(), file=console)
         leave(1)
     leave(0)
 
 
+EXIT_SECONDS = 120  # that exit functions may take
+
+
 def leave(code: int) -> NoReturn:
-    """End this process now, without the interpreter's own shutdown.
+    """End this process now: run the exit functions, where monitors end their uploads, but not the interpreter's own shutdown.
 
     It waits for process groups that other ranks have left, and aborts (exit code -6) where a thread of gloo drops a tensor meanwhile.
     """
-    with contextlib.suppress(OSError):  # a full disk
+    exit_functions = threading.Thread(target=atexit._run_exitfuncs, daemon=True)  # an upload without a network would keep the process for ever
+    exit_functions.start()
+    exit_functions.join(EXIT_SECONDS)
+    with contextlib.suppress(OSError, ValueError):  # a full disk, a terminal that has closed
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)

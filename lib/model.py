@@ -418,7 +418,8 @@ def export(
     Of a model that is not one of transformers', model.safetensors has the state_dict and config.json its `config`.
     """
     state_dict = full_state_dict(engine)
-    if ranks.rank() == 0:
+
+    def write() -> None:
         if isinstance(engine.module, PreTrainedModel):
             engine.module.save_pretrained(folder, state_dict=state_dict)
         else:
@@ -429,4 +430,5 @@ def export(
             tokenizer.save_pretrained(folder)
         if target_tokenizer is not None:
             target_tokenizer.save_pretrained(folder / "target_tokenizer")
-    dist.barrier()
+
+    ranks.on_rank0(write)

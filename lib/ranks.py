@@ -57,6 +57,10 @@ def set_timeout(minutes: float) -> None:
 _timeout_seconds: list[float] = []  # the last one is in force
 
 
+asked_to_stop = threading.Event()  # a signal came to this rank, which will save and stop
+GRACE_SECONDS = 5  # in which a signal that came to the launcher too is noticed here
+
+
 def _leave_with_the_launcher() -> None:
     """End this process soon after a process that launched it: a launcher that is killed ends none of its ranks itself."""
 
@@ -73,6 +77,8 @@ def _leave_with_the_launcher() -> None:
             launchers.append(psutil.Process(int(supervisor)))
         while all(map(_is_alive, launchers)):
             time.sleep(1)
+    if asked_to_stop.wait(GRACE_SECONDS):  # with its launcher, by Ctrl-C or a terminal that closes: what it saves now is worth waiting for
+        time.sleep(_timeout_seconds[-1])
     os._exit(1)
 
 
@@ -117,38 +123,52 @@ def largest(values: list[float]) -> list[float]:
     return tensor.tolist()
 
 
-def on_rank0(do: Callable[[], T]) -> T:
-    """Rank 0 does it, all ranks get what it returned (pickled). A UserError there is raised on every rank.
+def together(do: Callable[[], T]) -> T:
+    """What `do` returns on this rank, once every rank is done with its own. Every rank must call it.
 
-    It may take longer than the timeout: rank 0 tells the others from time to time that it is still at it.
+    It may take longer than the timeout: ranks tell each other from time to time that they are still at it.
     """
-    if rank() == 0:
-        done = threading.Event()
+    if world_size() == 1:
+        return do()
+    done = threading.Event()
+    lost: list[RuntimeError] = []
 
-        def say_busy() -> None:
-            while not done.wait(_timeout_seconds[-1] / 4):
-                dist.broadcast_object_list([True, None, None], src=0, group=_cpu_group())
-
-        beat = threading.Thread(target=say_busy, daemon=True)
-        if world_size() > 1:
-            beat.start()
-        outcome: list[Any] = [False, None, None]  # still busy, result, what was wrong
+    def tell_the_others() -> None:
+        busy = True
         try:
-            outcome[1] = do()
+            while busy:
+                done.wait(_timeout_seconds[-1] / 4)
+                busy = largest([float(not done.is_set())])[0] > 0  # the same on all ranks, so that all of them end here together
+        except RuntimeError as error:  # a rank has ended
+            lost.append(error)
+
+    heartbeat = threading.Thread(target=tell_the_others, daemon=True)
+    heartbeat.start()
+    try:
+        result = do()
+    finally:
+        done.set()
+    heartbeat.join()
+    if lost:
+        raise lost[0]
+    return result
+
+
+def on_rank0(do: Callable[[], T]) -> T:
+    """Rank 0 does it, however long it takes, and all ranks get what it returned (pickled). A UserError there is raised on every rank."""
+    outcome: list[Any] = [None, None]  # result, what was wrong
+
+    def attempt() -> None:
+        try:
+            outcome[0] = do()
         except UserError as error:
-            outcome[2] = str(error)
-        finally:
-            done.set()
-            if world_size() > 1:
-                beat.join()
-        dist.broadcast_object_list(outcome, src=0, group=_cpu_group())
-    else:
-        outcome = [True, None, None]
-        while outcome[0]:
-            dist.broadcast_object_list(outcome, src=0, group=_cpu_group())
-    if outcome[2] is not None:
-        raise UserError(outcome[2])
-    return outcome[1]
+            outcome[1] = str(error)
+
+    together(attempt if rank() == 0 else lambda: None)
+    dist.broadcast_object_list(outcome, src=0, group=_cpu_group())
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
 
 
 def first_problem(problem: str | None) -> str | None:
@@ -156,6 +176,11 @@ def first_problem(problem: str | None) -> str | None:
     problems: list[str | None] = [None] * world_size()
     dist.all_gather_object(problems, problem, group=_cpu_group())
     return next((f"rank {at}: {found}" for at, found in enumerate(problems) if found is not None), None)
+
+
+def first_problem_of(do: Callable[[], str | None]) -> str | None:
+    """As first_problem, of what `do` returns on each rank, however long it takes."""
+    return first_problem(together(do))
 
 
 def gather_on_rank0(value: T) -> list[T]:
@@ -166,16 +191,18 @@ def gather_on_rank0(value: T) -> list[T]:
 
 
 def rank0_first(do: Callable[[], T]) -> T:
-    """Rank 0 does it and fills the caches, then the others do it from them. A UserError there is raised on every rank."""
+    """Rank 0 does it and fills the caches, then the others do it from them, however long both take. A UserError is raised on every rank."""
     kept: list[T] = []
     on_rank0(lambda: kept.append(do()))
-    problem = None
-    if not kept:
+
+    def attempt() -> str | None:
         try:
             kept.append(do())
         except UserError as error:  # on another machine, say, where a file is missing
-            problem = str(error)
-    problem = first_problem(problem)
+            return str(error)
+        return None
+
+    problem = first_problem_of(lambda: None if kept else attempt())
     if problem is not None:
         raise UserError(problem)
     return kept[0]

@@ -4,6 +4,7 @@ A run folder holds config.yaml, ds_config.json, versions.json, log.txt (everythi
 monitor events if asked for, the exported model, and last result.json, which says that the run ended well and with what scores.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import fcntl
@@ -12,7 +13,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import psutil
 import torch
 import yaml
 from deepspeed.accelerator import get_accelerator
@@ -30,7 +31,9 @@ from transformers.utils import logging as transformers_logging
 
 from lib import checkpoint_files, ranks
 from lib.config import Minutes, Stopped, UserError, did_you_mean, shown
+from lib.console import Console
 from lib.ds_config import offload_device, stage_of
+from lib.paths import from_home, new_folder
 
 PLAIN_LINES = 10  # progress lines of a whole run where the output is no terminal
 VERSIONS_OF = ("deepspeed", "torch", "transformers", "datasets", "tokenizers", "accelerate", "numpy")
@@ -42,7 +45,7 @@ class RunSettings:
 
     run_dir: str | None  # where the run is written; null: runs/<recipe>-<config>-<time>
     resume: bool  # whether to go on with the run in run_dir, from its newest checkpoint
-    overwrite: bool  # whether a run that is there already is deleted
+    overwrite: bool  # whether a run that is there already is deleted, once this one begins to train
     monitor: Literal["tensorboard", "wandb"] | None  # DeepSpeed's monitor to log to; metrics.jsonl is always written
     eval_every: PositiveInt | None  # steps between scores on the validation rows; null: none
     log_every: PositiveInt  # steps between writes to metrics.jsonl, which has every step
@@ -60,6 +63,7 @@ MAY_CHANGE = {field.name for field in dataclasses.fields(RunSettings)} | {"max_s
 
 # What a start that failed before training leaves in the run folder: nothing that the next start would miss.
 UNTRAINED = {"config.yaml", "ds_config.json", "versions.json", "log.txt"}
+IN_USE = ".in-use"  # in the run folder, where the file system has no locks
 
 
 def versions() -> dict[str, str]:
@@ -72,35 +76,51 @@ class Run:
 
     def __init__(self, cfg: Any, ds_config: dict[str, Any], recipe: str):
         self.cfg, self.ds_config, self.recipe = cfg, ds_config, Path(recipe).stem
-        self.started = time.time()
+        self.started = time.monotonic()
         self._lock: Any = None
-        folder, token, finished = ranks.on_rank0(self._open_folder)
+        self._old: list[Path] = []  # what this run overwrites, once it begins: the contents of each folder before the folder; on rank 0
+        folder, token, finished, overwrites, facts = ranks.on_rank0(lambda: (*self._open_folder(), bool(self._old), self._facts()))
         self.folder = Path(folder)
         if finished:
-            if self._lock is not None:
-                self._lock.close()
+            self._unlock()
             raise Stopped(finished, 0)
-        seen = (self.folder / ".lock").read_text(encoding="utf-8") if (self.folder / ".lock").is_file() else ""
-        if ranks.first_problem(None if seen == token else "other"):
-            raise UserError(f"not every rank sees the same run_dir {shown(self.folder)}: it must be on a disk that all machines share")
+        self._check_ranks_agree(token, facts)
         self.notes: list[str] = []
         self.checkpoint = self._find_checkpoint() if cfg.resume else None  # what --resume goes on from
         self.seconds_before = self.checkpoint[1]["seconds"] if self.checkpoint else 0.0
-        if self.checkpoint is None:  # else when it is restored: a resume that is refused changes nothing
-            ranks.on_rank0(self.write_facts)
-        self._send_chatter_to_log()
+        if self.checkpoint is None and not overwrites:  # else when it begins: a start that is refused before changes nothing
+            ranks.on_rank0(self._write_facts)
+        self._send_chatter_to_log(".log.txt" if overwrites else "log.txt")
         for section in ("tensorboard", "csv_monitor"):
             if ds_config.get(section, {}).get("enabled"):
                 ds_config[section] = {"output_path": str(self.folder), "job_name": section, **ds_config[section]}
+                ds_config[section]["output_path"] = from_home(ds_config[section]["output_path"])
         os.environ.setdefault("WANDB_DIR", str(self.folder))
         self.total_steps = 0
         self.rows = 0  # of the training data
         self.skipped_steps = 0  # which changed no weight, because a loss or gradient was not finite
+        self.step_seconds = 0.0  # of all steps of this start, as far as they are written
+        self._steps_timed = 0
+        self._aside = False  # whether something that is no step was done since the last one
         self._pending: list[dict[str, Any]] = []  # one a step since the last flush, losses still on the device
         self._unwritten: list[str] = []  # lines of metrics.jsonl for which there was no room
         self._unseen: list[tuple[float, int, float]] = []  # (loss, tokens, seconds) of the steps since progress was last shown
         self._bar: tqdm[Any] | None = None
         self._monitor: Any = None
+
+    def _facts(self) -> dict[str, Any]:
+        """What every rank must have alike."""
+        return {**dataclasses.asdict(self.cfg), "the DeepSpeed config": self.ds_config}
+
+    def _check_ranks_agree(self, token: str, facts: dict[str, Any]) -> None:
+        """Raise a UserError where a rank, on another machine say, has another run folder or other settings than rank 0."""
+        lock = self.folder / ".lock"
+        if ranks.first_problem(None if lock.is_file() and lock.read_text(encoding="utf-8") == token else "other"):
+            raise UserError(f"not every rank sees the same run_dir {shown(self.folder)}: it must be on a disk that all machines share")
+        differs = next((f"{name} is {value!r}, on rank 0 {facts[name]!r}" for name, value in self._facts().items() if value != facts[name]), None)
+        problem = ranks.first_problem(differs)
+        if problem is not None:
+            raise UserError(f"{problem}; all machines need the same code, YAML, DeepSpeed JSON and command line")
 
     def _open_folder(self) -> tuple[str, str, str | None]:
         """Make the run folder, or take the one that is there, and lock it. Returns (folder, what its lock says, why there is nothing to do)."""
@@ -115,8 +135,9 @@ class Run:
             runs = sorted(Path("runs").glob(f"{self.recipe}-*"), key=lambda run: run.stat().st_mtime)
             raise UserError(f"--resume needs --run_dir, the folder of the run to go on with{f'; the newest is {runs[-1]}' if runs else ''}")
         config_name = f"zero{stage_of(self.ds_config)}" + ("_offload" if offload_device(self.ds_config, "optimizer") != "none" else "")
-        folder = Path(cfg.run_dir or f"runs/{self.recipe}-{config_name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        folder = Path(cfg.run_dir or "runs")
         try:
+            folder = folder if cfg.run_dir else new_folder(f"runs/{self.recipe}-{config_name}")
             there = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
             untrained = {path.name for path in there} == UNTRAINED and not (cfg.resume or cfg.overwrite)
             if there and not (untrained or cfg.resume or cfg.overwrite):
@@ -132,11 +153,10 @@ class Run:
             except BlockingIOError:
                 raise UserError(f"run_dir {shown(folder)} is in use by another run; wait until it ends, or give another --run_dir") from None
             except OSError:  # a file system without locks
-                if untrained:
-                    raise UserError(f"run_dir {shown(folder)} exists already, and may be in use; give another --run_dir, or --overwrite") from None
+                _claim(folder / IN_USE)
             if cfg.overwrite:
-                for path in there:
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+                self._old = [path for top in there for path in _contents_first(top)]
+            (folder / ".log.txt").unlink(missing_ok=True)  # of a start that was to overwrite this run and failed
             token = f"{platform.node()} {os.getpid()} {time.time()}"
             self._lock.truncate(0)
             self._lock.write(token)
@@ -146,17 +166,45 @@ class Run:
             raise UserError(f"run_dir {shown(folder)} cannot be written: {error.strerror or error}") from None
         return str(folder), token, self._finished_before(folder) if cfg.resume else None
 
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            (self.folder / IN_USE).unlink(missing_ok=True)
+
+    def overwritten_bytes(self) -> int:
+        """How much room there will be when the run that this one overwrites is deleted. For rank 0."""
+        return sum(path.lstat().st_size for path in self._old if path.is_file())
+
+    def begin(self) -> None:
+        """Data, model and engine are there, and training begins: delete the run that this one overwrites, and write what runs now. Every rank must call it."""
+        ranks.on_rank0(self._begin)
+
+    def _begin(self) -> None:
+        try:
+            (self.folder / "result.json").unlink(missing_ok=True)
+            for path in self._old:
+                if path.is_dir() and not path.is_symlink():
+                    with contextlib.suppress(OSError):  # a monitor of this run has written there
+                        path.rmdir()
+                elif path.parent != self.folder or path.name not in UNTRAINED:  # those are replaced
+                    path.unlink(missing_ok=True)
+            if self._old:
+                (self.folder / ".log.txt").replace(self.folder / "log.txt")
+        except OSError as error:
+            raise UserError(f"run_dir {shown(self.folder)}: what is to be overwritten cannot be deleted: {error.filename}: {error.strerror}") from None
+        self._write_facts()
+
     def _finished_before(self, folder: Path) -> str | None:
         """Why there is nothing to go on with, if the run in the folder has ended well and is not asked for more steps."""
         try:
-            result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+            steps = json.loads((folder / "result.json").read_text(encoding="utf-8"))["steps"]
             before = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
-            return None
-        if any(before.get(name) != getattr(self.cfg, name) for name in ("max_steps", "epochs")):
+            if any(before[name] != getattr(self.cfg, name) for name in ("max_steps", "epochs")):
+                return None
+        except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):  # not whole
             return None
         (folder / "result.json").touch()  # a start that found all done has succeeded too
-        return f"{shown(folder)} has finished already, after {result['steps']} steps; a larger --max_steps or --epochs would go on with it"
+        return f"{shown(folder)} has finished already, after {steps} steps; a larger --max_steps or --epochs would go on with it"
 
     def _find_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest whole checkpoint of the run, checked against the settings."""
@@ -189,39 +237,46 @@ class Run:
                 self.notes.append(f"{name} was {manifest['versions'].get(name)} and is {version}: the numbers may differ slightly")
         return folder, manifest
 
-    def write_facts(self) -> None:
+    def _write_facts(self) -> None:
         """config.yaml, ds_config.json, versions.json; and metrics.jsonl without the steps that are to be done again."""
         facts = {
-            "config.yaml": yaml.safe_dump(dataclasses.asdict(self.cfg), sort_keys=False, allow_unicode=True),
-            "ds_config.json": json.dumps(self.ds_config, indent=2) + "\n",
             "versions.json": json.dumps(versions(), indent=2) + "\n",
+            "ds_config.json": json.dumps(self.ds_config, indent=2) + "\n",
+            "config.yaml": yaml.safe_dump(
+                dataclasses.asdict(self.cfg), sort_keys=False, allow_unicode=True
+            ),  # last: lib/supervise.py sees by it that all is there
         }
         metrics = self.folder / "metrics.jsonl"
         if metrics.exists():
             done = self.checkpoint[1]["step"] if self.checkpoint else 0
-            facts["metrics.jsonl"] = "".join(line for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True) if _step_of(line) <= done)
+            lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            facts = {"metrics.jsonl": "".join(line for line in lines if _step_of(line) <= done), **facts}
         for name, text in facts.items():
             self._write_file(name, text)
-        (self.folder / "result.json").unlink(missing_ok=True)
 
     def _write_file(self, name: str, text: str) -> None:
-        """Write a file of the run folder, whole or not at all."""
+        """Write a file of the run folder, whole or not at all, whatever happens."""
         part = self.folder / f".{name}"
         try:
-            part.write_text(text, encoding="utf-8")
+            with part.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())  # or a power cut could leave the name of the new file and nothing in it
             part.replace(self.folder / name)
         except OSError as error:
             raise UserError(f"run_dir {shown(self.folder)} cannot be written: {error.strerror or error}") from None
 
-    def _send_chatter_to_log(self) -> None:
+    def _send_chatter_to_log(self, name: str) -> None:
         """From here on, what anything in this process prints goes to log.txt; the console is for `say` and the progress."""
         sys.stdout.flush()
         sys.stderr.flush()
+        self._before = sys.stdout, sys.stderr
         self._stdout, self._stderr = os.dup(1), os.dup(2)
-        self._console = os.fdopen(os.dup(1), "w", buffering=1)
-        self._log = os.open(self.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._console = Console(self._stdout)
+        self._log = os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(self._log, 1)
         os.dup2(self._log, 2)
+        sys.stdout, sys.stderr = Console(1), Console(2)  # which a full disk does not make raise
         transformers_logging.disable_progress_bar()
 
     def say(self, text: str = "") -> None:
@@ -229,7 +284,7 @@ class Run:
         if ranks.rank() == 0:
             if self._bar is not None:
                 self._bar.clear()
-            print(text, file=self._console, flush=True)
+            print(text, file=self._console)
 
     def header(self, model: torch.nn.Module, rows: dict[str, int], notes: list[str] | None = None) -> None:
         """Say what is about to run. rows: their number by split."""
@@ -278,12 +333,14 @@ class Run:
         dropout, does not depend on what ran before it, and a run that is resumed draws as one that was not interrupted.
         """
         if ranks.rank() == 0 and self._console.isatty():
-            self._bar = tqdm(total=self.total_steps, initial=done, file=self._console, unit="step", dynamic_ncols=True, leave=True)
-        self._done_before, self._loop_started = done, time.perf_counter()
+            layout = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"  # tqdm's own time left would count what is no step
+            self._bar = tqdm(total=self.total_steps, initial=done, file=self._console, bar_format=layout, dynamic_ncols=True, leave=True)
         self.restart_clock()
         for step in range(done + 1, self.total_steps + 1):
             set_seed(int(np.random.SeedSequence((self.cfg.seed, step, ranks.rank())).generate_state(1)[0]))
             yield step
+            if self._aside:
+                self.restart_clock()
         self.flush()
         if self._bar is not None:
             self._bar.close()
@@ -308,10 +365,18 @@ class Run:
     def restart_clock(self) -> None:
         """Leave what was done until now out of the time of the next step."""
         self._flushed_at = time.perf_counter()
+        self._aside = False
+
+    @contextlib.contextmanager
+    def no_step(self) -> Iterator[None]:
+        """For what is done between two steps and belongs to neither. Every rank must enter it: the steps before are written, which ends their time."""
+        self.flush()
+        yield
+        self.restart_clock()
 
     def seconds(self) -> float:
         """How long the run has taken until now, earlier starts included as far as a checkpoint was resumed."""
-        return time.time() - self.started + float(self.seconds_before)
+        return time.monotonic() - self.started + float(self.seconds_before)
 
     def flush(self) -> None:
         """Write the steps since the last time to metrics.jsonl. Every rank must call it."""
@@ -322,6 +387,8 @@ class Run:
         tokens = torch.stack([entry["tokens"] for entry in pending]).tolist()
         now = time.perf_counter()
         step_seconds = (now - self._flushed_at) / len(pending)
+        self.step_seconds += now - self._flushed_at
+        self._steps_timed += len(pending)
         for entry, loss, count in zip(pending, losses, tokens, strict=True):
             entry |= {"loss": loss, "tokens": int(count), "step_seconds": step_seconds}
             entry["grad_norm"] = None if entry["grad_norm"] is None else float(entry["grad_norm"])
@@ -340,14 +407,14 @@ class Run:
             return
         losses, tokens, seconds = zip(*self._unseen, strict=True)
         finite = [loss for loss in losses if math.isfinite(loss)] or [math.nan]
-        shown_now = f"loss {sum(finite) / len(finite):.4f}  {sum(tokens) / sum(seconds):,.0f} tokens/s"
+        left = int(self.step_seconds / self._steps_timed * (self.total_steps - step))  # of the steps alone
+        shown_now = f"loss {sum(finite) / len(finite):.4f}  {sum(tokens) / sum(seconds):,.0f} tokens/s  {left // 60}:{left % 60:02d} left"
         self._unseen = []
         if self._bar is not None:
             self._bar.set_postfix_str(shown_now, refresh=False)
             self._bar.update(since_last)
         else:
-            left = int((time.perf_counter() - self._loop_started) / (step - self._done_before) * (self.total_steps - step))
-            self.say(f"step {step}/{self.total_steps}  {shown_now}  {left // 60}:{left % 60:02d} left")
+            self.say(f"step {step}/{self.total_steps}  {shown_now}")
 
     def _write(self, entries: list[dict[str, Any]]) -> None:
         if ranks.rank() != 0:
@@ -356,32 +423,41 @@ class Run:
             entry |= {name: None for name, value in entry.items() if isinstance(value, float) and not math.isfinite(value)}
         self._unwritten += [json.dumps(entry) + "\n" for entry in entries]
         metrics = self.folder / "metrics.jsonl"
-        size = metrics.stat().st_size if metrics.exists() else 0
+        size = None
         try:
+            size = metrics.stat().st_size if metrics.exists() else 0
             with metrics.open("a", encoding="utf-8") as file:
                 file.writelines(self._unwritten)
             self._unwritten = []
         except OSError as error:  # training goes on, and they are written when there is room
             self.say(f"warning: metrics.jsonl cannot be written now: {error.strerror or error}")
-            if metrics.exists():
-                os.truncate(metrics, size)
+            with contextlib.suppress(OSError):
+                if size is not None:
+                    os.truncate(metrics, size)
         if self._monitor is not None:
-            self._monitor.write_events([
-                (name, value, entry["step"]) for entry in entries for name, value in entry.items() if isinstance(value, float)
-            ])  # fmt: skip
+            events = [(name, value, entry["step"]) for entry in entries for name, value in entry.items() if isinstance(value, float)]
+            try:
+                self._monitor.write_events(events)
+            except OSError as error:
+                self.say(f"warning: the monitor misses events until step {entries[-1]['step']}: {error.strerror or error}")
 
     def due(self, step: int, every: int | None) -> bool:
-        """Whether an evaluation every so many steps is due: not at the last step, which is tested, unless the best one is looked for."""
-        if every is None:
-            return False
-        return self.cfg.keep_best if step == self.total_steps else step % every == 0
+        """Whether an evaluation every so many steps is due: not at the last step, which is tested, unless the best one is looked for.
+
+        Every rank must call it: where it is due, the steps until now are written first, so that no evaluation counts as their time.
+        """
+        due = every is not None and (self.cfg.keep_best if step == self.total_steps else step % every == 0)
+        if due:
+            self.flush()
+            self._aside = True
+        return due
 
     def log_evaluation(self, step: int, split: str, scores: dict[str, float]) -> None:
         """Note the scores of an evaluation, the same on all ranks, and say them."""
         self.flush()
         self._write([{"step": step} | {f"{split}_{name}": value for name, value in scores.items()}])
         self.say(f"step {step}/{self.total_steps}  {split}: " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
-        self.restart_clock()  # an evaluation is not part of a step's time
+        self.restart_clock()
 
     def finish(self, scores: dict[str, dict[str, float]]) -> None:
         """Say the scores as a table, and write result.json, last: {name of the model or baseline: {score: value}}."""
@@ -404,16 +480,52 @@ class Run:
 
     def close(self) -> None:
         """Give the process its own output back."""
-        with contextlib.suppress(OSError):  # a full disk
-            sys.stdout.flush()
-            sys.stderr.flush()
+        sys.stdout, sys.stderr = self._before
         os.dup2(self._stdout, 1)
         os.dup2(self._stderr, 2)
         for descriptor in (self._stdout, self._stderr, self._log):
             os.close(descriptor)
-        self._console.close()
-        if self._lock is not None:
-            self._lock.close()
+        self._unlock()
+
+
+def _contents_first(path: Path) -> Iterator[Path]:
+    """The path and all that is below it, each folder after what it holds; links are not followed."""
+    if path.is_dir() and not path.is_symlink():
+        for inner in path.iterdir():
+            yield from _contents_first(inner)
+    yield path
+
+
+def _claim(file: Path) -> None:
+    """Take a run folder where the file system has no locks: by making this file, which only one run can, and which goes with this process.
+
+    What is left of a process of this machine that was killed is taken over. Raises UserError where another run has it.
+    """
+    me = psutil.Process()
+    while True:
+        try:
+            with file.open("x", encoding="utf-8") as claim:
+                json.dump({"host": platform.node(), "process": me.pid, "started": me.create_time()}, claim)
+            atexit.register(file.unlink, missing_ok=True)
+            return
+        except FileExistsError:
+            if not _is_stale(file):
+                raise UserError(
+                    f"run_dir {shown(file.parent)} is in use by another run, says {shown(file)} (the file system has no locks): "
+                    f"{' '.join(file.read_text(encoding='utf-8').split())}; if that process has ended, delete the file"
+                ) from None
+            file.unlink(missing_ok=True)
+
+
+def _is_stale(file: Path) -> bool:
+    """Whether the process that made this file has ended, as far as this machine can tell."""
+    try:
+        claim = json.loads(file.read_text(encoding="utf-8"))
+        return claim["host"] == platform.node() and psutil.Process(claim["process"]).create_time() != claim["started"]
+    except (psutil.NoSuchProcess, FileNotFoundError):
+        return True
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def _step_of(line: str) -> float:

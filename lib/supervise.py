@@ -26,7 +26,15 @@ from typing import IO, Any
 import psutil
 import yaml
 
+if not __package__:  # started as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # instead of lib/
+
+from lib.console import Console
+from lib.paths import from_home, new_folder
+
 USER_ERROR, STOPPED = 2, 75  # exit codes of lib/config.py, after which another start would not help, or is not wanted
+UNKILLABLE_SECONDS = 60  # after which a process that was killed and is still there is left to itself
+FALSE = ("0", "off", "f", "false", "n", "no")  # what a setting of a recipe takes for it
 stop_signals: list[tuple[int, float]] = []  # (number, when), of those that came
 
 
@@ -86,23 +94,40 @@ def run_once(command: list[str], output: IO[str] | None = None, ended: Callable[
     while ended is not None and launcher.poll() is None and not ended():
         time.sleep(0.05)
     status = 0 if ended is not None and ended() else launcher.wait()
+    deadline = time.monotonic() + UNKILLABLE_SECONDS
     while left := session_of(launcher.pid):  # the launcher was killed, and its ranks train on
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+        if time.monotonic() > deadline:  # in the kernel, which does not come back from a disk or a device
+            print(
+                f"warning: process {', '.join(str(process.pid) for process in left)} was killed and does not end, as where a disk or a device no longer "
+                "answers; it may keep its device and run folder in use",
+                file=Console(2),
+            )
+            break
         time.sleep(0.05)
-    launcher.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        launcher.wait(1)
     for number, handler in before.items():
         signal.signal(number, handler)
     return status
 
 
+def version_of(file: Path) -> tuple[int, int] | None:
+    """What is another one when the file was written anew; None where it is not there."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
 def end_marker(run_dir: str | None) -> tuple[int, int] | None:
-    """What identifies the result.json of a run that has ended well, by its own word; None where there is none."""
+    """The version of the result.json of a run that has ended well, by its own word; None where there is none."""
     marker = Path(run_dir or "") / "result.json"
     try:
-        found = marker.stat()
-        return (found.st_ino, found.st_mtime_ns) if json.loads(marker.read_text(encoding="utf-8"))["finished"] else None
+        return version_of(marker) if json.loads(marker.read_text(encoding="utf-8"))["finished"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -119,12 +144,12 @@ def resolve(arguments: list[str], yaml_path: str) -> tuple[str | None, bool]:
     except argparse.ArgumentError:  # the recipe will say what is wrong
         return None, True
     try:
-        values = yaml.safe_load(Path(given.config).read_text(encoding="utf-8"))
+        values = yaml.safe_load(Path(from_home(given.config)).read_text(encoding="utf-8"))
         values |= values.pop("quick", {}) if given.quick else {}
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError):  # likewise
         values = {}
     run_dir, resume = (values.get(name) if getattr(given, name) is None else getattr(given, name) for name in ("run_dir", "resume"))
-    return None if str(run_dir).lower() in ("none", "null") else str(run_dir), str(resume).lower() not in ("none", "false")
+    return None if str(run_dir).lower() in ("none", "null") else from_home(str(run_dir)), str(resume).lower() not in ("none", *FALSE)
 
 
 def free_port() -> int:
@@ -135,18 +160,33 @@ def free_port() -> int:
 
 
 def main() -> int:
+    sys.stdout, sys.stderr = Console(1), Console(2)
     split = sys.argv.index("--")
     run_name, yaml_path, restarts, dry_run = sys.argv[1:split]
     launcher, *arguments = sys.argv[split + 1 :]
     run_dir, resume = resolve(arguments, yaml_path)
-    if run_dir is None and not resume:
-        run_dir = f"runs/{run_name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        arguments += ["--run_dir", run_dir]
+    own_name = run_dir is None and not resume
+    if own_name:
+        run_dir = f"runs/{run_name}-{time.strftime('%Y%m%d-%H%M%S')}" if dry_run else str(new_folder(f"runs/{run_name}"))
+        arguments += ["--run_dir", str(run_dir)]
+    try:
+        return run_until_it_ends(launcher, arguments, run_dir, int(restarts), bool(dry_run))
+    finally:
+        if own_name:
+            with contextlib.suppress(OSError):  # it is not empty, as a rule: the run has begun
+                Path(str(run_dir)).rmdir()
+
+
+def run_until_it_ends(launcher: str, arguments: list[str], run_dir: str | None, restarts: int, dry_run: bool) -> int:
+    """Launch, and after a fault launch again. Returns the exit code."""
     status = 1
-    for attempt in range(int(restarts) + 1):
-        again = ["--resume", "true", "--overwrite", "false"] if attempt else []
+    config = Path(run_dir or "") / "config.yaml"
+    before_all = version_of(config)
+    for attempt in range(restarts + 1):
+        # What failed before it began has left the folder as it was, with an older run in it perhaps, which is to be overwritten and not resumed.
+        again = ["--resume", "true", "--overwrite", "false"] if version_of(config) != before_all else []
         command = [launcher, "--log_level", "critical", "--master_port", str(free_port()), *arguments, *again]
-        print(shlex.join([part.removeprefix(f"{Path.cwd()}/") for part in command]), flush=True)
+        print(shlex.join([part.removeprefix(f"{Path.cwd()}/") for part in command]))
         if dry_run:
             return 0
         before = end_marker(run_dir)
@@ -158,11 +198,11 @@ def main() -> int:
         if status in (USER_ERROR, STOPPED):
             return status
         status = status % 256 or 1  # a launcher whose child was killed ends with 0
-        left = int(restarts) - attempt
+        left = restarts - attempt
         if left:
-            print(f"restart  exit code {status}; starting again from the newest checkpoint ({left} restart{'s' if left > 1 else ''} left)", flush=True)
+            print(f"restart  exit code {status}; starting again from the newest checkpoint ({left} restart{'s' if left > 1 else ''} left)")
         elif run_dir and (Path(run_dir) / "checkpoints").is_dir():
-            print(f"error: the run ended with exit code {status}; the same command with --run_dir {run_dir} --resume goes on", file=sys.stderr, flush=True)
+            print(f"error: the run ended with exit code {status}; the same command with --run_dir {run_dir} --resume goes on", file=sys.stderr)
     return status
 
 

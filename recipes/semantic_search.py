@@ -181,9 +181,8 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     export(engine, tokenizer, run.folder / "model")
     scores, documents, document_vectors = evaluate(engine, test, tokenized["test"], collate_rows, micro_batch_size)
     run.log_evaluation(run.total_steps, "test", scores)
-    if ranks.rank() == 0:
-        save_sentence_transformer(run.folder / "model", cfg.max_length, cfg.trust_remote_code)
-        save_index(run.folder / "index", documents, document_vectors.cpu().numpy())
+    ranks.on_rank0(lambda: save_sentence_transformer(run.folder / "model", cfg.max_length, cfg.trust_remote_code))
+    ranks.on_rank0(lambda: save_index(run.folder / "index", documents, document_vectors.cpu().numpy()))
     run.say(f"search   ./launch.sh search {run.folder} 'your query'  searches the {len(documents):,} test documents")
     run.finish({f"this model, {len(set(test['query'])):,} test queries": scores, **beside})
     return {"model": scores, **beside}

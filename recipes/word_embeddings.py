@@ -21,7 +21,6 @@ Change first: the YAML beside this file (data, sizes), then words_of() and the t
 import functools
 import re
 import sys
-import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,7 +207,6 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     checkpoints = Checkpoints(run, engine, schedule)
     done = checkpoints.restore()  # optimizer steps: 0, or those of the checkpoint that --resume found
     batches = training_batches(rows, rows.collate, cfg.batch_size, micro_batch_size, cfg.seed, device, start=done)
-    started = time.perf_counter()
     for step in run.steps(done):
         micro_batches = next(batches)  # this rank's share of one optimizer step
         learning_rate = schedule.get_last_lr()[0]
@@ -224,14 +222,12 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
             run.log_evaluation(step, "ratings", evaluation.similarity_scores(words, trained_vectors(engine, cfg.method)))
         checkpoints.end_step(step, micro_batches)  # saves when due, or asked to stop; a loss that is not finite has changed no weight
 
-    seconds = time.perf_counter() - started
-    words_per_second = sum(map(len, texts)) * (run.total_steps - done) * cfg.batch_size / len(rows) / seconds
+    words_per_second = sum(map(len, texts)) * (run.total_steps - done) * cfg.batch_size / len(rows) / max(run.step_seconds, 1e-9)  # resumed at its end: 0
     export(engine, None, run.folder / "model")
     vectors = trained_vectors(engine, cfg.method)
     keyed = KeyedVectors(cfg.dimensions)
     keyed.add_vectors(words, vectors)
-    if ranks.rank() == 0:
-        keyed.save_word2vec_format(run.folder / "model" / "vectors.txt")
+    ranks.on_rank0(lambda: keyed.save_word2vec_format(run.folder / "model" / "vectors.txt"))
     scores = evaluation.similarity_scores(words, vectors)
     run.log_evaluation(run.total_steps, "test", scores)
     for word in cfg.neighbours_of.split():
