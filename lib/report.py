@@ -7,6 +7,7 @@ carries the row and column that it comes from, which tests/test_compare.py check
 import csv
 import html
 import io
+import re
 from typing import Any
 
 from lib import charts
@@ -163,28 +164,39 @@ def note_lines(results: Results) -> list[tuple[str, str]]:
     return [(f"{', '.join(configs)}: {what}", why) for (what, why), configs in results.notes.items()]
 
 
+def marked(text: str) -> str:
+    """Text as Markdown shows it: no tags, no cells, and one line."""
+    return " ".join(re.sub(r"[<|`*\\]", r"\\\g<0>", text).split())
+
+
+def table_line(texts: list[str]) -> str:
+    return "| " + " | ".join(map(marked, texts)) + " |"
+
+
 def as_markdown(results: Results, other: Results | None) -> str:
     headings = ["config", "ranks", *table_of(results)]
-    lines = [f"# {title_of(results)}", ""]
-    lines += [f"{number}. {plain(sentence, results)}" for number, sentence in enumerate(sentences(results), 1)]
-    lines += ["", "| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
-    lines += ["| " + " | ".join([row["config"], str(row["ranks"]), *cells(results, row, table_of(results))]) + " |" for row in results.good()]
-    lines += ["", *(f"- **{case_name(row, results)} failed**: {row['failed']}" for row in results.rows if row["failed"])]
+    lines = [f"# {marked(title_of(results))}", ""]
+    lines += [f"{number}. {marked(plain(sentence, results))}" for number, sentence in enumerate(sentences(results), 1)]
+    lines += ["", table_line(headings), "|" + "---|" * len(headings)]
+    lines += [table_line([row["config"], str(row["ranks"]), *cells(results, row, table_of(results))]) for row in results.good()]
+    lines += ["", *(f"- **{marked(case_name(row, results))} failed**: {marked(row['failed'])}" for row in results.rows if row["failed"])]
     lines += [
-        f"- **{case_name(row, results)} left the path of the losses** at step {row['loss_left_at_step']}" for row in results.good() if row["loss_left_at_step"]
+        f"- **{marked(case_name(row, results))} left the path of the losses** at step {row['loss_left_at_step']}"
+        for row in results.good()
+        if row["loss_left_at_step"]
     ]
     if other is not None:
-        lines += ["", f"## Beside {shown(other.folder)}", "", *(f"- {line}" for line in what_differs(results, other)), ""]
+        lines += ["", f"## Beside {marked(shown(other.folder))}", "", *(f"- {marked(line)}" for line in what_differs(results, other)), ""]
         lines += [
             "| config | ranks | | then | now | ratio |",
             "|---|---|---|---|---|---|",
-            *("| " + " | ".join(line) + " |" for line in beside_cells(results, other)),
+            *(table_line(line) for line in beside_cells(results, other)),
         ]
     for name, (title, _, _) in charts.charts_of(results).items():
         lines += ["", f"## {title}", "", f"![{title}](charts/{name}.png)", "", CAPTIONS[name]]
     if results.notes:
-        lines += ["", "## Where it differs from the ZeRO paper", "", *(f"- {what}: {why}" for what, why in note_lines(results))]
-    lines += ["", "## How it was made", "", *(f"- {name}: {f'`{value}`' if name == 'command' else value}" for name, value in setting(results).items())]
+        lines += ["", "## Where it differs from the ZeRO paper", "", *(f"- {marked(what)}: {marked(why)}" for what, why in note_lines(results))]
+    lines += ["", "## How it was made", "", *(f"- {name}: {f'`{value}`' if name == 'command' else marked(value)}" for name, value in setting(results).items())]
     return "\n".join(lines) + "\n"
 
 
@@ -236,6 +248,11 @@ summary { cursor: pointer; font-weight: 600; }
 """
 
 
+def escaped(value: Any) -> str:
+    """Whatever comes from a file or a recipe (names of configs, scores and settings, what a run said), as text of the page or in an attribute."""
+    return html.escape(str(value))
+
+
 def page_style() -> str:
     extra = ({"ground": "#f5f5f3", "alarm": "#b3261e"}, {"ground": "#121316", "alarm": "#ff8a80"})
     light, dark = (
@@ -248,25 +265,25 @@ def figure_of(row: Row, column: str, kind: str) -> str:
     """A number, with where it comes from."""
     if row.get(column) is None:
         return "-"
-    return f'<data data-row="{html.escape(row["config"])}:{row["ranks"]}" data-column="{column}" value="{row[column]}">{html.escape(written(row[column], kind))}</data>'
+    return f'<data data-row="{escaped(row["config"])}:{escaped(row["ranks"])}" data-column="{escaped(column)}" value="{escaped(row[column])}">{escaped(written(row[column], kind))}</data>'
 
 
 def sentence_html(sentence: Sentence, kinds: dict[str, str]) -> str:
-    return "".join(html.escape(part) if isinstance(part, str) else figure_of(*part, kinds[part[1]]) for part in sentence)
+    return "".join(escaped(part) if isinstance(part, str) else figure_of(*part, kinds[part[1]]) for part in sentence)
 
 
 def row_html(results: Results, row: Row) -> str:
     kinds = kinds_of(results)
-    parts = [f"<tr><th>{html.escape(row['config'])}</th>"]
+    parts = [f"<tr><th>{escaped(row['config'])}</th>"]
     if len(results.spec["ranks"]) > 1:
         parts.append(f'<td data-heading="ranks">{figure_of(row, "ranks", "count")}</td>')
     if row["failed"]:
-        parts.append(f'<td class="bad" colspan="{len(table_of(results))}">failed: {html.escape(row["failed"])}</td>')
+        parts.append(f'<td class="bad" colspan="{len(table_of(results))}">failed: {escaped(row["failed"])}</td>')
     else:
         for heading, (name, *others) in table_of(results).items():
             more = f"<small>({' - '.join(figure_of(row, other, kinds[other]) for other in others)})</small>" if others else ""
             css = "bad" if name == "loss_difference" and row["loss_left_at_step"] is not None else ""
-            parts.append(f'<td data-heading="{heading}" class="{css}"><span>{figure_of(row, name, kinds[name])} {more}</span></td>')
+            parts.append(f'<td data-heading="{escaped(heading)}" class="{css}"><span>{figure_of(row, name, kinds[name])} {more}</span></td>')
     return "".join([*parts, "</tr>"])
 
 
@@ -287,15 +304,15 @@ def beside_html(results: Results, other: Results) -> str:
     kinds, abouts = kinds_of(results), {column.name: column.about for column in results.columns()}
     rows = []
     for entry in beside(results, other):
-        key, kind = f"{html.escape(entry['config'])}:{entry['ranks']}", kinds[entry["column"]]
-        old, new = (f'<data data-with="{key}:{entry["column"]}:{which}">{written(entry[which], kind)}</data>' for which in ("old", "new"))
+        key, kind = escaped(f"{entry['config']}:{entry['ranks']}:{entry['column']}"), kinds[entry["column"]]
+        old, new = (f'<data data-with="{key}:{which}">{escaped(written(entry[which], kind))}</data>' for which in ("old", "new"))
         which, kind = ("ratio", "ratio") if entry["ratio"] is not None else ("loss_difference", "small")
-        change = f'<data data-with="{key}:{entry["column"]}:{which}">{written(entry[which], kind)}</data>'
-        name = html.escape(f"{entry['config']}, {entry['ranks']}") if len(results.spec["ranks"]) > 1 else html.escape(entry["config"])
-        rows.append(f"<tr><th>{name}</th><td>{html.escape(abouts[entry['column']])}</td><td>{old}</td><td>{new}</td><td>{change}</td></tr>")
-    differs = "".join(f"<li>{html.escape(line)}</li>" for line in what_differs(results, other))
+        change = f'<data data-with="{key}:{which}">{escaped(written(entry[which], kind))}</data>'
+        name = escaped(f"{entry['config']}, {entry['ranks']}") if len(results.spec["ranks"]) > 1 else escaped(entry["config"])
+        rows.append(f"<tr><th>{name}</th><td>{escaped(abouts[entry['column']])}</td><td>{old}</td><td>{new}</td><td>{change}</td></tr>")
+    differs = "".join(f"<li>{escaped(line)}</li>" for line in what_differs(results, other))
     return (
-        f'<section class="card"><h2>Beside {html.escape(other.folder.name)}</h2><ul class="small">{differs}</ul><div class="scroll"><table><thead><tr><th>config</th><th></th>'
+        f'<section class="card"><h2>Beside {escaped(other.folder.name)}</h2><ul class="small">{differs}</ul><div class="scroll"><table><thead><tr><th>config</th><th></th>'
         f"<th>then</th><th>now</th><th>ratio, or loss difference</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>"
     )
 
@@ -303,12 +320,12 @@ def beside_html(results: Results, other: Results) -> str:
 def everything_html(results: Results) -> str:
     """All columns of results.csv, a line each."""
     rows = results.good()
-    head = "".join(f"<th>{html.escape(case_name(row, results))}</th>" for row in rows)
+    head = "".join(f"<th>{escaped(case_name(row, results))}</th>" for row in rows)
     lines = []
     for column in results.columns():
         if column.name not in ("config", "failed") and any(row.get(column.name) is not None for row in rows):
             values = "".join(f"<td>{figure_of(row, column.name, column.kind)}</td>" for row in rows)
-            lines.append(f"<tr><td>{html.escape(column.about)}</td>{values}</tr>")
+            lines.append(f"<tr><td>{escaped(column.about)}</td>{values}</tr>")
     return (
         f'<details class="card"><summary>All figures (results.csv)</summary><div class="scroll"><table><thead><tr><th></th>{head}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div></details>"
@@ -321,20 +338,20 @@ def as_html(results: Results, other: Results | None) -> str:
     title = title_of(results)
     verdict = "".join(f'<li class="card">{sentence_html(sentence, kinds)}</li>' for sentence in sentences(results))
     figures = "".join(
-        f'<figure class="card" id="chart-{name}"><h2>{chart[0]}</h2>{charts.inline_svg(results, name, chart)}<figcaption>{CAPTIONS[name]}</figcaption></figure>'
+        f'<figure class="card" id="chart-{name}"><h2>{escaped(chart[0])}</h2>{charts.inline_svg(results, name, chart)}<figcaption>{escaped(CAPTIONS[name])}</figcaption></figure>'
         for name, chart in charts.charts_of(results).items()
     )
-    headings = "".join(f"<th>{heading}</th>" for heading in [*(["ranks"] if len(results.spec["ranks"]) > 1 else []), *table_of(results)])
-    notes = "".join(f"<li>{html.escape(what)}: {html.escape(why)}</li>" for what, why in note_lines(results))
+    headings = "".join(f"<th>{escaped(heading)}</th>" for heading in [*(["ranks"] if len(results.spec["ranks"]) > 1 else []), *table_of(results)])
+    notes = "".join(f"<li>{escaped(what)}: {escaped(why)}</li>" for what, why in note_lines(results))
     made = "".join(
-        f"<dt>{name}</dt><dd>{f'<code>{html.escape(value)}</code>' if name == 'command' else html.escape(value)}</dd>" for name, value in facts.items()
+        f"<dt>{escaped(name)}</dt><dd>{f'<code>{escaped(value)}</code>' if name == 'command' else escaped(value)}</dd>" for name, value in facts.items()
     )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title><style>{page_style()}</style></head>
+<title>{escaped(title)}</title><style>{page_style()}</style></head>
 <body><main>
-<h1>{html.escape(title)}</h1>
-<p class="lead">{html.escape(facts["recipe"])}. {html.escape(facts["machine"])}. {html.escape(results.spec["created"])}.</p>
+<h1>{escaped(title)}</h1>
+<p class="lead">{escaped(facts["recipe"])}. {escaped(facts["machine"])}. {escaped(results.spec["created"])}.</p>
 {alarms(results)}
 <ol class="verdict">{verdict}</ol>
 <section class="card"><h2>What each costs and gives</h2><div class="scroll"><table class="rows"><thead><tr><th>config</th>{headings}</tr></thead>

@@ -108,8 +108,17 @@ def main() -> None:
     loading: dict[str, Figures] = {name: {"seconds": [], "memory": []} for name in ("this project", "DeepSpeed")}
     sizes_on_disk: dict[str, int] = {}
 
+    numbers = dict.fromkeys(("samples", "rows", "skipped_steps", "stage", "seconds"), 0)
+    facts: dict[str, Any] = {
+        "recipe": "benchmark",
+        "step": 1,
+        "score": None,
+        **numbers,
+        **{name: {} for name in ("schedule", "loss_scale", "settings", "versions")},
+    }
+
     def save_ours() -> None:
-        assert checkpoint_files.write(ours, engine, {"step": 1}) is None
+        assert checkpoint_files.write(ours, engine, facts) is None
 
     def save_ours_and_flush() -> None:
         save_ours()
