@@ -59,9 +59,14 @@ def style_axes(axes: Any, palette: Palette) -> None:
     axes.set_axisbelow(True)
 
 
+def literal(text: str) -> str:
+    """Text that matplotlib does not read as a formula."""
+    return text.replace("$", r"\$")
+
+
 def legend(figure: Figure, handles: dict[str, Any], palette: Palette, columns: int) -> None:
     options = {"frameon": False, "labelcolor": palette["ink"], "handlelength": 1.1, "columnspacing": 1.2, "fontsize": 8}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=columns, **options)
+    figure.legend(handles.values(), map(literal, handles), loc="outside lower left", ncols=columns, **options)
 
 
 def write_number(axes: Any, at: tuple[float, float], chart: str, row: Row, column: str, kind: str, palette: Palette) -> Any:
@@ -109,7 +114,7 @@ def stacked_bars(figure: Figure, results: Results, palette: Palette, chart: str,
                 end = max(end, value)
         write_number(axes, (left, at), chart, row, label, kind, palette)  # at the end of the bar, not of the lines beyond it
         ends.append(end)
-    axes.set_yticks(range(len(rows)), [case_name(row, results) for row in rows], color=palette["ink"])
+    axes.set_yticks(range(len(rows)), [literal(case_name(row, results)) for row in rows], color=palette["ink"])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.25 * max([*ends, 1e-9]))
     axes.set_xlabel(f"{x_label}, {unit}")

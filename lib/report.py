@@ -196,7 +196,12 @@ def as_markdown(results: Results, other: Results | None) -> str:
         lines += ["", f"## {title}", "", f"![{title}](charts/{name}.png)", "", CAPTIONS[name]]
     if results.notes:
         lines += ["", "## Where it differs from the ZeRO paper", "", *(f"- {marked(what)}: {marked(why)}" for what, why in note_lines(results))]
-    lines += ["", "## How it was made", "", *(f"- {name}: {f'`{value}`' if name == 'command' else marked(value)}" for name, value in setting(results).items())]
+    lines += [
+        "",
+        "## How it was made",
+        "",
+        *(f"- {name}: `{value}`" if name == "command" and "`" not in value else f"- {name}: {marked(value)}" for name, value in setting(results).items()),
+    ]
     return "\n".join(lines) + "\n"
 
 
