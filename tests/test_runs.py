@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
@@ -307,6 +308,23 @@ def test_under_nohup_a_terminal_that_closes_stops_nothing(tmp_path: Path) -> Non
     training = Training(tmp_path / "run")
     training.train(lambda step: os.kill(os.getpid(), signal.SIGHUP))
     training.finish()
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_rank_whose_launcher_is_gone_still_saves_where_it_was_asked_to_stop(monkeypatch: pytest.MonkeyPatch, asked: bool) -> None:
+    """With the plain launcher, Ctrl-C and a terminal that closes end the launcher at once."""
+    slept, codes = list[float](), list[int]()
+    asked_to_stop = threading.Event()
+    monkeypatch.setattr(ranks, "asked_to_stop", asked_to_stop)
+    monkeypatch.setattr(ranks, "GRACE_SECONDS", 0.01)
+    monkeypatch.setattr(ranks, "_timeout_seconds", [77.0])
+    monkeypatch.setattr("lib.ranks.time.sleep", slept.append)
+    monkeypatch.setattr("lib.ranks.os._exit", codes.append)
+    monkeypatch.setenv("SUPERVISED_BY", str(2**31 - 1))  # it has gone
+    if asked:
+        asked_to_stop.set()
+    ranks._leave_with_the_launcher()
+    assert (slept, codes) == ([77.0] if asked else [], [1])
 
 
 def test_the_supervisor_survives_its_console(tmp_path: Path) -> None:
