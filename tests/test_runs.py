@@ -328,12 +328,31 @@ def test_a_rank_whose_launcher_is_gone_still_saves_where_it_was_asked_to_stop(mo
 
 
 def test_the_supervisor_survives_its_console(tmp_path: Path) -> None:
+    launcher = tmp_path / "launcher"
+    launcher.write_text(f"#!/bin/sh\necho launched >> {tmp_path}/said\nexit 7\n")
+    launcher.chmod(0o700)
+    command = [
+        sys.executable,
+        str(ROOT / "lib" / "supervise.py"),
+        "x-zero2",
+        "x.yaml",
+        "2",
+        "",
+        "--",
+        str(launcher),
+        "x.py",
+        "--run_dir",
+        str(tmp_path / "run"),
+    ]
     with Path("/dev/full").open("w") as full:
-        command = [sys.executable, str(ROOT / "lib" / "supervise.py"), "x-zero2", "x.yaml", "2", "", "--", "false", "x.py", "--run_dir", str(tmp_path / "run")]
-        assert subprocess.run(command, stdout=full, stderr=full, check=False).returncode == 1  # of `false`, after two restarts
+        at_once = os.environ | {"PYTHONUNBUFFERED": "1"}
+        assert subprocess.run(command, stdout=full, stderr=full, env=at_once, check=False).returncode == 7
+    assert (tmp_path / "said").read_text() == "launched\n" * 3
 
 
-def test_a_log_and_a_monitor_without_room_do_not_end_a_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_log_and_a_monitor_without_room_do_not_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "stdout", os.fdopen(1, "w", closefd=False))  # as where pytest captures nothing
+
     def no_room(_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
