@@ -6,6 +6,7 @@ A run here has a model of a few weights and a plain optimizer in the place of De
 import contextlib
 import errno
 import fcntl
+import functools
 import gc
 import importlib
 import json
@@ -618,10 +619,12 @@ def test_where_there_are_no_locks_a_run_folder_is_still_one_runs(tmp_path: Path,
     claim.unlink()
 
 
-def test_a_claim_goes_with_its_process(tmp_path: Path) -> None:
-    code = "from pathlib import Path; from lib import config, run; run._claim(Path('claim')); assert Path('claim').exists(); config.leave(75)"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=False).returncode == 75
+def test_a_claim_goes_with_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_exit: list[Callable[[], None]] = []
+    monkeypatch.setattr(run_module.atexit, "register", lambda do, **options: at_exit.append(functools.partial(do, **options)))  # type: ignore[attr-defined]
+    run_module._claim(tmp_path / "claim")
+    assert (tmp_path / "claim").exists()
+    at_exit[0]()
     assert not (tmp_path / "claim").exists()
 
 
