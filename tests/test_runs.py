@@ -3,6 +3,7 @@
 A run here has a model of a few weights and a plain optimizer in the place of DeepSpeed's engine, and takes milliseconds.
 """
 
+import atexit
 import contextlib
 import errno
 import fcntl
@@ -621,7 +622,7 @@ def test_where_there_are_no_locks_a_run_folder_is_still_one_runs(tmp_path: Path,
 
 def test_a_claim_goes_with_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     at_exit: list[Callable[[], None]] = []
-    monkeypatch.setattr(run_module.atexit, "register", lambda do, **options: at_exit.append(functools.partial(do, **options)))  # type: ignore[attr-defined]
+    monkeypatch.setattr(atexit, "register", lambda do, **options: at_exit.append(functools.partial(do, **options)))
     run_module._claim(tmp_path / "claim")
     assert (tmp_path / "claim").exists()
     at_exit[0]()
