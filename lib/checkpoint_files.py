@@ -185,7 +185,7 @@ class _Facts(BaseModel):
     stage: int
     world_size: int
     schedule: dict[str, Any]
-    loss_scale: dict[str, float]
+    loss_scale: dict[str, float | None]
     settings: dict[str, Any]
     versions: dict[str, str]
     shapes: dict[str, list[NonNegativeInt]]
