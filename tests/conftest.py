@@ -98,12 +98,13 @@ def _rank(worker: str, arguments: tuple[str, ...], log: Path, environment: dict[
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = os.fdopen(os.dup(1), "w", buffering=1), os.fdopen(os.dup(2), "w", buffering=1)  # a run sends fd 1 and 2 to its own log
+    errors = sys.stderr  # which a run replaces too
     from lib import config
 
     try:
         importlib.import_module(worker).main(*arguments)
     except BaseException:
-        traceback.print_exc()
+        traceback.print_exc(file=errors)
         config.leave(1)
     config.leave(0)
 
