@@ -35,7 +35,7 @@ from typing import Any
 if not __package__:  # started as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # instead of lib/
 
-from lib import report, results, supervise, theory
+from lib import devices, report, results, supervise, theory
 from lib.config import ROOT, Parser, UserError, did_you_mean, shown
 from lib.config import parse as parse_settings
 from lib.ds_config import load_ds_config, read_json
@@ -138,16 +138,15 @@ def in_a_process(do: Any, *arguments: Any) -> Any:
 
 def plan(options: argparse.Namespace, settings: list[str]) -> Path:
     """Check everything and make the comparison's folder. Returns the folder."""
-    ranks = numbers(options.ranks or os.environ.get("DEFAULT_RANKS", "2"), "ranks")
+    there = devices.find()
+    ranks = numbers(options.ranks or str(there.default_ranks), "ranks")
+    there.launcher_options(max(ranks))  # raises where there are fewer devices
     steps = 30 if options.steps is None else options.steps
     rounds = 2 if options.rounds is None else options.rounds
     if steps < FEWEST_STEPS or rounds < 1:
         raise UserError(
             f"--steps is {steps} and --rounds is {rounds}; there must be at least {FEWEST_STEPS} steps (the first {INSPECTED} are not timed) and 1 round"
         )
-    gpus = int(os.environ.get("GPUS", "0"))
-    if gpus and max(ranks) > gpus:
-        raise UserError(f"--ranks is {options.ranks}, but there are {gpus} GPUs")
     configs = configs_of(options)
     commit, code = code_version(options.recipe, settings)
     folder = Path(f"runs/compare-{options.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -295,7 +294,7 @@ def run_one(run: Path, spec: dict[str, Any], number: int, ranks: int, config: st
     decided = DECIDED | {"run_dir": str(run / "run"), "max_steps": str(spec["steps"]), "save_every": str(steps) if number == 1 else "null"}
     settings = [*spec["settings"], *(f"--{name}={value}" for name, value in decided.items() if name in spec["fields"])]
     command = [
-        str(Path(sys.executable).parent / "deepspeed"), "--log_level", "critical", "--master_port", str(supervise.free_port()), "--num_accelerators", str(ranks),
+        str(Path(sys.executable).parent / "deepspeed"), "--log_level", "critical", "--master_port", str(supervise.free_port()), *devices.find().launcher_options(ranks),
         str(ROOT / "lib" / "measure.py"), str(run), str(steps), "all" if number == 1 else "times",
         str(ROOT / "recipes" / f"{spec['recipe']}.py"), "--deepspeed_config", str(run.parents[1] / "ds_configs" / f"{config}.json"), *settings,
     ]  # fmt: skip
@@ -306,7 +305,7 @@ def run_one(run: Path, spec: dict[str, Any], number: int, ranks: int, config: st
     started = time.monotonic()
     with (run / "log.txt").open("w", encoding="utf-8") as log:
         print(shlex.join(command), file=log, flush=True)
-        status = supervise.run_once(command, log, ended)
+        status = supervise.run_once([sys.executable, str(ROOT / "lib" / "start_ranks.py"), *command[1:]], log, ended)
     seconds = time.monotonic() - started
     complete = ended() or (status == 0 and number == 1 and supervise.end_marker(str(run / "run")) is not None)
     if supervise.stop_signals and not complete:

@@ -150,7 +150,7 @@ def main() -> int:
         if dry_run:
             return 0
         before = end_marker(run_dir)
-        status = run_once(command)
+        status = run_once([sys.executable, str(Path(__file__).with_name("start_ranks.py")), *command[1:]])
         if end_marker(run_dir) not in (None, before):
             return 0
         if stop_signals:
