@@ -31,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 from lib import checkpoint_files, ranks
 from lib.config import Minutes, Stopped, UserError, did_you_mean, shown
 from lib.ds_config import offload_device, stage_of
+from lib.progress import Signs, Work
 
 PLAIN_LINES = 10  # progress lines of a whole run where the output is no terminal
 VERSIONS_OF = ("deepspeed", "torch", "transformers", "datasets", "tokenizers", "accelerate", "numpy")
@@ -84,7 +85,8 @@ class Run:
         if ranks.first_problem(None if seen == token else "other"):
             raise UserError(f"not every rank sees the same run_dir {shown(self.folder)}: it must be on a disk that all machines share")
         self.notes: list[str] = []
-        self.checkpoint = self._find_checkpoint() if cfg.resume else None  # what --resume goes on from
+        with Signs(sys.stdout) if cfg.resume and ranks.rank() == 0 else contextlib.nullcontext():
+            self.checkpoint = self._find_checkpoint() if cfg.resume else None  # what --resume goes on from
         self.seconds_before = self.checkpoint[1]["seconds"] if self.checkpoint else 0.0
         if self.checkpoint is None:  # else when it is restored: a resume that is refused changes nothing
             ranks.on_rank0(self.write_facts)
@@ -223,13 +225,20 @@ class Run:
         os.dup2(self._log, 1)
         os.dup2(self._log, 2)
         transformers_logging.disable_progress_bar()
+        self._signs = Signs(self._console) if ranks.rank() == 0 else None
+        self._set_phase("starting")
+
+    def _set_phase(self, *phase: Any) -> None:
+        """What the console shows after a long silence where nothing says more: the arguments of Work, or nothing."""
+        if self._signs is not None:
+            self._signs.phase = Work(*phase) if phase else None
 
     def say(self, text: str = "") -> None:
         """Print on rank 0's console."""
-        if ranks.rank() == 0:
+        if self._signs is not None:
             if self._bar is not None:
                 self._bar.clear()
-            print(text, file=self._console, flush=True)
+            self._signs.print(text)
 
     def header(self, model: torch.nn.Module, rows: dict[str, int], notes: list[str] | None = None) -> None:
         """Say what is about to run. rows: their number by split."""
@@ -279,12 +288,14 @@ class Run:
         """
         if ranks.rank() == 0 and self._console.isatty():
             self._bar = tqdm(total=self.total_steps, initial=done, file=self._console, unit="step", dynamic_ncols=True, leave=True)
+        self._set_phase(*(() if self._bar is not None else ("training", self.total_steps - done, "steps")))
         self._done_before, self._loop_started = done, time.perf_counter()
         self.restart_clock()
         for step in range(done + 1, self.total_steps + 1):
             set_seed(int(np.random.SeedSequence((self.cfg.seed, step, ranks.rank())).generate_state(1)[0]))
             yield step
         self.flush()
+        self._set_phase("after the last step")
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -295,6 +306,8 @@ class Run:
         loss: this rank's share, summed over ranks here. tokens: over all ranks. grad_norm: before clipping, or None.
         """
         self._pending.append({"step": step, "loss": loss, "tokens": tokens, "learning_rate": learning_rate, "grad_norm": grad_norm})
+        if self._signs is not None and self._signs.phase is not None:
+            self._signs.phase.advance(1)
         if step % self.cfg.log_every == 0:
             self.flush()
 
@@ -404,6 +417,8 @@ class Run:
 
     def close(self) -> None:
         """Give the process its own output back."""
+        if self._signs is not None:
+            self._signs.close()
         with contextlib.suppress(OSError):  # a full disk
             sys.stdout.flush()
             sys.stderr.flush()

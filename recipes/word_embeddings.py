@@ -32,7 +32,6 @@ import numpy as np
 import scipy.sparse
 import torch
 import torch.nn.functional as F
-from gensim.models import KeyedVectors
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from transformers import get_scheduler
 
@@ -224,8 +223,9 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
             run.log_evaluation(step, "ratings", evaluation.similarity_scores(words, trained_vectors(engine, cfg.method)))
         checkpoints.end_step(step, micro_batches)  # saves when due, or asked to stop; a loss that is not finite has changed no weight
 
-    seconds = time.perf_counter() - started
-    words_per_second = sum(map(len, texts)) * (run.total_steps - done) * cfg.batch_size / len(rows) / seconds
+    words_per_second = sum(map(len, texts)) * (run.total_steps - done) * cfg.batch_size / len(rows) / (time.perf_counter() - started)
+    from gensim.models import KeyedVectors  # here: it takes a second, which the first step need not wait for
+
     export(engine, None, run.folder / "model")
     vectors = trained_vectors(engine, cfg.method)
     keyed = KeyedVectors(cfg.dimensions)

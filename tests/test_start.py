@@ -1,21 +1,29 @@
 """What happens between Enter and the first step: devices, the printed command, wrong words, help; and progress of what takes long."""
 
+import importlib
+import io
 import json
 import os
+import pty
 import re
 import shlex
 import subprocess
 import sys
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT, SCRIPTS, execute, free_port, launch
+from datasets import Dataset
 
 from lib import config, devices, preflight
+from lib import progress as signs
 from lib.config import UserError
+from lib.progress import Signs, progress
 
 # --- devices -------------------------------------------------------------------------------------------------------------
 
@@ -32,7 +40,9 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         smi.write_text("#!/bin/sh\ncase $1 in -L) cat <<'EOF'\n" + "\n".join(gpus) + f"\nEOF\n;; *) echo {driver} ;; esac\n")
         smi.chmod(0o755)
         (tmp_path / "torch").mkdir(exist_ok=True)
-        (tmp_path / "torch" / "__init__.py").write_text("class cuda:\n    is_available = staticmethod(lambda: False)\n    device_count = staticmethod(lambda: 8)\n")
+        (tmp_path / "torch" / "__init__.py").write_text(
+            "class cuda:\n    is_available = staticmethod(lambda: False)\n    device_count = staticmethod(lambda: 8)\n"
+        )
         version = f"__version__ = '2.13.0'\ncuda: Optional[str] = {cuda!r}\nhip: Optional[str] = None\nxpu: Optional[str] = None\n"
         (tmp_path / "torch" / "version.py").write_text(version)
         changed = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(tmp_path)}
@@ -61,7 +71,9 @@ def ids_of(options: list[str], gpus: int) -> list[int]:
 
 
 @pytest.mark.parametrize(("variable", "ranks", "ids"), [(None, 8, range(8)), (None, 3, range(3)), ("2,3", 2, [2, 3]), ("5, 2,7", 2, [2, 5])])
-def test_the_launcher_takes_the_devices_that_were_chosen(machine: Any, monkeypatch: pytest.MonkeyPatch, variable: str | None, ranks: int, ids: list[int]) -> None:
+def test_the_launcher_takes_the_devices_that_were_chosen(
+    machine: Any, monkeypatch: pytest.MonkeyPatch, variable: str | None, ranks: int, ids: list[int]
+) -> None:
     machine(EIGHT)
     if variable:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
@@ -141,11 +153,16 @@ def test_launch_and_comparison_carry_the_devices(machine: Any, tmp_path: Path, m
     started = shlex.split(done.stdout)
     assert ids_of(started[1 : started.index("recipes/causal_lm.py")], gpus=8) == [2, 3]
 
-    from lib import compare
+    from lib import compare, supervise
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     commands: list[list[str]] = []
-    monkeypatch.setattr(compare.supervise, "run_once", lambda command, *_: commands.append(command) or 1)
+
+    def run_once(command: list[str], *_: Any) -> int:
+        commands.append(command)
+        return 1
+
+    monkeypatch.setattr(supervise, "run_once", run_once)
     spec = {"steps": 4, "repeat_steps": 4, "settings": [], "fields": [], "recipe": "causal_lm"}
     compare.run_one(tmp_path / "comparison" / "runs" / "one", spec, 1, 2, "zero2")
     assert commands[0][commands[0].index("--include") + 1] == "localhost:2,3" and commands[0][1].endswith("start_ranks.py")
@@ -162,7 +179,8 @@ def test_ranks_start_as_deepspeed_starts_them(tmp_path: Path) -> None:
         "import json, os, sys\nopen(f'{sys.argv[2]}-{os.environ[\"RANK\"]}', 'w').write(json.dumps([sys.argv[1:2] + sys.argv[3:], sys.stdout.write_through, dict(os.environ)]))"
     )
     found = []
-    for name, program in {"deepspeed": [SCRIPTS / "deepspeed"], "ours": [sys.executable, ROOT / "lib" / "start_ranks.py"]}.items():
+    programs: dict[str, list[Any]] = {"deepspeed": [SCRIPTS / "deepspeed"], "ours": [sys.executable, ROOT / "lib" / "start_ranks.py"]}
+    for name, program in programs.items():
         done = execute([*program, "--log_level", "critical", "--master_port", 29511, "--num_accelerators", 2, script, tmp_path / name, "--max_steps", "3"])
         assert done.returncode == 0, done.stderr
         found.append([json.loads((tmp_path / f"{name}-{rank}").read_text()) for rank in range(2)])
@@ -205,8 +223,7 @@ def test_a_wrong_word_is_answered_at_once(arguments: list[str], words: list[str]
 
 @pytest.mark.slow
 def test_help_is_read_from_the_source_as_the_recipe_would_show_it(capsys: pytest.CaptureFixture[str]) -> None:
-    from recipes import causal_lm
-
+    causal_lm: Any = importlib.import_module("recipes.causal_lm")
     path = ROOT / "recipes" / "causal_lm.py"
     with pytest.raises(SystemExit):
         config.parse(causal_lm.Config, str(path), ["--help"])
@@ -220,3 +237,82 @@ def test_help_is_read_from_the_source_as_the_recipe_would_show_it(capsys: pytest
 def test_preflight_imports_nothing_large() -> None:
     code = "import sys; from lib import preflight; print([name for name in ('torch', 'deepspeed', 'transformers', 'numpy') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+# --- signs of life ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signs, "SILENCE", 0.1)
+
+
+def spoken(what: Callable[[Any], object], phase: Any = None) -> list[str]:
+    """The lines on a console that is no terminal while `what` runs."""
+    console = io.StringIO()
+    with Signs(console) as watch:
+        watch.phase = phase
+        what(watch)
+    return console.getvalue().splitlines()
+
+
+def test_what_takes_long_says_what_it_is_and_how_long_it_will_take(short_silence: None) -> None:
+    def work(_: Signs) -> None:
+        with progress("outer"), progress("evaluating", total=1000) as advance:
+            for _batch in range(10):
+                time.sleep(0.08)
+                advance(100)
+
+    lines = spoken(work)
+    assert 2 <= len(lines) <= 4  # after 0.1, 0.3 and 0.7 seconds: each sign after twice the silence
+    assert all(re.fullmatch(r"evaluating: \d+ of 1,000 rows, 0:00 so far(, 0:00 left)?", line) for line in lines)
+
+
+def test_what_is_fast_says_nothing_and_a_phase_speaks_for_what_has_no_name(short_silence: None) -> None:
+    def quick(watch: Signs) -> None:
+        for number in range(8):  # the console is not silent
+            watch.print(f"step {number}")
+            with progress("quick"):
+                time.sleep(0.04)
+
+    assert spoken(quick) == [f"step {number}" for number in range(8)]
+    assert spoken(lambda _: time.sleep(0.25), signs.Work("starting"))[0] == "starting: 0:00 so far"
+    assert spoken(lambda _: time.sleep(0.25)) == []
+
+
+def test_on_a_terminal_a_bar_moves_and_goes_away(short_silence: None) -> None:
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as console, Signs(console) as watch, progress("evaluating", total=100) as advance:
+        advance(50)
+        time.sleep(0.3)
+        watch.print("step 1")
+    seen = os.read(ours, 65536).decode()
+    os.close(ours)
+    assert "evaluating:  50%|" in seen and seen.endswith("\033[Kstep 1\r\n")
+
+
+def test_work_is_counted_by_what_everything_passes_through(one_rank: None, short_silence: None) -> None:
+    """Slow tokenization, a slow answer for each batch, a slow export's kin: the console says so, without a word in the recipe."""
+    from lib import baselines, data, inference, ranks
+
+    rows = {"train": Dataset.from_dict({"text": [str(time.time_ns() + number) for number in range(40)]})}
+
+    def tokenize(columns: dict[str, list[str]]) -> dict[str, list[int]]:
+        time.sleep(0.35)
+        return {"length": [len(text) for text in columns["text"]]}
+
+    assert re.match("preparing the rows: 0 of 40 rows", spoken(lambda _: data.map_rows(rows, tokenize))[0])
+
+    class Engine:
+        device = ranks.device()
+        eval = train = staticmethod(lambda: None)
+
+    def answer(batch: data.Batch) -> torch.Tensor:
+        time.sleep(0.04)
+        return batch["length"]
+
+    collate = lambda columns: {"length": torch.tensor([len(text) for text in columns["text"]])}  # noqa: E731
+    lines = spoken(lambda _: inference.for_each_row(Engine(), rows["train"], collate, 4, answer))
+    assert re.match(r"evaluating: (8|12) of 40 rows", lines[0])
+    texts, labels = [f"word{number} and more" for number in range(3000)], [number % 2 for number in range(3000)]
+    assert spoken(lambda _: [baselines.tfidf_logistic_regression(texts, labels, texts, labels) for _ in range(3)])[0].startswith("TF-IDF")
