@@ -43,7 +43,7 @@ def start(recipe: str, run_dir: Path, *settings: object) -> subprocess.Popen[byt
 
 
 def processes_of(run_dir: Path) -> list[psutil.Process]:
-    """All processes of a launch: launch.sh (as supervise.py), deepspeed, its launcher, the ranks."""
+    """All processes of a launch: launch.sh (as supervise.py), start_ranks.py, the ranks."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         if any(argument.startswith(str(run_dir)) for argument in process.info["cmdline"] or []) and process.pid != os.getpid():
@@ -55,7 +55,7 @@ def kind_of(process: psutil.Process) -> str:
     words = " ".join(process.info["cmdline"])
     if "--local_rank=" in words:
         return f"rank {words.split('--local_rank=')[1][0]}"
-    return "launch.sh" if "supervise.py" in words or "launch.sh" in words else "deepspeed.launcher.launch" if "launcher.launch" in words else "deepspeed"
+    return "start_ranks.py" if "start_ranks.py" in words else "launch.sh"
 
 
 def wait_for(condition: Callable[[], object], seconds: float, poll: float = 0.02) -> bool:
