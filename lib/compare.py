@@ -36,9 +36,10 @@ if not __package__:  # started as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # instead of lib/
 
 from lib import devices, report, results, supervise, theory
-from lib.config import ROOT, Parser, UserError, did_you_mean, shown
+from lib.config import ROOT, Parser, UserError, did_you_mean, known_arguments, parser_from_source, shown
 from lib.config import parse as parse_settings
 from lib.ds_config import load_ds_config, read_json
+from lib.progress import Signs, progress
 from lib.results import INSPECTED, case_folder, read_outcome
 
 FEWEST_STEPS = INSPECTED + 2
@@ -264,9 +265,10 @@ def run_all(folder: Path, spec: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def live_progress(name: str, steps_done: Path, steps: int) -> Iterator[None]:
-    """On a terminal, show in one line how far a run has come, from the file in which it counts."""
+    """On a terminal, show in one line how far a run has come, from the file in which it counts; elsewhere say from time to time that it runs."""
     if not sys.stdout.isatty():
-        yield
+        with Signs(sys.stdout), progress(name):
+            yield
         return
     ended = threading.Event()
 
@@ -385,6 +387,9 @@ def main(arguments: list[str]) -> int:
         recipes = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
         if options.recipe not in recipes:
             raise UserError(f"there is neither a recipe nor a comparison {options.recipe}{did_you_mean(options.recipe, recipes)}; recipes: {' '.join(recipes)}")
+        parser = parser_from_source(ROOT / "recipes" / f"{options.recipe}.py")
+        if parser is not None:
+            known_arguments(parser, settings, also=(name if name != "other" else "with" for name in vars(options)))
         folder = resumed(options, settings) if options.resume else plan(options, settings)
         spec = results.read_spec(folder)
         print(f"{shown(folder)}: {', '.join(spec['configs'])}; {spec['steps']} steps; rounds: {spec['rounds']}")

@@ -206,6 +206,15 @@ def settings_in_source(file: Path, class_name: str = "Config") -> dict[str, tupl
     return settings
 
 
+def parser_from_source(recipe_path: Path) -> Parser | None:
+    """The parser of a recipe's arguments without importing the recipe, which takes seconds; None where that cannot be, and the recipe knows best."""
+    try:
+        doc = ast.get_docstring(ast.parse(recipe_path.read_text(encoding="utf-8")), clean=False)
+        return parser_of(recipe_path, doc, settings_in_source(recipe_path))
+    except (LookupError, OSError, SyntaxError, UnicodeDecodeError):
+        return None
+
+
 def parse(config_class: type[C], recipe: str, argv: list[str]) -> tuple[C, Path]:
     """(settings, path of the DeepSpeed JSON) from a recipe's arguments."""
     recipe_path = Path(recipe).resolve()

@@ -6,7 +6,6 @@
 It imports neither torch nor the recipe: a wrong word is answered at once.
 """
 
-import ast
 import os
 import sys
 from pathlib import Path
@@ -21,16 +20,13 @@ OF_LAUNCH = ("stage", "ds_config", "ranks", "restarts", "dry_run")  # launch.sh 
 
 
 def main(recipe: str, ranks: str, *settings: str) -> None:
-    path = Path(recipe)
-    try:
-        parser = config.parser_of(path, ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")), clean=False), config.settings_in_source(path))
-    except (LookupError, SyntaxError):  # the recipe knows best
-        if ranks == "--help":
+    parser = config.parser_from_source(Path(recipe))
+    if ranks == "--help":
+        if parser is None:
             os.execv(sys.executable, [sys.executable, recipe, "--help"])
-    else:
-        if ranks == "--help":
-            parser.print_help()
-            return
+        parser.print_help()
+        return
+    if parser is not None:
         config.known_arguments(parser, list(settings), also=OF_LAUNCH)
     found = devices.find()
     try:

@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -212,6 +213,7 @@ def test_a_rank_that_fails_ends_the_others(tmp_path: Path, code: str, status: in
         (["causal_lm", "--learning_rat", "1"], ["did you mean '--learning_rate'"]),
         (["causal_lm", "--max_steps"], ["--max_steps: expected one argument"]),
         (["causal_lm", "--ranks", "0"], ["--ranks is 0"]),
+        (["compare", "causal_lm", "--stage", "0"], ["unknown argument '--stage'; did you mean '--stages'"]),
     ],
 )
 def test_a_wrong_word_is_answered_at_once(arguments: list[str], words: list[str]) -> None:
@@ -268,16 +270,18 @@ def test_what_takes_long_says_what_it_is_and_how_long_it_will_take(short_silence
     assert all(re.fullmatch(r"evaluating: \d+ of 1,000 rows, 0:00 so far(, 0:00 left)?", line) for line in lines)
 
 
-def test_what_is_fast_says_nothing_and_a_phase_speaks_for_what_has_no_name(short_silence: None) -> None:
+def test_what_is_fast_says_nothing_and_a_phase_speaks_for_what_has_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signs, "SILENCE", 0.4)
+
     def quick(watch: Signs) -> None:
         for number in range(8):  # the console is not silent
             watch.print(f"step {number}")
             with progress("quick"):
-                time.sleep(0.04)
+                time.sleep(0.08)
 
     assert spoken(quick) == [f"step {number}" for number in range(8)]
-    assert spoken(lambda _: time.sleep(0.25), signs.Work("starting"))[0] == "starting: 0:00 so far"
-    assert spoken(lambda _: time.sleep(0.25)) == []
+    assert spoken(lambda _: time.sleep(0.7), signs.Work("starting"))[0].startswith("starting: 0:0")
+    assert spoken(lambda _: time.sleep(0.7)) == []
 
 
 def test_on_a_terminal_a_bar_moves_and_goes_away(short_silence: None) -> None:
@@ -313,6 +317,36 @@ def test_work_is_counted_by_what_everything_passes_through(one_rank: None, short
 
     collate = lambda columns: {"length": torch.tensor([len(text) for text in columns["text"]])}  # noqa: E731
     lines = spoken(lambda _: inference.for_each_row(Engine(), rows["train"], collate, 4, answer))
-    assert re.match(r"evaluating: (8|12) of 40 rows", lines[0])
+    assert re.match(r"evaluating: \d+ of 40 rows, 0:0\d so far", lines[0])
     texts, labels = [f"word{number} and more" for number in range(3000)], [number % 2 for number in range(3000)]
     assert spoken(lambda _: [baselines.tfidf_logistic_regression(texts, labels, texts, labels) for _ in range(3)])[0].startswith("TF-IDF")
+
+
+def test_a_run_shows_what_its_rank_0_does_and_the_other_ranks_nothing(
+    one_rank: None, short_silence: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from lib import ranks
+    from lib.run import Run
+
+    recipe: Any = importlib.import_module("recipes.causal_lm")
+    cfg = config.load(recipe.Config, ROOT / "recipes" / "causal_lm.yaml", {"run_dir": str(tmp_path / "run"), "max_steps": "3"}, quick=True)
+    threads = threading.active_count()
+    run = Run(cfg, {"zero_optimization": {"stage": 2}}, "recipes/causal_lm.py")
+    assert threading.active_count() == threads + 1
+    time.sleep(0.2)
+    with progress("loading the rows"):
+        time.sleep(0.2)
+    run.plan(100)
+    for step in run.steps():
+        if step == 1:
+            run.log_step(step, torch.zeros(()), torch.ones(()), 0.1, None)
+            time.sleep(0.2)
+    run.close()
+    assert threading.active_count() == threads
+    said = [line for line in capfd.readouterr().out.splitlines() if not line.startswith("step ")]
+    assert [line.split(",")[0].removesuffix("0:00 so far") for line in said[:3]] == ["starting: ", "loading the rows: ", "training: 1 of 3 steps"]
+    monkeypatch.setattr(ranks, "rank", lambda: 1)
+    run._send_chatter_to_log()
+    run._lock = None
+    assert threading.active_count() == threads and run._signs is None
+    run.close()
