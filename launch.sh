@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The one command of this repository: trains a recipe, compares ZeRO stages, or runs the tests. It prints the deepspeed command that it runs.
+# The one command of this repository: trains a recipe, compares ZeRO stages, or runs the tests. It prints the deepspeed command of a run.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
