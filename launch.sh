@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The one command of this repository: trains a recipe, compares ZeRO stages, or runs the tests. It prints the deepspeed command that it runs.
+# The one command of this repository: trains a recipe, compares ZeRO stages, or runs the tests. It prints the deepspeed command of a run.
 set -euo pipefail
 export PYTHONUTF8=1 # where the locale is not UTF-8, files still are, those of the libraries too
 
@@ -47,6 +47,16 @@ recipes() {
   echo "${found[*]}"
 }
 
+# `; did you mean 'x'?` for the nearest recipe or command, if one is near.
+did_you_mean() {
+  # shellcheck disable=SC2046 # names without spaces
+  python3 - "$1" $(recipes) compare test search results torture <<'EOF' 2>/dev/null || true
+import difflib, sys
+for near in difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1, 0.6):
+    print(f"; did you mean '{near}'?", end="")
+EOF
+}
+
 # True where the Python $1 has all that requirements.txt names. Other versions than those pinned are used as they are and named,
 # for the driver decides which torch a machine can have; DeepSpeed alone must be the pinned one, whose behaviour was measured.
 satisfied() {
@@ -91,15 +101,6 @@ environment() {
   satisfied "$python" || fail "the installation did not succeed; see: $python -m pip install -r requirements.txt"
 }
 
-# Sets $gpus to their number, and $default_ranks to one for each, or 2 on a CPU.
-devices() {
-  gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-  if [ "$gpus" = 0 ]; then
-    export DS_ACCELERATOR=cpu
-  fi
-  default_ranks=$((gpus > 0 ? gpus : 2))
-}
-
 run_tests() {
   cd "$root"
   case "${1:-}" in
@@ -123,15 +124,14 @@ main() {
     compare)
       shift
       environment
-      devices
-      GPUS=$gpus DEFAULT_RANKS=$default_ranks exec "$python" "$root/lib/compare.py" "$@"
+      exec "$python" "$root/lib/compare.py" "$@"
       ;;
     -*) fail "the recipe comes first: ./launch.sh <recipe> [options]; recipes: $(recipes)" ;;
   esac
   local recipe=${1%.py}
   recipe=${recipe#recipes/}
   shift
-  [ -f "$root/recipes/$recipe.py" ] || fail "there is no recipes/$recipe.py; recipes: $(recipes)"
+  [ -f "$root/recipes/$recipe.py" ] || fail "there is no recipes/$recipe.py$(did_you_mean "$recipe"); recipes: $(recipes)"
 
   local stage="" ds_config="" ranks="" restarts=0 dry_run="" help="" settings=()
   while [ $# -gt 0 ]; do
@@ -162,16 +162,16 @@ main() {
 
   environment
   if [ -n "$help" ]; then
-    exec "$python" "$root/recipes/$recipe.py" --help
+    exec "$python" "$root/lib/preflight.py" "$root/recipes/$recipe.py" --help
   fi
-  devices
-  ranks=${ranks:-$default_ranks}
-  [[ $ranks =~ ^[1-9][0-9]*$ ]] || fail "--ranks is $ranks; it must be a whole number from 1 up"
   [[ $restarts =~ ^[0-9]+$ ]] || fail "--restarts is $restarts; it must be a whole number"
-  [ "$gpus" = 0 ] || [ "$ranks" -le "$gpus" ] || fail "--ranks is $ranks, but there are $gpus GPUs"
+  local found options
+  found=$("$python" "$root/lib/preflight.py" "$root/recipes/$recipe.py" "$ranks" ${settings[@]+"${settings[@]}"})
+  read -ra options <<<"$found" # the accelerator, then options for deepspeed
+  [ "${options[0]}" = cuda ] || export DS_ACCELERATOR=${DS_ACCELERATOR:-${options[0]}} # DeepSpeed need not look again
 
   exec "$python" "$root/lib/supervise.py" "$recipe-$(basename "$ds_config" .json)" "$root/recipes/$recipe.yaml" "$restarts" "$dry_run" \
-    -- "$bin/deepspeed" --num_accelerators "$ranks" "$root/recipes/$recipe.py" --deepspeed_config "$ds_config" ${settings[@]+"${settings[@]}"}
+    -- "$bin/deepspeed" "${options[@]:1}" "$root/recipes/$recipe.py" --deepspeed_config "$ds_config" ${settings[@]+"${settings[@]}"}
 }
 
 main "$@"

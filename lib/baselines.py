@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lib.evaluation import classification_scores, perplexity, perplexity_and_bits, sentences
+from lib.progress import progress
 
 MEMORY_ROWS = 50_000  # training rows that a translation memory holds: with more, it might outlast the training
 
@@ -17,6 +18,7 @@ def majority_class(train_labels: Sequence[int], test_labels: Sequence[int]) -> d
     return classification_scores(test_labels, [most_frequent] * len(test_labels))
 
 
+@progress("TF-IDF + logistic regression")
 def tfidf_logistic_regression(
     train_texts: Sequence[str], train_labels: Sequence[int], test_texts: Sequence[str], test_labels: Sequence[int]
 ) -> dict[str, float]:
@@ -50,6 +52,7 @@ def unigram_masked(train_tokens: np.ndarray, hidden_tokens: Sequence[int], vocab
     return {"pseudo_perplexity": perplexity(float(nats), len(hidden)), "masked_accuracy": float((hidden == counts.argmax()).mean())}
 
 
+@progress("looking for the nearest training texts")
 def nearest_training_target(train_sources: Sequence[str], train_targets: Sequence[str], test_sources: Sequence[str]) -> list[str]:
     """For each test source, the target of the training source that is most alike: a translation memory.
 
@@ -83,6 +86,7 @@ def _words(text: str) -> set[str]:
     return set(re.findall(r"\w+", text.lower()))
 
 
+@progress("BM25")
 def bm25(queries: Sequence[str], documents: Sequence[str], depth: int) -> np.ndarray:
     """[queries, depth] numbers of the documents with the highest BM25 score, best first, by bm25s with its defaults.
 
@@ -102,6 +106,7 @@ def bm25(queries: Sequence[str], documents: Sequence[str], depth: int) -> np.nda
     return ranking
 
 
+@progress("gensim's word2vec")
 def gensim_word2vec(
     documents: list[list[str]], dims: int, window: int, negatives: int, min_count: int, epochs: int, sample: float, seed: int
 ) -> tuple[list[str], np.ndarray, float]:

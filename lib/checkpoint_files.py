@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 
 from lib import ranks
 from lib.config import UserError, shown
+from lib.progress import progress
 from lib.zero_state import WEIGHT, buffers, make_optimizer_state, optimizer_state, owned_pieces, pieces, refresh_model, shapes
 
 FORMAT = 1
@@ -81,6 +82,7 @@ def file_name() -> str:
     return f"rank-{ranks.rank():05d}-of-{ranks.world_size():05d}.safetensors"
 
 
+@progress("saving a checkpoint")
 def write(parent: Path, engine: Any, facts: Manifest) -> str | None:
     """Write the checkpoint of the engine's present state. Every rank must call it. Returns what went wrong, the same on all ranks.
 
@@ -280,6 +282,7 @@ def put_newer_aside(newest: Path) -> None:
                 raise UserError(f"{shown(folder)} is damaged and cannot be renamed: {error.strerror or error}; move it away") from None
 
 
+@progress("checking the checkpoint")
 def damage(folder: Path, manifest: Manifest) -> str | None:
     """What is wrong with a checkpoint's files, the same on all ranks, or None. The ranks share the reading of them."""
     files = list(manifest["files"].items())[ranks.rank() :: ranks.world_size()]
@@ -311,6 +314,7 @@ def _file_problem(file: Path, facts: Manifest) -> str | None:
 # --- reading ------------------------------------------------------------------------------------------------------------
 
 
+@progress("reading the checkpoint")
 def read(folder: Path, manifest: Manifest, engine: Any) -> None:
     """Bring the engine's weights and optimizer states to those of a checkpoint, whatever stage and number of ranks wrote it.
 

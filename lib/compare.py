@@ -35,11 +35,12 @@ from typing import Any
 if not __package__:  # started as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # instead of lib/
 
-from lib import report, results, supervise, theory
-from lib.config import ROOT, Parser, UserError, did_you_mean, shown
+from lib import devices, report, results, supervise, theory
+from lib.config import ROOT, Parser, UserError, did_you_mean, known_arguments, parser_from_source, shown
 from lib.config import parse as parse_settings
 from lib.ds_config import load_ds_config, read_json
 from lib.paths import from_home, new_folder
+from lib.progress import Signs, progress
 from lib.results import INSPECTED, case_folder, read_outcome
 
 FEWEST_STEPS = INSPECTED + 2
@@ -139,16 +140,15 @@ def in_a_process(do: Any, *arguments: Any) -> Any:
 
 def plan(options: argparse.Namespace, settings: list[str]) -> Path:
     """Check everything and make the comparison's folder. Returns the folder."""
-    ranks = numbers(options.ranks or os.environ.get("DEFAULT_RANKS", "2"), "ranks")
+    there = devices.find()
+    ranks = numbers(options.ranks or str(there.default_ranks), "ranks")
+    there.launcher_options(max(ranks))  # raises where there are fewer devices
     steps = 30 if options.steps is None else options.steps
     rounds = 2 if options.rounds is None else options.rounds
     if steps < FEWEST_STEPS or rounds < 1:
         raise UserError(
             f"--steps is {steps} and --rounds is {rounds}; there must be at least {FEWEST_STEPS} steps (the first {INSPECTED} are not timed) and 1 round"
         )
-    gpus = int(os.environ.get("GPUS", "0"))
-    if gpus and max(ranks) > gpus:
-        raise UserError(f"--ranks is {options.ranks}, but there are {gpus} GPUs")
     configs = configs_of(options)
     commit, code = code_version(options.recipe, settings)
     try:
@@ -266,9 +266,10 @@ def run_all(folder: Path, spec: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def live_progress(name: str, steps_done: Path, steps: int) -> Iterator[None]:
-    """On a terminal, show in one line how far a run has come, from the file in which it counts."""
+    """On a terminal, show in one line how far a run has come, from the file in which it counts; elsewhere say from time to time that it runs."""
     if not sys.stdout.isatty():
-        yield
+        with Signs(sys.stdout), progress(name):
+            yield
         return
     ended = threading.Event()
 
@@ -296,7 +297,7 @@ def run_one(run: Path, spec: dict[str, Any], number: int, ranks: int, config: st
     decided = DECIDED | {"run_dir": str(run / "run"), "max_steps": str(spec["steps"]), "save_every": str(steps) if number == 1 else "null"}
     settings = [*spec["settings"], *(f"--{name}={value}" for name, value in decided.items() if name in spec["fields"])]
     command = [
-        str(Path(sys.executable).parent / "deepspeed"), "--log_level", "critical", "--master_port", str(supervise.free_port()), "--num_accelerators", str(ranks),
+        str(Path(sys.executable).parent / "deepspeed"), "--log_level", "critical", "--master_port", str(supervise.free_port()), *devices.find().launcher_options(ranks),
         str(ROOT / "lib" / "measure.py"), str(run), str(steps), "all" if number == 1 else "times",
         str(ROOT / "recipes" / f"{spec['recipe']}.py"), "--deepspeed_config", str(run.parents[1] / "ds_configs" / f"{config}.json"), *settings,
     ]  # fmt: skip
@@ -307,7 +308,7 @@ def run_one(run: Path, spec: dict[str, Any], number: int, ranks: int, config: st
     started = time.monotonic()
     with (run / "log.txt").open("w", encoding="utf-8") as log:
         print(shlex.join(command), file=log, flush=True)
-        status = supervise.run_once(command, log, ended)
+        status = supervise.run_once([sys.executable, str(ROOT / "lib" / "start_ranks.py"), *command[1:]], log, ended)
     seconds = time.monotonic() - started
     complete = ended() or (status == 0 and number == 1 and supervise.end_marker(str(run / "run")) is not None)
     if supervise.stop_signals and not complete:
@@ -387,6 +388,9 @@ def main(arguments: list[str]) -> int:
         recipes = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
         if options.recipe not in recipes:
             raise UserError(f"there is neither a recipe nor a comparison {options.recipe}{did_you_mean(options.recipe, recipes)}; recipes: {' '.join(recipes)}")
+        parser = parser_from_source(ROOT / "recipes" / f"{options.recipe}.py")
+        if parser is not None:
+            known_arguments(parser, settings, also=(name if name != "other" else "with" for name in vars(options)))
         folder = resumed(options, settings) if options.resume else plan(options, settings)
         spec = results.read_spec(folder)
         print(f"{shown(folder)}: {', '.join(spec['configs'])}; {spec['steps']} steps; rounds: {spec['rounds']}")

@@ -6,6 +6,7 @@ a key given twice are errors of one line that name the file and the key. Types a
 """
 
 import argparse
+import ast
 import atexit
 import contextlib
 import difflib
@@ -162,28 +163,73 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def parse(config_class: type[C], recipe: str, argv: list[str]) -> tuple[C, Path]:
-    """(settings, path of the DeepSpeed JSON) from a recipe's arguments."""
-    recipe_path = Path(recipe).resolve()
-    help_texts = comments(config_class)
-    doc = sys.modules[config_class.__module__].__doc__
+def parser_of(recipe_path: Path, doc: str | None, settings: dict[str, tuple[bool, str]]) -> Parser:
+    """The parser of a recipe's arguments. settings: {name: (whether it is a bool, help text)}, in the order of the help."""
     parser = Parser(prog=shown(recipe_path), description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--deepspeed_config", metavar="JSON", help="the DeepSpeed config: what may only change memory and speed")
     parser.add_argument("--config", metavar="YAML", help=f"the settings (default: {shown(recipe_path.with_suffix('.yaml'))})")
     parser.add_argument("--quick", action="store_true", help="overlay the YAML's 'quick:' section: a short run, to see that all works")
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)  # customary beside --deepspeed_config
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's
-    kinds = typing.get_type_hints(config_class, include_extras=True)
-    names = sorted(kinds, key=lambda name: list(help_texts).index(name) if name in help_texts else -1)
     group = parser.add_argument_group("settings (they win over the YAML)")
-    for name in names:
-        alone: dict[str, Any] = {"nargs": "?", "const": "true"} if kinds[name] is bool else {}  # --resume is --resume true
-        group.add_argument(f"--{name}", metavar="", help=help_texts.get(name, "").replace("%", "%%"), **alone)
-    options, unknown = parser.parse_known_args(argv)
+    for name, (is_bool, text) in settings.items():
+        alone: dict[str, Any] = {"nargs": "?", "const": "true"} if is_bool else {}  # --resume is --resume true
+        group.add_argument(f"--{name}", metavar="", help=text.replace("%", "%%"), **alone)
+    return parser
+
+
+def known_arguments(parser: Parser, arguments: list[str], also: Iterable[str] = ()) -> argparse.Namespace:
+    """What the parser finds. Raises UserError for one that it does not know, with the nearest of those that it or `also` has."""
+    options, unknown = parser.parse_known_args(arguments)
     if unknown:
-        known = [*names, "deepspeed_config", "config", "quick", "help"]
+        known = [*(name.removeprefix("--") for name in parser._option_string_actions), *also]
         word = unknown[0].split("=")[0].lstrip("-")
         raise UserError(f"unknown argument '{unknown[0]}'{did_you_mean(word, known).replace(chr(39), chr(39) + '--', 1)}")
+    return options
+
+
+def settings_in_source(file: Path, class_name: str = "Config") -> dict[str, tuple[bool, str]]:
+    """The settings of a recipe for parser_of, from its text and that of the classes that its Config extends: importing them all takes seconds.
+
+    Raises LookupError where the class is not written as a recipe's is.
+    """
+    source = file.read_text(encoding="utf-8")
+    body, lines = ast.parse(source).body, source.splitlines()
+    found = next((node for node in body if isinstance(node, ast.ClassDef) and node.name == class_name), None)
+    if found is None:
+        modules = [node.module for node in body if isinstance(node, ast.ImportFrom) and class_name in (name.asname or name.name for name in node.names)]
+        file = ROOT / f"{modules[0].replace('.', '/')}.py" if modules and modules[0] else Path()
+        if not file.is_file():
+            raise LookupError(class_name)
+        return settings_in_source(file, class_name)
+    settings = {}
+    for field in found.body:
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            comment = lines[(field.end_lineno or 1) - 1].encode()[field.end_col_offset :].decode().strip().removeprefix("#").strip()
+            settings[field.target.id] = ast.unparse(field.annotation) == "bool", comment
+    for base in found.bases:
+        inherited = settings_in_source(file, ast.unparse(base))
+        settings |= {name: setting for name, setting in inherited.items() if name not in settings}
+    return settings
+
+
+def parser_from_source(recipe_path: Path) -> Parser | None:
+    """The parser of a recipe's arguments without importing the recipe, which takes seconds; None where that cannot be, and the recipe knows best."""
+    try:
+        doc = ast.get_docstring(ast.parse(recipe_path.read_text(encoding="utf-8")), clean=False)
+        return parser_of(recipe_path, doc, settings_in_source(recipe_path))
+    except (LookupError, OSError, SyntaxError, UnicodeDecodeError):
+        return None
+
+
+def parse(config_class: type[C], recipe: str, argv: list[str]) -> tuple[C, Path]:
+    """(settings, path of the DeepSpeed JSON) from a recipe's arguments."""
+    recipe_path = Path(recipe).resolve()
+    help_texts = comments(config_class)
+    kinds = typing.get_type_hints(config_class, include_extras=True)
+    names = sorted(kinds, key=lambda name: list(help_texts).index(name) if name in help_texts else -1)
+    parser = parser_of(recipe_path, sys.modules[config_class.__module__].__doc__, {name: (kinds[name] is bool, help_texts.get(name, "")) for name in names})
+    options = known_arguments(parser, argv)
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     yaml_path = Path(from_home(options.config)) if options.config else recipe_path.with_suffix(".yaml")
     cfg = load(config_class, yaml_path, given, options.quick)

@@ -26,6 +26,7 @@ from datasets.fingerprint import Hasher
 
 from lib import ranks
 from lib.config import UserError, did_you_mean, shown
+from lib.progress import progress
 from lib.samples import SAMPLES, SPLITS, load_sample, split_of
 
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -42,6 +43,7 @@ Batch = dict[str, torch.Tensor]
 # --- rows ---------------------------------------------------------------------------------------------------------------
 
 
+@progress("loading the rows")
 def load_rows(
     dataset: str, max_rows: int | None, text: dict[str, str], label: dict[str, str] | None = None, answers: dict[str, str] | None = None
 ) -> dict[str, Dataset]:  # fmt: skip
@@ -71,11 +73,18 @@ def map_rows(splits: dict[str, Dataset], function: Callable[..., dict[str, list[
     file = Path(inspect.getfile(getattr(function, "func", function)))  # func: of a functools.partial
     name = ranks.on_rank0(lambda: Hasher.hash((CODE, file.read_text(encoding="utf-8"), function, arguments)))
 
-    def map_split(rows: Dataset) -> Dataset:
-        name_of_split = Hasher.hash((rows._fingerprint, name))
-        return rows.map(function, batched=True, fn_kwargs=arguments, remove_columns=rows.column_names, new_fingerprint=name_of_split)
+    def map_split(rows: Dataset, advance: Callable[[int], None]) -> Dataset:
+        def counted(columns: dict[str, list[Any]], /, **arguments: Any) -> dict[str, list[Any]]:
+            count = len(next(iter(columns.values())))
+            result = function(columns, **arguments)
+            advance(count)
+            return result
 
-    return ranks.rank0_first(lambda: {split: map_split(rows) for split, rows in splits.items()})
+        name_of_split = Hasher.hash((rows._fingerprint, name))
+        return rows.map(counted, batched=True, fn_kwargs=arguments, remove_columns=rows.column_names, new_fingerprint=name_of_split)
+
+    with progress("preparing the rows", sum(map(len, splits.values()))) as advance:
+        return ranks.rank0_first(lambda: {split: map_split(rows, advance) for split, rows in splits.items()})
 
 
 def _load_rows(dataset: str, text: dict[str, str], label: dict[str, str], answers: dict[str, str]) -> dict[str, Dataset]:
@@ -451,6 +460,7 @@ def token_streams(splits: dict[str, Dataset], tokenizer: Any) -> dict[str, np.nd
     return {split: token_stream(rows) for split, rows in map_rows(splits, tokenize, tokenizer=tokenizer).items()}
 
 
+@progress("joining the tokens")
 def token_stream(rows: Dataset, column: str = "input_ids") -> np.ndarray:
     """All token ids (or other numbers in lists) of a data set one after the other, [tokens] int32, in a file that all ranks map into memory.
 

@@ -8,22 +8,24 @@ import torch
 from lib import evaluation, ranks
 from lib.data import IGNORED, Batch, Blocks, collate_blocks, evaluation_batches
 from lib.model import token_losses
+from lib.progress import progress
 
 
 def for_each_row(
     engine: Any, rows: Any, collate: Callable[[dict[str, Any]], Batch], batch_size: int, answer: Callable[[Batch], torch.Tensor],
-    lengths: Sequence[int] | None = None,
+    lengths: Sequence[int] | None = None, what: str = "evaluating",
 ) -> torch.Tensor:  # fmt: skip
     """What `answer(batch)`, [rows of the batch, ...], says of each row: [all rows, ...] in their order, on the engine's device.
 
-    lengths: of the rows, so that rows of nearly one length are in a batch. See lib.data.evaluation_batches for the other arguments.
+    lengths: of the rows, so that rows of nearly one length are in a batch. what: for the console, if it takes long. See lib.data.evaluation_batches for the other arguments.
     """
     engine.eval()
     answers, numbers = [], []
-    with torch.no_grad():
+    with torch.no_grad(), progress(what, len(rows)) as advance:
         for batch, row_numbers in evaluation_batches(rows, collate, batch_size, engine.device, lengths):
             answers.append(answer(batch))
             numbers.append(row_numbers)
+            advance(batch_size * ranks.world_size())
     engine.train()
     return ranks.gather_rows(torch.cat(answers), torch.cat(numbers), len(rows))
 

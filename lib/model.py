@@ -40,6 +40,7 @@ from lib import ranks
 from lib.config import UserError, did_you_mean
 from lib.data import IGNORED
 from lib.ds_config import offload_device, stage_of
+from lib.progress import progress
 
 
 def model_folder(name: str) -> str:
@@ -108,6 +109,7 @@ def set_dropout(config: PretrainedConfig, dropout: float) -> PretrainedConfig:
     return config
 
 
+@progress("loading the tokenizer")
 def load_tokenizer(name: str, max_length: int, trust_remote_code: bool, setting: str = "max_length") -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or hub id. Every rank must call it. Raises UserError where the model cannot read max_length tokens.
 
@@ -175,6 +177,7 @@ def longest_text(config: PretrainedConfig) -> int | None:
 END_OF_TEXT = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}  # the special tokens of a language model
 
 
+@progress("training the tokenizer")
 def train_tokenizer(texts: Iterable[str], vocab_size: int, special_tokens: Mapping[str, str | AddedToken], template: str = "$A") -> PreTrainedTokenizerBase:
     """Learn a byte-level BPE from texts: any text encodes to it and back without loss. Every rank must call it; rank 0 learns.
 
@@ -227,6 +230,7 @@ def check_generates(model: Any, remedy: str, **options: Any) -> None:
         raise UserError(f"{type(model).__name__}: this transformers cannot generate with it; {remedy} ({why})") from None
 
 
+@progress("loading the model")
 def load_model(build: Callable[[], torch.nn.Module], ds_config: dict[str, Any], seed: int) -> torch.nn.Module:
     """The model that `build` returns, the same weights on every rank and at every stage, ready for deepspeed.initialize.
 
@@ -323,7 +327,8 @@ def make_adamw(
     in_order = [groups[key] for key in sorted(groups)]  # the learning rate of the first one is what a run logs
     if offload_device(ds_config, "optimizer") != "none" and ds_config.get("zero_force_ds_cpu_optimizer", True):
         ranks.rank0_first(lambda: check_compilation("cpu_adam"))
-        return deepspeed.ops.adam.DeepSpeedCPUAdam(in_order, lr=learning_rate)
+        with progress("loading DeepSpeed's cpu_adam, which is compiled once and takes minutes then"):
+            return deepspeed.ops.adam.DeepSpeedCPUAdam(in_order, lr=learning_rate)
     return torch.optim.AdamW(in_order, lr=learning_rate)
 
 
@@ -408,6 +413,7 @@ def full_state_dict(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor
     return state
 
 
+@progress("exporting the model")
 def export(
     engine: deepspeed.DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase | None, folder: Path, target_tokenizer: PreTrainedTokenizerBase | None = None
 ) -> None:  # fmt: skip

@@ -34,6 +34,7 @@ from lib.config import Minutes, Stopped, UserError, did_you_mean, shown
 from lib.console import Console
 from lib.ds_config import offload_device, stage_of
 from lib.paths import from_home, new_folder
+from lib.progress import Signs, Work
 
 PLAIN_LINES = 10  # progress lines of a whole run where the output is no terminal
 VERSIONS_OF = ("deepspeed", "torch", "transformers", "datasets", "tokenizers", "accelerate", "numpy")
@@ -86,7 +87,8 @@ class Run:
             raise Stopped(finished, 0)
         self._check_ranks_agree(token, facts)
         self.notes: list[str] = []
-        self.checkpoint = self._find_checkpoint() if cfg.resume else None  # what --resume goes on from
+        with Signs(sys.stdout) if cfg.resume and ranks.rank() == 0 else contextlib.nullcontext():
+            self.checkpoint = self._find_checkpoint() if cfg.resume else None  # what --resume goes on from
         self.seconds_before = self.checkpoint[1]["seconds"] if self.checkpoint else 0.0
         if self.checkpoint is None and not overwrites:  # else when it begins: a start that is refused before changes nothing
             ranks.on_rank0(self._write_facts)
@@ -278,13 +280,20 @@ class Run:
         os.dup2(self._log, 2)
         sys.stdout, sys.stderr = Console(1), Console(2)  # which a full disk does not make raise
         transformers_logging.disable_progress_bar()
+        self._signs = Signs(self._console) if ranks.rank() == 0 else None
+        self._set_phase("starting")
+
+    def _set_phase(self, *phase: Any) -> None:
+        """What the console shows after a long silence where nothing says more: the arguments of Work, or nothing."""
+        if self._signs is not None:
+            self._signs.phase = Work(*phase) if phase else None
 
     def say(self, text: str = "") -> None:
         """Print on rank 0's console."""
-        if ranks.rank() == 0:
+        if self._signs is not None:
             if self._bar is not None:
                 self._bar.clear()
-            print(text, file=self._console)
+            self._signs.print(text)
 
     def header(self, model: torch.nn.Module, rows: dict[str, int], notes: list[str] | None = None) -> None:
         """Say what is about to run. rows: their number by split."""
@@ -335,6 +344,7 @@ class Run:
         if ranks.rank() == 0 and self._console.isatty():
             layout = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"  # tqdm's own time left would count what is no step
             self._bar = tqdm(total=self.total_steps, initial=done, file=self._console, bar_format=layout, dynamic_ncols=True, leave=True)
+        self._set_phase(*(() if self._bar is not None else ("training", self.total_steps - done, "steps")))
         self.restart_clock()
         for step in range(done + 1, self.total_steps + 1):
             set_seed(int(np.random.SeedSequence((self.cfg.seed, step, ranks.rank())).generate_state(1)[0]))
@@ -342,6 +352,7 @@ class Run:
             if self._aside:
                 self.restart_clock()
         self.flush()
+        self._set_phase("after the last step")
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -352,6 +363,8 @@ class Run:
         loss: this rank's share, summed over ranks here. tokens: over all ranks. grad_norm: before clipping, or None.
         """
         self._pending.append({"step": step, "loss": loss, "tokens": tokens, "learning_rate": learning_rate, "grad_norm": grad_norm})
+        if self._signs is not None and self._signs.phase is not None:
+            self._signs.phase.advance(1)
         if step % self.cfg.log_every == 0:
             self.flush()
 
@@ -480,6 +493,8 @@ class Run:
 
     def close(self) -> None:
         """Give the process its own output back."""
+        if self._signs is not None:
+            self._signs.close()
         sys.stdout, sys.stderr = self._before
         os.dup2(self._stdout, 1)
         os.dup2(self._stderr, 2)

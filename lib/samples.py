@@ -27,6 +27,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 
 from lib.config import UserError
+from lib.progress import progress
 
 SPLITS = ("train", "validation", "test")
 # The libraries of `docstrings`, and the names that would give each away.
@@ -68,8 +69,9 @@ def load_sample(name: str) -> DatasetDict:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "zero_recipes" / f"{name}-{key}"
     if not all((cache / f"{split}.parquet").is_file() for split in SPLITS):
         rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
-        for row in rows_of():
-            rows[split_of(row.pop("group"))].append(row)
+        with progress(f"making the built-in sample {name}, once"):
+            for row in rows_of():
+                rows[split_of(row.pop("group"))].append(row)
         cache.mkdir(parents=True, exist_ok=True)
         for split in SPLITS:
             part = cache / f".{split}-{os.getpid()}.parquet"

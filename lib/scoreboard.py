@@ -25,11 +25,9 @@ from typing import Any
 if not __package__:  # started as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # instead of lib/
 
-import torch
 import yaml
 
 from lib.config import ROOT, STOPPED, Parser, Stopped, UserError, did_you_mean, load, shown
-from lib.run import MAY_CHANGE
 
 BEGIN, END = "<!-- made by ./launch.sh results --readme -->", "<!-- end -->"
 
@@ -45,6 +43,8 @@ def recipes(asked: list[str]) -> list[str]:
 
 def is_current(recipe: str, run: Path, quick: bool) -> bool:
     """Whether the run that is there was made with what the recipe's YAML says now. False where there is none."""
+    from lib.run import MAY_CHANGE  # here, as it imports DeepSpeed
+
     path = run / "config.yaml"
     if not path.is_file():
         return False
@@ -87,6 +87,8 @@ def shown_score(score: float | None) -> str:
 
 def table(runs: dict[str, Path]) -> str:
     """The Markdown table, and a line that says what it was made with."""
+    import torch
+
     versions = json.loads((next(iter(runs.values())) / "versions.json").read_text(encoding="utf-8"))
     newest = max((run / "result.json").stat().st_mtime for run in runs.values())
     header = ["recipe", "task", "data", "metric", "score", "baselines", "minutes"]

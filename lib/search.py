@@ -17,7 +17,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from lib import baselines, evaluation
-from lib.config import Parser, UserError, shown
+from lib.config import Parser, UserError, did_you_mean, shown
 
 DEPTH = 100  # documents that a ranking has, as recall@100 asks for
 
@@ -62,7 +62,9 @@ def search(run: Path, query: str, top: int, trust_remote_code: bool) -> list[tup
     from sentence_transformers import SentenceTransformer
 
     if not (run / "index" / "vectors.safetensors").is_file():
-        raise UserError(f"{shown(run)} has no index; it is left by a finished run of semantic_search")
+        there = [shown(index.parents[1]) for index in Path("runs").glob("**/index/vectors.safetensors")]
+        known = f"; runs that have one: {', '.join(sorted(there)[:5])}" if there else ""
+        raise UserError(f"{shown(run)} has no index{did_you_mean(shown(run), there)}; it is left by a finished run of semantic_search{known}")
     documents = json.loads((run / "index" / "documents.json").read_text(encoding="utf-8"))
     model = SentenceTransformer(str(run / "model"), device="cpu", trust_remote_code=trust_remote_code)
     cosines = load_file(run / "index" / "vectors.safetensors")["vectors"] @ model.encode(query)

@@ -264,5 +264,5 @@ def generate_texts(
         )  # fmt: skip
         return F.pad(tokens, (0, 1 + max_length - tokens.shape[1]), value=tokenizer.pad_token_id)
 
-    tokens = inference.for_each_row(engine, rows, collate, batch_size, generate, rows["length"])
+    tokens = inference.for_each_row(engine, rows, collate, batch_size, generate, rows["length"], "generating")
     return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]

@@ -4,9 +4,9 @@
 
 launch.sh becomes this process. It imports nothing large, so that it is there at once and weighs nothing while the ranks train.
 
-DeepSpeed's launcher cannot do it: on SIGTERM it gives the ranks 30 seconds, on SIGUSR1 it dies, when it is killed its ranks train
-on, and when its own child is killed it ends with exit code 0 (DeepSpeed 0.19.8). So signals go to the ranks alone, all processes
-of the launch are in one session that is ended as a whole, and a run has succeeded if its own result.json says so.
+It prints a `deepspeed` command and starts the ranks of it by lib/start_ranks.py. DeepSpeed's launcher gives the ranks 30 seconds on SIGTERM, dies on SIGUSR1,
+leaves ranks that train on when it is killed, and ends with exit code 0 when its own child is killed (DeepSpeed 0.19.8). So signals go to the ranks alone, all
+processes of the launch are in one session that is ended as a whole, and a run has succeeded if its own result.json says so.
 """
 
 import argparse
@@ -190,7 +190,7 @@ def run_until_it_ends(launcher: str, arguments: list[str], run_dir: str | None, 
         if dry_run:
             return 0
         before = end_marker(run_dir)
-        status = run_once(command)
+        status = run_once([sys.executable, str(Path(__file__).with_name("start_ranks.py")), *command[1:]])
         if end_marker(run_dir) not in (None, before):
             return 0
         if stop_signals:

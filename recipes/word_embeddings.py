@@ -31,7 +31,6 @@ import numpy as np
 import scipy.sparse
 import torch
 import torch.nn.functional as F
-from gensim.models import KeyedVectors
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from transformers import get_scheduler
 
@@ -223,6 +222,8 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
         checkpoints.end_step(step, micro_batches)  # saves when due, or asked to stop; a loss that is not finite has changed no weight
 
     words_per_second = sum(map(len, texts)) * (run.total_steps - done) * cfg.batch_size / len(rows) / max(run.step_seconds, 1e-9)  # resumed at its end: 0
+    from gensim.models import KeyedVectors  # here: it takes a second, which the first step need not wait for
+
     export(engine, None, run.folder / "model")
     vectors = trained_vectors(engine, cfg.method)
     keyed = KeyedVectors(cfg.dimensions)

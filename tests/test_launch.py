@@ -171,10 +171,9 @@ def test_a_killed_rank_is_restarted(tmp_path: Path, uninterrupted: Path) -> None
 
 @pytest.mark.slow
 def test_a_killed_launcher_is_no_success_and_leaves_no_rank(tmp_path: Path) -> None:
-    """DeepSpeed ends with exit code 0 then, while the ranks train on."""
     run = tmp_path / "run"
     process = start(run, "--max_steps", 100000, "--save_every", 10, steps=15)
-    (launcher,) = processes_of(run, "deepspeed.launcher.launch")
+    (launcher,) = processes_of(run, "start_ranks.py")
     os.kill(launcher, signal.SIGKILL)
     output = end(process, run)
     assert process.returncode not in (0, 2, 75) and "--resume goes on" in output

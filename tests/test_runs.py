@@ -240,11 +240,10 @@ def test_room_that_the_old_run_takes_counts_as_free(tmp_path: Path, monkeypatch:
 def test_a_restart_resumes_only_what_began(tmp_path: Path, began: bool) -> None:
     """Else --overwrite --restarts would go on with the old run, and call it finished."""
     run = trained(tmp_path / "run")
-    launcher = tmp_path / "launcher"
-    begin = f"cp {run}/config.yaml {run}/new && mv {run}/new {run}/config.yaml" if began else "true"
-    launcher.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/said\n{begin}\nexit 1\n')
-    launcher.chmod(0o700)
-    status = supervise.run_until_it_ends(str(launcher), ["x.py", "--overwrite", "--run_dir", str(run)], str(run), 1, False)
+    recipe = tmp_path / "recipe.py"
+    begin = f"shutil.copy('{run}/config.yaml', '{run}/new'); os.replace('{run}/new', '{run}/config.yaml')" if began else "pass"
+    recipe.write_text(f"import os, shutil, sys\nprint(*sys.argv[1:], file=open('{tmp_path}/said', 'a'))\n{begin}\nsys.exit(1)\n")
+    status = supervise.run_until_it_ends("deepspeed", ["--num_accelerators", "1", str(recipe), "--overwrite", "--run_dir", str(run)], str(run), 1, False)
     first, second = (tmp_path / "said").read_text().splitlines()
     assert status == 1 and first.endswith(f"--overwrite --run_dir {run}")
     assert second.endswith("--resume true --overwrite false" if began else f"--overwrite --run_dir {run}")

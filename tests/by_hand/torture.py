@@ -32,6 +32,7 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # la
 from conftest import CONFIGS, run_ranks
 
 from lib.checkpoint_files import folder_of, list_complete
+from lib.config import did_you_mean
 
 INTERVAL = 10  # steps between checkpoints
 
@@ -43,7 +44,7 @@ def start(recipe: str, run_dir: Path, *settings: object) -> subprocess.Popen[byt
 
 
 def processes_of(run_dir: Path) -> list[psutil.Process]:
-    """All processes of a launch: launch.sh (as supervise.py), deepspeed, its launcher, the ranks."""
+    """All processes of a launch: launch.sh (as supervise.py), start_ranks.py, the ranks."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         if any(argument.startswith(str(run_dir)) for argument in process.info["cmdline"] or []) and process.pid != os.getpid():
@@ -55,7 +56,7 @@ def kind_of(process: psutil.Process) -> str:
     words = " ".join(process.info["cmdline"])
     if "--local_rank=" in words:
         return f"rank {words.split('--local_rank=')[1][0]}"
-    return "launch.sh" if "supervise.py" in words or "launch.sh" in words else "deepspeed.launcher.launch" if "launcher.launch" in words else "deepspeed"
+    return "start_ranks.py" if "start_ranks.py" in words else "launch.sh"
 
 
 def wait_for(condition: Callable[[], object], seconds: float, poll: float = 0.02) -> bool:
@@ -208,11 +209,14 @@ def faults(recipe: str, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="./launch.sh torture", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", choices=sorted(path.stem for path in (ROOT / "recipes").glob("*.py")))
+    recipes = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
+    parser.add_argument("recipe", help=", ".join(recipes))
     parser.add_argument("--only", choices=["kills", "resumes", "silence", "faults"], help="one part of it")
     parser.add_argument("--kills", type=int, default=100, help="how many (default 100)")
     parser.add_argument("--steps", type=int, default=4000, help="of the run that is killed; more than those between all kills (default 4000)")
     options = parser.parse_args()
+    if options.recipe not in recipes:
+        raise SystemExit(f"error: there is no recipe {options.recipe}{did_you_mean(options.recipe, recipes)}; recipes: {', '.join(recipes)}")
     parts: dict[str, Callable[[str, Path], None]] = {
         "kills": functools.partial(kills, count=options.kills, steps=options.steps),
         "resumes": resumes,
