@@ -13,6 +13,7 @@ import io
 import shutil
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import IO
@@ -32,7 +33,6 @@ class Work:
     unit: str = ""
     done: int = 0
     started: float = field(default_factory=time.monotonic)
-    silence: float = field(default_factory=lambda: SILENCE)
 
     def advance(self, count: int) -> None:
         self.done += count
@@ -74,6 +74,7 @@ class Signs:
     def __init__(self, console: IO[str] | io.TextIOBase):
         self.console = console
         self.phase: Work | None = None  # of the run: what is shown where nothing else is at work
+        self._silences: weakref.WeakKeyDictionary[Work, float] = weakref.WeakKeyDictionary()  # after which the next sign of each comes
         self._lock = threading.Lock()
         self._printed_at = time.monotonic()
         self._drawn = False
@@ -113,8 +114,8 @@ class Signs:
                 self.console.write(f"\r\033[K{work.bar(shutil.get_terminal_size().columns - 1)}\r")  # what is printed next goes over it
                 self.console.flush()
                 self._drawn = True
-        elif now - self._printed_at >= work.silence:
-            work.silence = min(2 * work.silence, LONGEST_SILENCE)
+        elif now - self._printed_at >= (silence := self._silences.get(work, SILENCE)):
+            self._silences[work] = min(2 * silence, LONGEST_SILENCE)
             print(work, file=self.console, flush=True)
             self._printed_at = now
 

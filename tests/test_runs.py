@@ -329,22 +329,10 @@ def test_a_rank_whose_launcher_is_gone_still_saves_where_it_was_asked_to_stop(mo
 
 
 def test_the_supervisor_survives_its_console(tmp_path: Path) -> None:
-    launcher = tmp_path / "launcher"
-    launcher.write_text(f"#!/bin/sh\necho launched >> {tmp_path}/said\nexit 7\n")
-    launcher.chmod(0o700)
-    command = [
-        sys.executable,
-        str(ROOT / "lib" / "supervise.py"),
-        "x-zero2",
-        "x.yaml",
-        "2",
-        "",
-        "--",
-        str(launcher),
-        "x.py",
-        "--run_dir",
-        str(tmp_path / "run"),
-    ]
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(f"import sys\nprint('launched', file=open('{tmp_path}/said', 'a'))\nsys.exit(7)\n")
+    launcher = ["deepspeed", "--num_accelerators", "1", str(recipe), "--run_dir", str(tmp_path / "run")]
+    command = [sys.executable, str(ROOT / "lib" / "supervise.py"), "x-zero2", "x.yaml", "2", "", "--", *launcher]
     with Path("/dev/full").open("w") as full:
         at_once = os.environ | {"PYTHONUNBUFFERED": "1"}
         assert subprocess.run(command, stdout=full, stderr=full, env=at_once, check=False).returncode == 7
@@ -630,10 +618,12 @@ def test_a_claim_goes_with_its_process(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_two_runs_in_the_same_second_get_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    launcher = tmp_path / "launcher"
-    launcher.write_text('#!/bin/sh\nfor last; do :; done\necho "$last" >> said\n[ -n "$EMPTY" ] || touch "$last/log.txt"\nexit 2\n')
-    launcher.chmod(0o700)
-    command = [sys.executable, str(ROOT / "lib" / "supervise.py"), "x-zero2", str(ROOT / RECIPE).replace(".py", ".yaml"), "0", "", "--", str(launcher), "x.py"]
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(
+        "import os, sys, pathlib\nprint(sys.argv[-1], file=open('said', 'a'))\n'EMPTY' in os.environ or pathlib.Path(sys.argv[-1], 'log.txt').touch()\nsys.exit(2)\n"
+    )
+    yaml_path, launcher = str(ROOT / RECIPE).replace(".py", ".yaml"), ["deepspeed", "--num_accelerators", "1", str(recipe)]
+    command = [sys.executable, str(ROOT / "lib" / "supervise.py"), "x-zero2", yaml_path, "0", "", "--", *launcher]
     both = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [process.wait(60) for process in both] == [2, 2]
     folders = (tmp_path / "said").read_text().split()
