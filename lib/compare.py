@@ -268,7 +268,7 @@ def run_all(folder: Path, spec: dict[str, Any]) -> None:
 def live_progress(name: str, steps_done: Path, steps: int) -> Iterator[None]:
     """On a terminal, show in one line how far a run has come, from the file in which it counts; elsewhere say from time to time that it runs."""
     if not sys.stdout.isatty():
-        with Signs(sys.stdout), progress(name):
+        with Signs(sys.stdout), progress(name.partition(";")[0]):
             yield
         return
     ended = threading.Event()

@@ -10,7 +10,7 @@ the console, nothing else: no tensor, device or process group. Without a run, an
 
 import contextlib
 import io
-import shutil
+import os
 import threading
 import time
 import weakref
@@ -111,7 +111,8 @@ class Signs:
             self._clear()
         elif self.console.isatty():
             if self._drawn or now - max(work.started, self._printed_at) >= SILENCE:
-                self.console.write(f"\r\033[K{work.bar(shutil.get_terminal_size().columns - 1)}\r")  # what is printed next goes over it
+                columns = os.get_terminal_size(self.console.fileno()).columns or 80
+                self.console.write(f"\r\033[K{work.bar(columns - 1)}\r")  # what is printed next goes over it
                 self.console.flush()
                 self._drawn = True
         elif now - self._printed_at >= (silence := self._silences.get(work, SILENCE)):
