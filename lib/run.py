@@ -244,9 +244,8 @@ class Run:
         facts = {
             "versions.json": json.dumps(versions(), indent=2) + "\n",
             "ds_config.json": json.dumps(self.ds_config, indent=2) + "\n",
-            "config.yaml": yaml.safe_dump(
-                dataclasses.asdict(self.cfg), sort_keys=False, allow_unicode=True
-            ),  # last: lib/supervise.py sees by it that all is there
+            # Last: lib/supervise.py sees by it that all is there.
+            "config.yaml": yaml.safe_dump(dataclasses.asdict(self.cfg), sort_keys=False, allow_unicode=True),
         }
         metrics = self.folder / "metrics.jsonl"
         if metrics.exists():

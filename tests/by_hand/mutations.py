@@ -29,7 +29,6 @@ class Mutation(NamedTuple):
     tests: str  # pytest's arguments
 
 
-# The name, the file, the text that stands once in it, what takes its place, and pytest's arguments for the tests that guard it.
 MUTATIONS = [
     Mutation(
         "drop the all-reduce of the label count",
@@ -157,7 +156,27 @@ MUTATIONS = [
         "        if False:",
         "tests/test_settings.py -k a_mistake_in_the_json",
     ),
-    # LATER
+    Mutation(
+        "delete the run that is to be overwritten before the new one is checked",
+        "lib/run.py",
+        "self._old = [path for top in there for path in _contents_first(top)]",
+        "[path.unlink() for top in there for path in _contents_first(top) if not path.is_dir()]",
+        "tests/test_runs.py -k overwrite",
+    ),
+    Mutation(
+        "count an evaluation as part of the steps",
+        "lib/run.py",
+        "            if self._aside:\n                self.restart_clock()",
+        "            pass",
+        "tests/test_runs.py -k 'only_steps or what_follows'",
+    ),
+    Mutation(
+        "take the first devices and not those of CUDA_VISIBLE_DEVICES",
+        "lib/devices.py",
+        "        if self.variable:\n            return",
+        "        if False:\n            return",
+        "tests/test_start.py -k devices",
+    ),
 ]
 
 
