@@ -131,8 +131,8 @@ MUTATIONS = [
     Mutation(
         "resume with Adam's states left at zero",
         "lib/checkpoint_files.py",
-        'for kind in [WEIGHT, *manifest["kinds"]]:\n                    source',
-        "for kind in [WEIGHT]:\n                    source",
+        'for kind in [WEIGHT, *manifest["kinds"]]:\n                    name',
+        "for kind in [WEIGHT]:\n                    name",
         "tests/test_recipes.py -k 'recurrent_lm and interrupted'",
     ),
     Mutation(
