@@ -71,9 +71,11 @@ class Checkpoints:
             self.run.begin()
             return 0
         folder, manifest = self.run.checkpoint
-        if manifest["rows"] != self.run.rows:
+        data = self._data()
+        if manifest["rows"] != self.run.rows or manifest.get("data", data) != data:
+            gives = f"{self.run.rows:,}" if manifest["rows"] != self.run.rows else "as many with another content"
             raise UserError(
-                f"{shown(folder)} was trained on {manifest['rows']:,} rows, but dataset {self.cfg.dataset} now gives {self.run.rows:,}; "
+                f"{shown(folder)} was trained on {manifest['rows']:,} rows, but dataset {self.cfg.dataset} now gives {gives}; "
                 "resume with the same data, or start a new run"
             )
         if manifest["step"] > self.run.total_steps:
@@ -85,6 +87,10 @@ class Checkpoints:
         best = ranks.on_rank0(self._find_best)
         self.best_score = best[1]["score"] if best else -math.inf
         return int(manifest["samples"]) // int(self.cfg.batch_size)
+
+    def _data(self) -> str | None:
+        """What tells the rows' content apart, if they come from load_rows."""
+        return self.run.splits.fingerprint if self.run.splits is not None else None
 
     def _load(self, folder: Path, manifest: dict[str, Any]) -> None:
         checkpoint_files.read(folder, manifest, self.engine)
@@ -153,6 +159,7 @@ class Checkpoints:
             "step": step,
             "samples": step * self.cfg.batch_size,  # the position in the data, whatever the number of ranks
             "rows": self.run.rows,
+            "data": self._data(),
             "skipped_steps": self.run.skipped_steps,
             "score": self.step_score[1] if self.step_score[0] == step and math.isfinite(self.step_score[1]) else None,
             "seconds": round(self.run.seconds(), 1),

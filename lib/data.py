@@ -4,7 +4,6 @@ The order depends on the seed and the global batch size only. How many ranks the
 who computes which rows of a step, never which rows a step has.
 """
 
-import csv
 import functools
 import importlib.metadata
 import inspect
@@ -12,25 +11,24 @@ import itertools
 import json
 import os
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute
-import pyarrow.parquet
+import pyarrow
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, concatenate_datasets, load_dataset
+from datasets import ClassLabel, Dataset, Features, List, Value
+from datasets import config as datasets_config
 from datasets.fingerprint import Hasher
 
 from lib import ranks
-from lib.config import UserError, did_you_mean, shown
+from lib.config import UserError, did_you_mean
 from lib.progress import progress
-from lib.samples import SAMPLES, SPLITS, load_sample, split_of
+from lib.rows import Source, digest_of, find_sources, short
+from lib.samples import SPLITS, split_of
 
-FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 IGNORED = -100  # the label that torch's cross entropy leaves out
 
 # What decides what map_rows makes, besides the function: read now, as the files may change while a run goes on.
@@ -43,24 +41,56 @@ Batch = dict[str, torch.Tensor]
 # --- rows ---------------------------------------------------------------------------------------------------------------
 
 
+class Splits(dict[str, Dataset]):
+    """The rows of a data set by split, {"train": ..., "validation": ..., "test": ...}, and what a run keeps and says of them."""
+
+    fingerprint: str  # of the rows' content, whatever file they are in
+    header: dict[str, str]  # lines for the header: the label names, the first training row
+    notes: list[str]
+
+
 @progress("loading the rows")
 def load_rows(
     dataset: str, max_rows: int | None, text: dict[str, str], label: dict[str, str] | None = None, answers: dict[str, str] | None = None
-) -> dict[str, Dataset]:  # fmt: skip
-    """The splits "train", "validation" and "test" of a data set, each row checked, every column as text.
+) -> Splits:  # fmt: skip
+    """The splits "train", "validation" and "test" of a data set, each row checked.
 
-    dataset: a built-in sample, a .jsonl, .csv or .parquet file, a folder of such files, or an id on the Hugging Face hub.
-    max_rows: take only so many rows of each split, drawn at random; None: all.
-    text, label, answers: the columns to keep, as {name here: name in the data}. A label may be a number or a hub's class label. Answers
-    are as in SQuAD: {"text": [...], "answer_start": [...]}, with empty lists for a question that has none.
-    A split that the data does not have is taken out of its training rows, by a hash of the text: a tenth each.
-    In a folder, files whose names begin with train, validation (valid, val, dev) or test are those splits.
-    Rank 0 loads first, the others from its cache. Raises UserError, naming file and row where there are any.
+    dataset: see lib.rows.find_sources. max_rows: take only so many rows of each split, drawn at random; None: all.
+    text, label, answers: the columns to keep, as {name here: name in the data}.
+    - Text columns are text.
+    - A label column may have text, whole numbers (1.0 is one), true and false, or class labels, and becomes class labels. Their names are
+      those of all training rows, whole numbers in the order of numbers, all else in that of text; class labels keep their order.
+    - Answers are as in SQuAD, {"text": [...], "answer_start": [...]}, with empty lists where there is none, and stand in the text "context".
+    A split that the data does not have is taken out of its training rows, by a hash of the first text: a tenth each. Where that would leave
+    no training row with some label, all rows that have the texts of its rows stay training rows.
+    Rank 0 reads the data and writes it to a cache that goes by its content, which the other ranks and later starts map into memory.
+    Raises UserError for the first faulty row, with file and line, and how many more there are.
     """
-    splits = ranks.rank0_first(lambda: _load_rows(dataset, text, label or {}, answers or {}))
-    if max_rows is None:
+    columns = {**text, **(label or {}), **(answers or {})}
+    for name, column in columns.items():
+        other = next(other for other, its in columns.items() if its == column)
+        if other != name:
+            raise UserError(f"column '{column}' is set as the {other} and as the {name}, which are two; set the recipe's ..._column settings")
+
+    def read() -> str:
+        return str(_read_rows(dataset, text, label or {}, answers or {}))
+
+    folder = Path(ranks.on_rank0(read))
+
+    def load() -> Splits:
+        if not folder.is_dir() and read() != str(folder):  # on another machine
+            raise UserError(f"dataset {dataset} has other rows on this machine than on that of rank 0")
+        facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+        rows = {split: Dataset.from_file(str(folder / f"{split}.arrow")) for split in SPLITS}
+        for split in SPLITS:
+            rows[split]._fingerprint = f"{facts['fingerprint']}-{split}"  # or what is cached of it would go by the time of the file
+            if max_rows is not None:
+                rows[split] = rows[split].shuffle(seed=0).select(range(min(max_rows, len(rows[split]))))
+        splits = Splits(rows)
+        splits.fingerprint, splits.header, splits.notes = facts["fingerprint"], facts["header"], facts["notes"]
         return splits
-    return {split: rows.shuffle(seed=0).select(range(min(max_rows, len(rows)))) for split, rows in splits.items()}
+
+    return ranks.rank0_first(load)
 
 
 def map_rows(splits: dict[str, Dataset], function: Callable[..., dict[str, list[Any]]], **arguments: Any) -> dict[str, Dataset]:
@@ -87,235 +117,201 @@ def map_rows(splits: dict[str, Dataset], function: Callable[..., dict[str, list[
         return ranks.rank0_first(lambda: {split: map_split(rows, advance) for split, rows in splits.items()})
 
 
-def _load_rows(dataset: str, text: dict[str, str], label: dict[str, str], answers: dict[str, str]) -> dict[str, Dataset]:
-    columns = {**text, **label, **answers}
-    for name, column in columns.items():
-        other = next(other for other, its in columns.items() if its == column)
-        if other != name:
-            raise UserError(f"column '{column}' is set as the {other} and as the {name}, which are two; set the recipe's ..._column settings")
-    files: dict[str, list[Path]] = {}
-    path = Path(dataset)
-    if dataset in SAMPLES:
-        loaded = load_sample(dataset)
-    elif path.exists():
-        files = _files(path)
-        loaded = _load_files(files, columns, set(text.values()), set(answers.values()))
-    elif path.suffix in FORMATS or dataset.startswith((".", "/", "~")):
-        raise UserError(f"dataset {dataset}: no such file or folder (looked from {Path.cwd()})")
-    else:
-        loaded = _load_hub(dataset)
-    splits = {}
-    for split, rows in loaded.items():
-        for column in columns.values():
-            if column not in rows.column_names:
-                raise UserError(
-                    f"dataset {dataset}: no column '{column}' in its {split} rows{did_you_mean(column, rows.column_names)} "
-                    f"(there are: {', '.join(rows.column_names)}); set the recipe's ..._column settings"
-                )
-        rows = rows.select_columns(list(columns.values())).rename_columns({old: new for new, old in columns.items() if old != new})
-        for name in answers:
-            if not _are_answers(rows.features[name]):
-                raise UserError(f"dataset {dataset}, {split} rows, column '{columns[name]}': expected {ANSWERS}, found {rows.features[name]}")
-        for name in (*text, *label):
-            rows = _as_text(rows, name, f"dataset {dataset}, {split} rows, column '{columns[name]}'", number_allowed=name in label)
-        splits[split] = rows
-    for split in SPLITS[1:]:
-        if split not in splits:
-            first = next(iter(text))
-            of_row = [split_of(row) for row in splits["train"][first]]
-            splits[split] = splits["train"].select([row for row, its in enumerate(of_row) if its == split])
-            splits["train"] = splits["train"].select([row for row, its in enumerate(of_row) if its != split])
-    for split, rows in splits.items():
-        if len(rows) == 0:
-            raise UserError(f"dataset {dataset}: its {split} split has no rows; give more rows, or a file for each split")
-    return splits
-
-
-def _files(path: Path) -> dict[str, list[Path]]:
-    """Split -> files. A single file, or a folder without files named after splits, is all training rows."""
-    found = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in FORMATS and file.is_file())
-    if not found or (path.is_file() and path.suffix not in FORMATS):
-        raise UserError(f"dataset {path}: no {', '.join(FORMATS)} files there")
-    if len({FORMATS[file.suffix] for file in found}) > 1:
-        raise UserError(f"dataset {path}: files of more than one format: {', '.join(file.name for file in found)}; keep one")
-    for file in found:
-        if file.stat().st_size == 0:
-            raise UserError(f"{shown(file)}: the file is empty")
-    by_split = {split: [file for file in found if re.match(rf"({'|'.join(names)})([^a-z]|$)", file.stem.lower())] for split, names in SPLIT_NAMES.items()}
-    if path.is_file() or not by_split["train"]:
-        return {"train": found}
-    other = set(found) - set(itertools.chain.from_iterable(by_split.values()))
-    if other:
-        raise UserError(f"dataset {path}: {min(other).name} is named after no split, but other files are; rename it (train-..., say) or move it away")
-    return {split: files for split, files in by_split.items() if files}
-
-
-ANSWERS = '{"text": [...], "answer_start": [...]}, as in SQuAD'
-
-
-def _are_answers(feature: Any) -> bool:
-    """Whether a column holds what ANSWERS says (lists that are empty in all rows have no type)."""
-    of = {name: getattr(getattr(feature.get(name), "feature", None), "dtype", None) for name in ("text", "answer_start")} if isinstance(feature, dict) else {}
-    return bool(of) and of["text"] in ("string", "large_string", "null") and str(of["answer_start"]).startswith(("int", "null"))
-
-
-def _load_files(files: dict[str, list[Path]], columns: dict[str, str], text_columns: set[str], answers_columns: set[str]) -> DatasetDict:
-    kind = FORMATS[next(iter(files.values()))[0].suffix]
-    cause: BaseException | None = None
+def _read_rows(dataset: str, text: dict[str, str], label: dict[str, str], answers: dict[str, str]) -> Path:
+    """The folder in the cache that has train.arrow, validation.arrow, test.arrow and facts.json of these rows, read if it was not there."""
+    sources, notes = find_sources(dataset, {*text.values(), *label.values(), *answers.values()})
+    content = [(split, source.digest) for split, part in sources.items() for source in part]
+    folder = Path(datasets_config.HF_DATASETS_CACHE) / "zero_recipes" / Hasher.hash((CODE, text, label, answers, content))
+    if folder.is_dir():
+        return folder
+    part = folder.with_name(f".{folder.name}-{os.getpid()}")
+    part.mkdir(parents=True, exist_ok=True)
     try:
-        options: dict[str, Any] = {}
-        if kind == "csv":  # no guessing: "NA" and "007" are text
-            with next(iter(files.values()))[0].open(encoding="utf-8-sig", newline="") as file:
-                header = next(csv.reader(file))
-            options = {"features": Features(dict.fromkeys(header, Value("string"))), "keep_default_na": False}
-        loaded = load_dataset(kind, data_files={split: [str(file) for file in part] for split, part in files.items()}, **options)
-        for rows in loaded.values():
-            rows.data.validate(full=True)  # pyarrow reads bytes that are not UTF-8 without a word
-        wrong = any(
-            rows.data.column(column).null_count
-            or (column in text_columns and rows.features[column] != Value("string"))
-            or (column in answers_columns and not _are_answers(rows.features[column]))
-            or (kind == "csv" and pyarrow.compute.any(pyarrow.compute.equal(rows.data.column(column), "")).as_py())  # an empty cell, or a missing one
-            for rows in loaded.values()
-            for column in columns.values()
-            if column in rows.column_names
-        )
-    except Exception as error:  # each format's reader has its own kinds
-        wrong, cause = True, error.__cause__ or error
-    if wrong:
-        for path in itertools.chain.from_iterable(files.values()):
-            _find_bad_row(path, columns.values(), text_columns, answers_columns)
-        if cause is not None:
-            raise UserError(f"dataset {shown(next(iter(files.values()))[0])}: cannot be read: {cause}")
-    return loaded
+        reader = _Reader(dataset, sources, text, label, answers)
+        header = reader.write(part)
+        facts = {"fingerprint": digest_of([part / f"{split}.arrow" for split in SPLITS]), "header": header, "notes": notes + reader.notes}
+        (part / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+        if not folder.is_dir():  # another run may have read the same rows meanwhile
+            part.replace(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
 
 
-def _rows_of_file(file: Path) -> Iterator[tuple[str, Any]]:
-    """(place, row) for each row of a file, read slowly and plainly. Raises UserError where a row cannot be read."""
-    if file.suffix == ".parquet":
-        try:
-            parquet = pyarrow.parquet.ParquetFile(file)
-            for number, row in enumerate(itertools.chain.from_iterable(part.to_pylist() for part in parquet.iter_batches()), 1):
-                yield f"{shown(file)}, row {number}", row
-        except pyarrow.ArrowException as error:
-            raise UserError(f"{shown(file)}: not a readable Parquet file: {error}") from None
-        return
-    lines: list[tuple[int, str]] = []
-    for number, raw in enumerate(file.read_bytes().split(b"\n"), 1):
-        try:
-            lines.append((number, raw.decode("utf-8-sig" if number == 1 else "utf-8")))
-        except UnicodeDecodeError as error:
-            raise UserError(f"{shown(file)}, line {number}: byte {error.object[error.start]:#04x} is not UTF-8; convert the file to UTF-8") from None
-    if file.suffix == ".csv":
-        csv.field_size_limit(sys.maxsize)
-        reader = csv.reader(f"{line}\n" for _, line in lines)
-        header = next(reader, [])
-        for cells in reader:
-            if len(cells) > len(header):
-                raise UserError(f"{shown(file)}, line {reader.line_num}: {len(cells)} cells, but the header has {len(header)}; quote cells that contain commas")
-            if cells:
-                yield f"{shown(file)}, line {reader.line_num}", dict(zip(header, cells, strict=False))
-        return
-    text = "\n".join(line for _, line in lines)
-    if text.lstrip()[:1] == "[":  # one array of objects
-        try:
-            yield from ((f"{shown(file)}, element {number}", row) for number, row in enumerate(json.loads(text), 1))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{shown(file)}, line {error.lineno}: not valid JSON: {error.msg}") from None
-        return
-    for number, line in lines:  # one object a line
-        if line.strip():
-            try:
-                yield f"{shown(file)}, line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{shown(file)}, line {number}: not valid JSON: {error.msg}") from None
+class _Fault(Exception):
+    """What is wrong with one row."""
 
 
-def _find_bad_row(file: Path, columns: Iterable[str], text_columns: set[str], answers_columns: set[str]) -> None:
-    """Raise a UserError that names the first row of a file that is not what it should be, if there is one."""
-    place = None
-    for place, row in _rows_of_file(file):
+class _Reader:
+    """Reads the rows of a data set, checks them and writes them, as load_rows says."""
+
+    def __init__(self, dataset: str, sources: dict[str, list[Source]], text: dict[str, str], label: dict[str, str], answers: dict[str, str]):
+        self.dataset, self.sources, self.text, self.label, self.answers = dataset, sources, text, label, answers
+        self.missing = [split for split in SPLITS if split not in sources]
+        self.notes: list[str] = []
+        self.kept: set[int] = set()  # hashes of texts that stay training rows
+        self.first_fault, self.faults = "", 0
+
+    def write(self, folder: Path) -> dict[str, str]:
+        """Write a file for each split. Returns lines for the header."""
+        names = {name: self._label_names(name, column) for name, column in self.label.items()}
+        features = Features({name: Value("string") for name in self.text} | {name: ClassLabel(names=list(names[name])) for name in names})
+        features |= {name: {"text": List(Value("string")), "answer_start": List(Value("int64"))} for name in self.answers}
+        schema, counts, first = features.arrow_schema, dict.fromkeys(SPLITS, 0), {}
+        files = {split: pyarrow.ipc.new_stream(folder / f"{split}.arrow", schema) for split in SPLITS}
+        waiting: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+        characters = 0
+
+        def flush() -> None:
+            for split, rows in waiting.items():
+                if rows:
+                    files[split].write_batch(pyarrow.RecordBatch.from_pylist(rows, schema))
+                    rows.clear()
+
+        for split, source, place, values in self._rows():
+            if split == "train" and not counts["train"]:
+                first = dict(values)
+            for name, known in names.items():
+                if values[name] not in known:
+                    self._note(
+                        f"{source.name}, {place}",
+                        f"label {short(values[name])} is in no training row{did_you_mean(values[name], known)} (there are {len(known)})",
+                    )
+                values[name] = known.get(values[name], -1)
+            counts[split] += 1
+            waiting[split].append(values)
+            characters += sum(len(values[name]) for name in self.text)
+            if len(waiting[split]) == 1000 or characters > 1e8:
+                flush()
+                characters = 0
+        flush()
+        for file in files.values():
+            file.close()
+        if self.faults:
+            raise UserError(self.first_fault + (f" ({self.faults - 1:,} more rows have a fault)" if self.faults > 1 else ""))
+        for split, count in counts.items():
+            if count == 0:
+                raise UserError(f"dataset {self.dataset}: its {split} split has no rows; give more rows, or a file for each split")
+        for known in names.values():
+            if len(known) < 2:
+                raise UserError(f"the training rows have only one label ({next(iter(known))!r}); there is nothing to classify")
+        lines = {"labels": f"{len(known)}: {', '.join(itertools.islice(known, 12))}{', ...' if len(known) > 12 else ''}" for known in names.values()}
+        return lines | {"row 1": ", ".join(f"{name} {short(value)}" for name, value in first.items())}
+
+    def _label_names(self, name: str, column: str) -> dict[str, int]:
+        """The label names of the training rows and their numbers. Notes the texts that must stay training rows."""
+        first_text, found, elsewhere = next(iter(self.text)), set(), {}
+        for split, _, _, values in self._rows():
+            if split == "train":
+                found.add(values[name])
+            elif split in self.missing:  # it was given as a training row
+                elsewhere.setdefault(values[name], set()).add(hash(values[first_text]))
+        rare = elsewhere.keys() - found
+        self.kept = set().union(*(elsewhere[label] for label in rare))
+        if rare:
+            self.notes.append(f"all rows of the rarest labels stay training rows: {short(', '.join(sorted(rare)))}")
+        own = [list(source.label_names[column]) for source in self.sources["train"] if column in source.label_names]
+        if len(own) == len(self.sources["train"]) and all(names == own[0] for names in own):
+            return {label.strip(): number for number, label in enumerate(own[0])}
+        return {label: number for number, label in enumerate(sorted(found | rare, key=_label_order))}
+
+    def _rows(self) -> Iterator[tuple[str, Source, str, dict[str, Any]]]:
+        """(split, source, place in it, values) of each row that is as it should be; the others are counted."""
+        self.first_fault, self.faults = "", 0
+        first_text = next(iter(self.text))
+        for split, source in [(split, source) for split, part in self.sources.items() for source in part]:
+            number = 0
+            for number, (place, row) in enumerate(source.read(), 1):
+                try:
+                    self._check_columns(row, source.name, is_first=number == 1)
+                    values = self._values(row)
+                except _Fault as fault:
+                    self._note(f"{source.name}, {place}", str(fault))
+                    continue
+                own = split_of(values[first_text]) if split == "train" and self.missing else split
+                yield own if own in self.missing and hash(values[first_text]) not in self.kept else split, source, place, values
+            if number == 0:
+                raise UserError(f"{source.name}: the file has no rows")
+
+    def _note(self, place: str, fault: str) -> None:
+        self.first_fault = self.first_fault or f"{place}: {fault}"
+        self.faults += 1
+
+    def _check_columns(self, row: Any, source: str, is_first: bool) -> None:
+        """is_first: the row is the first one of a file, where a column that is missing is missing in all."""
         if not isinstance(row, dict):
-            raise UserError(f"{place}: expected an object, found {type(row).__name__}")
-        for column in columns:
-            if row.get(column) is None:
-                raise UserError(f"{place}: no value for '{column}'{did_you_mean(column, row) if column not in row else ''}")
-            if column in answers_columns:
-                texts, starts = (row[column].get(name) if isinstance(row[column], dict) else None for name in ("text", "answer_start"))
-                if not (
-                    isinstance(texts, list)
-                    and isinstance(starts, list)
-                    and all(isinstance(text, str) for text in texts)
-                    and all(type(start) is int for start in starts)
-                ):
-                    raise UserError(f"{place}: '{column}' is {row[column]!r}, expected {ANSWERS}")
-                continue
-            allowed = str if column in text_columns else (str, int)
-            if not isinstance(row[column], allowed):
-                wanted = "text" if column in text_columns else "text or a whole number"
-                raise UserError(f"{place}: '{column}' is {row[column]!r} ({type(row[column]).__name__}), expected {wanted}")
-    if place is None:
-        raise UserError(f"{shown(file)}: the file has no rows")
+            raise _Fault(f"expected an object, found {type(row).__name__}")
+        if is_first:
+            for column in (*self.text.values(), *self.label.values(), *self.answers.values()):
+                if column not in row:
+                    there = ", ".join(short(key) for key in itertools.islice(row, 12))
+                    raise UserError(f"{source}: no column '{column}'{did_you_mean(column, row)} (there are: {there}); set the recipe's ..._column settings")
+
+    def _values(self, row: dict[str, Any]) -> dict[str, Any]:
+        """{name: value} of a row."""
+        values: dict[str, Any] = {}
+        for name, column in (*self.text.items(), *self.label.items(), *self.answers.items()):
+            value = row.get(column)
+            if value is None or value != value:  # NaN
+                raise _Fault(f"no value for '{column}'{did_you_mean(column, row) if column not in row else ''}")
+            check = _text if name in self.text else _label if name in self.label else _answers
+            found = check(value)
+            if found is None:
+                raise _Fault(f"'{column}' is {short(value)} ({type(value).__name__}), expected {EXPECTED[check]}")
+            values[name] = found
+        for name in self.answers:
+            _check_answers(values["context"], values[name])
+        return values
 
 
-def _load_hub(dataset: str) -> DatasetDict:
-    try:
-        loaded = load_dataset(dataset)
-    except Exception as error:  # network, missing, gated, broken: the library has a class for each
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"dataset {dataset}: no built-in sample ({', '.join(SAMPLES)}), no file or folder, and not to be had from the "
-            f"Hugging Face hub ({type(error).__name__}: {reason})"
-        ) from None
-    named: dict[str, list[Dataset]] = {}
-    for name, rows in loaded.items():
-        for split, names in SPLIT_NAMES.items():
-            if str(name).startswith(names):
-                named.setdefault(split, []).append(rows)
-    if "train" not in named:
-        raise UserError(f"dataset {dataset}: it has no train split (there are: {', '.join(map(str, loaded))})")
-    return DatasetDict({split: concatenate_datasets(parts) for split, parts in named.items()})
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and _is_unicode(value) else None
 
 
-def _as_text(rows: Dataset, column: str, where: str, number_allowed: bool) -> Dataset:
-    feature = rows.features[column]
-    nulls = rows.data.column(column).null_count
-    if nulls:
-        raise UserError(f"{where}: {nulls} rows have no value")
-    if isinstance(feature, ClassLabel):
-        if min(rows[column], default=0) < 0:
-            raise UserError(f"{where}: rows without a label (-1, as in test splits kept secret); take a data set with labels")
-        return rows.map(lambda batch: {column: feature.int2str(batch[column])}, batched=True, features=rows.features.copy() | {column: Value("string")})
-    if feature == Value("string"):
-        return rows
-    if feature == Value("large_string") or (number_allowed and isinstance(feature, Value) and "int" in feature.dtype):
-        return rows.cast_column(column, Value("string"))
-    raise UserError(f"{where}: expected {'text or whole numbers' if number_allowed else 'text'}, found {feature}")
+def _is_unicode(text: str) -> bool:
+    """Whether it has no half of a surrogate pair, which JSON can escape and UTF-8 cannot write."""
+    return text.isascii() or not re.search("[\ud800-\udfff]", text)
 
 
-def label_ids(splits: dict[str, Dataset], label: str = "label") -> list[str]:
-    """The label names, sorted; id i is the i-th. They are those of the training rows: an unknown one elsewhere is an error."""
-    names = sorted(set(splits["train"][label]))
-    if len(names) < 2:
-        raise UserError(f"the training rows have only one label ({names[0]!r}); there is nothing to classify")
-    for split in SPLITS[1:]:
-        for number, value in enumerate(splits[split][label], 1):
-            if value not in names:
-                raise UserError(f"{split} rows, row {number}: label {value!r} is in no training row{did_you_mean(value, names)} (there are {len(names)})")
-    return names
+def _label(value: Any) -> str | None:
+    """The name of a label, without space around it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip() or None if isinstance(value, int | str) and _is_unicode(str(value)) else None
 
 
-def check_answers(splits: dict[str, Dataset]) -> None:
-    """Raise a UserError where an answer does not stand where it should in the context, as "answers" and "context" say."""
-    for split, rows in splits.items():
-        for number, (context, answers) in enumerate(zip(rows["context"], rows["answers"], strict=True), 1):
-            if not context.strip():
-                raise UserError(f"{split} rows, row {number}: the context is empty")
-            if len(answers["text"]) != len(answers["answer_start"]):
-                raise UserError(f"{split} rows, row {number}: {len(answers['text'])} answers, but {len(answers['answer_start'])} starts")
-            for text, start in zip(answers["text"], answers["answer_start"], strict=True):
-                if not text.strip() or context[start : start + len(text)] != text:
-                    raise UserError(f"{split} rows, row {number}: the answer {text!r} is empty, or does not stand at character {start} of the context")
+def _label_order(name: str) -> tuple[bool, int, str]:
+    """Whole numbers first, in their order; then text."""
+    is_number = re.fullmatch(r"-?[0-9]{1,18}", name) is not None
+    return not is_number, int(name) if is_number else 0, name
+
+
+def _answers(value: Any) -> dict[str, list[Any]] | None:
+    if isinstance(value, list) and all(isinstance(answer, dict) for answer in value):  # one object an answer
+        value = {name: [answer.get(name) for answer in value] for name in ("text", "answer_start")}
+    if not isinstance(value, dict):
+        return None
+    texts, starts = value.get("text"), value.get("answer_start")
+    right = isinstance(texts, list) and isinstance(starts, list) and all(isinstance(text, str) and _is_unicode(text) for text in texts)
+    return {"text": texts, "answer_start": starts} if right and all(type(start) is int for start in starts) else None
+
+
+EXPECTED: dict[Callable[[Any], Any], str] = {
+    _text: "text", _label: "text, a whole number, true or false", _answers: '{"text": [...], "answer_start": [...]}, as in SQuAD',
+}  # fmt: skip
+
+
+def _check_answers(context: str, answers: dict[str, list[Any]]) -> None:
+    """Raise a _Fault where an answer does not stand where it should."""
+    if not context.strip():
+        raise _Fault("the context is empty")
+    if len(answers["text"]) != len(answers["answer_start"]):
+        raise _Fault(f"{len(answers['text'])} answers, but {len(answers['answer_start'])} starts")
+    for text, start in zip(answers["text"], answers["answer_start"], strict=True):
+        if not text.strip() or start < 0 or context[start : start + len(text)] != text:
+            raise _Fault(f"the answer {short(text)} is empty, or does not stand at character {start} of the context")
 
 
 # --- batches ------------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 from lib import checkpoint_files, ranks
 from lib.config import Minutes, Stopped, UserError, did_you_mean, shown
 from lib.console import Console
+from lib.data import Splits
 from lib.ds_config import offload_device, stage_of
 from lib.paths import from_home, new_folder
 from lib.progress import Signs, Work
@@ -59,8 +60,8 @@ class RunSettings:
     not_finite: Literal["stop", "skip"]  # what to do at a step whose loss or gradient is not finite
 
 
-# Settings that another start of the same run may change: none of them changes what a step does.
-MAY_CHANGE = {field.name for field in dataclasses.fields(RunSettings)} | {"max_steps", "epochs", "trust_remote_code"}
+# Settings that another start of the same run may change: none of them changes what a step does. (The rows of a dataset are compared themselves.)
+MAY_CHANGE = {field.name for field in dataclasses.fields(RunSettings)} | {"dataset", "max_steps", "epochs", "trust_remote_code"}
 
 # What a start that failed before training leaves in the run folder: nothing that the next start would miss.
 UNTRAINED = {"config.yaml", "ds_config.json", "versions.json", "log.txt"}
@@ -100,6 +101,7 @@ class Run:
         os.environ.setdefault("WANDB_DIR", str(self.folder))
         self.total_steps = 0
         self.rows = 0  # of the training data
+        self.splits: Splits | None = None  # that it is made from
         self.skipped_steps = 0  # which changed no weight, because a loss or gradient was not finite
         self.step_seconds = 0.0  # of all steps of this start, as far as they are written
         self._steps_timed = 0
@@ -224,8 +226,10 @@ class Run:
         for name in [*there, *here]:
             if name in here and name in there and here[name] != there[name]:
                 change = f"{name} was {there[name]!r} and is {here[name]!r}"
-                if name not in MAY_CHANGE:
+                if name not in MAY_CHANGE or (name == "dataset" and manifest.get("data") is None):
                     raise UserError(f"{shown(folder)}: {change}, which would change the result; set it back, or start a new run with another --run_dir")
+                if name == "dataset":
+                    self.notes.append(f"{change}: the same rows")
                 if name in ("max_steps", "epochs"):
                     self.notes.append(f"{change}: the learning-rate schedule is that of the new length from here on")
             elif name not in MAY_CHANGE and name not in here:
@@ -315,15 +319,21 @@ class Run:
             folder, manifest = self.checkpoint
             by = f"written at ZeRO stage {manifest['stage']} by {manifest['world_size']} rank{'s' if manifest['world_size'] > 1 else ''}"
             lines["resume"] = f"after step {manifest['step']} of {folder.name}, {by}"
+        if self.splits is not None:
+            lines = {"model": lines.pop("model"), "data": lines.pop("data"), **self.splits.header, **lines}
+            notes = [*self.splits.notes, *(notes or [])]
         for name, value in lines.items():
             self.say(f"{name:<9}{value}")
         for note in [*self.notes, *(notes or [])]:
             self.say(f"note     {note}")
 
-    def plan(self, rows: int) -> None:
-        """Set total_steps to what the settings max_steps and epochs ask for on so many training rows; just one of them is given."""
+    def plan(self, rows: int, splits: Splits | None = None) -> None:
+        """Set total_steps to what the settings max_steps and epochs ask for on so many training rows; just one of them is given.
+
+        splits: the data that these are made from, which the header shows and a resumed run must have again.
+        """
         max_steps, epochs = self.cfg.max_steps, self.cfg.epochs
-        self.rows = rows
+        self.rows, self.splits = rows, splits
         self.total_steps = max_steps if max_steps is not None else max(1, math.ceil(epochs * rows / self.cfg.batch_size))
 
     def attach(self, engine: Any) -> None:

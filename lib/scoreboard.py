@@ -50,7 +50,7 @@ def is_current(recipe: str, run: Path, quick: bool) -> bool:
         return False
     before = yaml.safe_load(path.read_text(encoding="utf-8"))
     now: Any = load(importlib.import_module(f"recipes.{recipe}").Config, ROOT / "recipes" / f"{recipe}.yaml", {}, quick)
-    decides = {name: value for name, value in dataclasses.asdict(now).items() if name not in MAY_CHANGE or name in ("max_steps", "epochs")}
+    decides = {name: value for name, value in dataclasses.asdict(now).items() if name not in MAY_CHANGE or name in ("dataset", "max_steps", "epochs")}
     return decides == {name: before.get(name) for name in decides}
 
 

@@ -63,7 +63,7 @@ class Config(RunSettings):
     num_layers: PositiveInt  # decoder layers
     num_heads: PositiveInt  # attention heads
     tie_embeddings: bool  # whether the output layer is the transposed input embedding
-    dataset: str  # "sotu" (built in), a .jsonl, .csv or .parquet file, a folder of them, or a hub id
+    dataset: str  # "sotu" (built in), a file (.jsonl, .csv, .parquet, ...), a folder of them, or a hub id
     text_column: str  # the column to read, one document a row
     max_rows: PositiveInt | None  # rows to take of each split, drawn at random; null: all
     seed: Seed  # of the weights, the order of the blocks and the samples
@@ -143,7 +143,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     streams = token_streams(splits, tokenizer)
     train = Blocks(streams["train"], cfg.max_length, drop_last=True)
     validation, test = (Blocks(streams[name], cfg.max_length, drop_last=False) for name in ("validation", "test"))
-    run.plan(len(train))
+    run.plan(len(train), splits)
 
     # Model, optimizer, engine.
     model: Any = load_model(lambda: check_model(cfg, build_model(cfg, len(tokenizer), tokenizer.eos_token_id), tokenizer), ds_config, cfg.seed)

@@ -60,7 +60,7 @@ class Config(RunSettings):
     intermediate_size: PositiveInt  # width inside the MLPs
     num_layers: PositiveInt  # encoder layers
     num_heads: PositiveInt  # attention heads
-    dataset: str  # "sotu" (built in), a .jsonl, .csv or .parquet file, a folder of them, or a hub id
+    dataset: str  # "sotu" (built in), a file (.jsonl, .csv, .parquet, ...), a folder of them, or a hub id
     text_column: str  # the column to read, one document a row
     max_rows: PositiveInt | None  # rows to take of each split, drawn at random; null: all
     seed: Seed  # of the weights, the order of the blocks and the masks
@@ -177,7 +177,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     def hide_and_collate(rows: dict[str, Any]) -> Batch:
         return collate(hide(rows, tokenizer, cfg), tokenizer)
 
-    run.plan(len(blocks["train"]))
+    run.plan(len(blocks["train"]), splits)
 
     # Model, optimizer, engine.
     model = load_model(lambda: build_model(cfg, tokenizer), ds_config, cfg.seed)

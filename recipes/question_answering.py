@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launch
 from lib import baselines, inference, ranks
 from lib.checkpoints import Checkpoints
 from lib.config import Seed, UserError, cli
-from lib.data import Batch, check_answers, load_rows, map_rows, pad, pad_tokens, training_batches
+from lib.data import Batch, load_rows, map_rows, pad, pad_tokens, training_batches
 from lib.evaluation import question_answering_scores
 from lib.model import export, load_config, load_model, load_tokenizer, load_weights, make_adamw, true_stage0, veto_if_not_finite
 from lib.run import Run, RunSettings
@@ -41,7 +41,7 @@ from lib.run import Run, RunSettings
 class Config(RunSettings):
     model: str  # "minilm" (installed with the requirements), a folder, or a Hugging Face hub id
     trust_remote_code: bool  # whether code and pickled weights that come with the model may run; only for sources that you trust
-    dataset: str  # "docstring_questions" (built in), a .jsonl or .parquet file, a folder of them, or a hub id
+    dataset: str  # "docstring_questions" (built in), a file (.jsonl, .parquet, SQuAD's .json), a folder of them, or a hub id
     question_column: str  # the column with the questions
     context_column: str  # the column with the texts that have the answers
     answers_column: str  # the column with the answers, as in SQuAD: {"text": [...], "answer_start": [...]}
@@ -144,13 +144,12 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     # Data: questions and contexts to windows of token ids.
     columns = {"context": cfg.context_column, "question": cfg.question_column}  # rows of one context are in one split
     splits = load_rows(cfg.dataset, cfg.max_rows, text=columns, answers={"answers": cfg.answers_column})
-    check_answers(splits)
-    splits = {name: rows.add_column("row", list(range(len(rows)))) for name, rows in splits.items()}
+    numbered = {name: rows.add_column("row", list(range(len(rows)))) for name, rows in splits.items()}
     tokenizer = load_tokenizer(cfg.model, cfg.max_length, cfg.trust_remote_code)
-    windows = map_rows(splits, tokenize, tokenizer=tokenizer, max_length=cfg.max_length, stride=cfg.stride)
+    windows = map_rows(numbered, tokenize, tokenizer=tokenizer, max_length=cfg.max_length, stride=cfg.stride)
     train = windows["train"].remove_columns("characters")  # which only answers are made from
     collate_windows = functools.partial(collate, pad_token_id=tokenizer.pad_token_id, has_types="token_type_ids" in tokenizer.model_input_names)
-    run.plan(len(train))
+    run.plan(len(train), splits)
 
     # Model, optimizer, engine.
     model = load_model(lambda: build_model(cfg), ds_config, cfg.seed)

@@ -40,7 +40,7 @@ class Config(RunSettings):
     vocab_size: PositiveInt  # tokens of the byte-level BPE; at least 257
     hidden_size: PositiveInt  # width of the embeddings and of each layer's state
     num_layers: PositiveInt  # LSTM layers
-    dataset: str  # "sotu" (built in), a .jsonl, .csv or .parquet file, a folder of them, or a hub id
+    dataset: str  # "sotu" (built in), a file (.jsonl, .csv, .parquet, ...), a folder of them, or a hub id
     text_column: str  # the column to read, one document a row
     max_rows: PositiveInt | None  # rows to take of each split, drawn at random; null: all
     seed: Seed  # of the weights and the order of the blocks
@@ -90,7 +90,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     streams = token_streams(splits, tokenizer)
     train = Blocks(streams["train"], cfg.max_length, drop_last=True)
     validation, test = (Blocks(streams[name], cfg.max_length, drop_last=False) for name in ("validation", "test"))
-    run.plan(len(train))
+    run.plan(len(train), splits)
 
     # Model, optimizer, engine.
     config = {"vocab_size": len(tokenizer), "hidden_size": cfg.hidden_size, "num_layers": cfg.num_layers}

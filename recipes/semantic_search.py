@@ -44,7 +44,7 @@ from lib.search import DEPTH, Corpus, save_index, save_sentence_transformer
 class Config(RunSettings):
     model: str  # "minilm" (installed with the requirements), a folder, or a Hugging Face hub id
     trust_remote_code: bool  # whether code and pickled weights that come with the model may run; only for sources that you trust
-    dataset: str  # "docstring_pairs" (built in), a .jsonl, .csv or .parquet file, a folder of them, or a hub id
+    dataset: str  # "docstring_pairs" (built in), a file (.jsonl, .csv, .parquet, ...), a folder of them, or a hub id
     query_column: str  # the column with the queries
     document_column: str  # the column with the document that each is to find
     max_rows: PositiveInt | None  # rows to take of each split, drawn at random; null: all
@@ -133,7 +133,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     tokenized = map_rows(splits, tokenize, tokenizer=tokenizer, max_length=cfg.max_length)
     train = tokenized["train"]
     collate_rows = functools.partial(collate, pad_token_id=tokenizer.pad_token_id)
-    run.plan(len(train))
+    run.plan(len(train), splits)
 
     # Model, optimizer, engine.
     model = load_model(lambda: build_model(cfg), ds_config, cfg.seed)

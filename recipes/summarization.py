@@ -56,7 +56,7 @@ class Config(RunSettings):
     intermediate_size: PositiveInt  # width inside its MLPs
     num_layers: PositiveInt  # its layers: of the decoder, and of the encoder if that starts from scratch, too
     num_heads: PositiveInt  # its attention heads
-    dataset: str  # "docstring_pairs" (built in), a .jsonl, .csv or .parquet file, a folder of them, or a hub id
+    dataset: str  # "docstring_pairs" (built in), a file (.jsonl, .csv, .parquet, ...), a folder of them, or a hub id
     text_column: str  # the column to summarize
     summary_column: str  # the column with its summary
     max_rows: PositiveInt | None  # rows to take of each split, drawn at random; null: all
@@ -91,7 +91,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     lengths = {"max_source_length": cfg.max_source_length, "max_target_length": cfg.max_target_length}
     tokenized = map_rows(splits, tokenize_pairs, source_tokenizer=source_tokenizer, target_tokenizer=target_tokenizer, **lengths)
     train = tokenized["train"]
-    run.plan(len(train))
+    run.plan(len(train), splits)
 
     # Model, optimizer, engine.
     model: Any = load_model(lambda: build_model(cfg, target_tokenizer), ds_config, cfg.seed)

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launch
 from lib import baselines, evaluation, inference, ranks
 from lib.checkpoints import Checkpoints
 from lib.config import Probability, Seed, UserError, cli
-from lib.data import Batch, label_ids, load_rows, map_rows, pad_tokens, training_batches
+from lib.data import Batch, load_rows, map_rows, pad_tokens, training_batches
 from lib.model import export, load_config, load_model, load_tokenizer, load_weights, make_adamw, true_stage0, veto_if_not_finite
 from lib.run import Run, RunSettings
 
@@ -39,9 +39,9 @@ from lib.run import Run, RunSettings
 class Config(RunSettings):
     model: str  # "minilm" (installed with the requirements), a folder, or a Hugging Face hub id
     trust_remote_code: bool  # whether code and pickled weights that come with the model may run; only for sources that you trust
-    dataset: str  # "docstrings" (built in), a .jsonl, .csv or .parquet file, a folder of them, or a hub id
+    dataset: str  # "docstrings" (built in), a file (.jsonl, .csv, .parquet, ...), a folder of them, or a hub id
     text_column: str  # the column to read
-    label_column: str  # the column to predict; text or whole numbers
+    label_column: str  # the column to predict; text, whole numbers, true or false
     max_rows: PositiveInt | None  # rows to take of each split, drawn at random; null: all
     seed: Seed  # of the new layer's weights, the order of the rows and the dropout
     precision: Literal["fp32", "bf16", "fp16"]  # of the forward and backward pass; the optimizer's is always fp32
@@ -79,12 +79,12 @@ def build_model(cfg: Config, label_names: list[str], pad_token_id: int) -> torch
     return load_weights(AutoModelForSequenceClassification, cfg.model, config, cfg.trust_remote_code, ignore_mismatched_sizes=True)
 
 
-def tokenize(rows: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, label_names: list[str], max_length: int) -> dict[str, list[Any]]:
-    """Texts and label names -> token ids, label ids, lengths in tokens, and whether each text was truncated."""
+def tokenize(rows: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[Any]]:
+    """Texts -> token ids, their number, and whether each text was truncated; the labels' numbers stay."""
     encoded = tokenizer(rows["text"], truncation=True, max_length=max_length)
     return {
         "input_ids": encoded["input_ids"],
-        "labels": [label_names.index(label) for label in rows["label"]],
+        "labels": rows["label"],
         "length": [len(ids) for ids in encoded["input_ids"]],
         "truncated": [bool(encoding.overflowing) for encoding in encoded.encodings],
     }
@@ -113,12 +113,12 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
 
     # Data: texts and labels to token ids.
     splits = load_rows(cfg.dataset, cfg.max_rows, text={"text": cfg.text_column}, label={"label": cfg.label_column})
-    label_names = label_ids(splits)
+    label_names = splits["train"].features["label"].names
     tokenizer = load_tokenizer(cfg.model, cfg.max_length, cfg.trust_remote_code)
-    tokenized = map_rows(splits, tokenize, tokenizer=tokenizer, label_names=label_names, max_length=cfg.max_length)
+    tokenized = map_rows(splits, tokenize, tokenizer=tokenizer, max_length=cfg.max_length)
     train, validation, test = tokenized["train"], tokenized["validation"], tokenized["test"]
     collate_rows = functools.partial(collate, pad_token_id=tokenizer.pad_token_id)
-    run.plan(len(train))
+    run.plan(len(train), splits)
 
     # Model, optimizer, engine.
     model = load_model(lambda: build_model(cfg, label_names, tokenizer.pad_token_id), ds_config, cfg.seed)

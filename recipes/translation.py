@@ -56,7 +56,7 @@ class Config(RunSettings):
     intermediate_size: PositiveInt  # width inside its MLPs
     num_layers: PositiveInt  # its layers: of the decoder, and of the encoder if that starts from scratch, too
     num_heads: PositiveInt  # its attention heads
-    dataset: str  # "messages_fr", _de, _es, _ja (built in), a .jsonl, .csv or .parquet file, a folder of them, or a hub id
+    dataset: str  # "messages_fr", _de, _es, _ja (built in), a file (.jsonl, .csv, .parquet, ...), a folder of them, or a hub id
     source_column: str  # the column to translate
     target_column: str  # the column with its translation
     max_rows: PositiveInt | None  # rows to take of each split, drawn at random; null: all
@@ -91,7 +91,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     lengths = {"max_source_length": cfg.max_source_length, "max_target_length": cfg.max_target_length}
     tokenized = map_rows(splits, tokenize_pairs, source_tokenizer=source_tokenizer, target_tokenizer=target_tokenizer, **lengths)
     train = tokenized["train"]
-    run.plan(len(train))
+    run.plan(len(train), splits)
 
     # Model, optimizer, engine.
     model: Any = load_model(lambda: build_model(cfg, target_tokenizer), ds_config, cfg.seed)

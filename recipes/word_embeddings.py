@@ -46,7 +46,7 @@ from lib.run import Run, RunSettings
 @dataclass
 class Config(RunSettings):
     method: Literal["skip_gram", "glove"]  # see above
-    dataset: str  # "sotu" (built in), a .jsonl, .csv or .parquet file, a folder of them, or a hub id
+    dataset: str  # "sotu" (built in), a file (.jsonl, .csv, .parquet, ...), a folder of them, or a hub id
     text_column: str  # the column to read, one document a row
     max_rows: PositiveInt | None  # rows to take of each split, drawn at random; null: all
     seed: Seed  # of the weights, the order of the rows, and what is drawn
@@ -191,7 +191,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     rows = (Cooccurrences if cfg.method == "glove" else SkipGrams)(documents, counts, cfg)
     if not len(rows):
         raise UserError(f"dataset {cfg.dataset}: no words are left beside each other; set a larger --subsample or a smaller --min_count, or give more text")
-    run.plan(len(rows))
+    run.plan(len(rows), splits)
 
     # Model, optimizer, engine.
     sizes = {"words": len(words), "dimensions": cfg.dimensions, "biases": int(cfg.method == "glove")}

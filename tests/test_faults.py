@@ -21,7 +21,7 @@ from conftest import RECIPES, ROOT, run_ranks
 
 from lib import checkpoint_files, config
 from lib.config import UserError
-from lib.data import label_ids, load_rows
+from lib.data import load_rows
 from lib.ds_config import load_ds_config
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -198,7 +198,7 @@ def write_faulty_data(draw: Draw, folder: Path) -> Path:
 @pytest.mark.parametrize("seed", range(OF_EACH))
 def test_faulty_data(tmp_path: Path, seed: int) -> None:
     path = write_faulty_data(random.Random(2000 + seed), tmp_path)
-    refused(lambda: label_ids(load_rows(str(path), None, text={"text": "text"}, label={"label": "label"})))
+    refused(lambda: load_rows(str(path), None, text={"text": "text"}, label={"label": "label"}))
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------------
