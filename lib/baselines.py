@@ -3,10 +3,11 @@
 import re
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from lib.evaluation import classification_scores, perplexity, perplexity_and_bits, sentences
+from lib.evaluation import are_spaceless, classification_scores, perplexity, perplexity_and_bits, sentences, spaced
 from lib.progress import progress
 
 MEMORY_ROWS = 50_000  # training rows that a translation memory holds: with more, it might outlast the training
@@ -27,7 +28,10 @@ def tfidf_logistic_regression(
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
-    has_words = any(re.search(r"\b\w\w+\b", text) for text in train_texts)  # as scikit-learn understands words; there may be none, only letters or signs
+    if len(set(train_labels)) < 2:  # few rows, all of one label
+        return majority_class(train_labels, test_labels)
+    # Words as scikit-learn understands them; there may be none, only letters or signs, or no spaces between them.
+    has_words = any(re.search(r"\b\w\w+\b", text) for text in train_texts) and not are_spaceless(train_texts)
     model = make_pipeline(TfidfVectorizer(analyzer="word" if has_words else "char", sublinear_tf=True), LogisticRegression(max_iter=1000))
     model.fit(train_texts, train_labels)
     return classification_scores(test_labels, model.predict(test_texts))
@@ -83,7 +87,7 @@ def longest_overlap(question: str, context: str) -> str:
 
 
 def _words(text: str) -> set[str]:
-    return set(re.findall(r"\w+", text.lower()))
+    return set(re.findall(r"\w+", spaced(text.lower())))
 
 
 @progress("BM25")
@@ -91,11 +95,12 @@ def bm25(queries: Sequence[str], documents: Sequence[str], depth: int) -> np.nda
     """[queries, depth] numbers of the documents with the highest BM25 score, best first, by bm25s with its defaults.
 
     Those are Lucene's variant with k1 = 1.5 and b = 0.75 over lower-cased words of two characters or more, without English stop words,
-    not stemmed. A document that shares no word with the query is not found: -1 fills up such a row, which `retrieval_scores` understands.
+    not stemmed; in texts without spaces, over single letters. A document that shares no word with the query is not found: -1 fills up such a row, which `retrieval_scores` understands.
     """
     import bm25s
 
-    of_documents, of_queries = (bm25s.tokenize(list(texts), show_progress=False) for texts in (documents, queries))
+    letters: dict[str, Any] = {"token_pattern": r"\w"} if are_spaceless(documents) else {}
+    of_documents, of_queries = (bm25s.tokenize(list(texts), show_progress=False, **letters) for texts in (documents, queries))
     ranking = np.full((len(queries), depth), -1)
     if not of_documents.vocab or not of_queries.vocab:  # texts of single letters, say
         return ranking

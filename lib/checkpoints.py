@@ -73,7 +73,7 @@ class Checkpoints:
         folder, manifest = self.run.checkpoint
         data = self._data()
         if manifest["rows"] != self.run.rows or manifest.get("data", data) != data:
-            gives = f"{self.run.rows:,}" if manifest["rows"] != self.run.rows else "as many with another content"
+            gives = f"{self.run.rows:,}" if manifest["rows"] != self.run.rows else "others, though as many"
             raise UserError(
                 f"{shown(folder)} was trained on {manifest['rows']:,} rows, but dataset {self.cfg.dataset} now gives {gives}; "
                 "resume with the same data, or start a new run"

@@ -191,16 +191,21 @@ NOT_MEASURING = ("compare.py", "results.py", "findings.py", "theory.py", "charts
 
 
 def code_version(recipe: str, settings: list[str]) -> tuple[str, str]:
-    """(the commit of this checkout, a hash of what a comparison runs: lib/, the recipe and its YAML)."""
+    """(the commit of this checkout, a hash of what a comparison runs: lib/, the recipe, its YAML, and files that settings name)."""
     try:
         found = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
         commit = found.stdout.strip() or "no commit"
     except OSError:
         commit = "no commit"
     files = [file for file in sorted((ROOT / "lib").glob("*.py")) if file.name not in NOT_MEASURING]
-    files += [ROOT / "recipes" / f"{recipe}.py", ROOT / "recipes" / f"{recipe}.yaml", *(Path(part.split("=")[-1]) for part in settings)]
-    contents = b"".join(file.read_bytes() for file in files if file.is_file())
-    return commit, hashlib.sha256(contents).hexdigest()[:8]
+    files += [ROOT / "recipes" / f"{recipe}.py", ROOT / "recipes" / f"{recipe}.yaml"]
+    named = [part.partition("=")[2] or part for part in settings]  # a setting may name a file, of the data say
+    files += [Path(name) for name in named if os.path.isfile(name)]  # noqa: PTH113  (Path.is_file raises an error where a name is too long)
+    code = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            code.update(hashlib.file_digest(file, "sha256").digest())  # piece by piece
+    return commit, code.hexdigest()[:8]
 
 
 def resumed(options: argparse.Namespace, settings: list[str]) -> Path:

@@ -188,19 +188,23 @@ class _Reader:
         for file in files.values():
             file.close()
         if self.faults:
-            raise UserError(self.first_fault + (f" ({self.faults - 1:,} more rows have a fault)" if self.faults > 1 else ""))
+            raise UserError(self.first_fault + (f" (one of {self.faults:,} faulty rows)" if self.faults > 1 else ""))
         for split, count in counts.items():
             if count == 0:
                 raise UserError(f"dataset {self.dataset}: its {split} split has no rows; give more rows, or a file for each split")
         for known in names.values():
             if len(known) < 2:
                 raise UserError(f"the training rows have only one label ({next(iter(known))!r}); there is nothing to classify")
-        lines = {"labels": f"{len(known)}: {', '.join(itertools.islice(known, 12))}{', ...' if len(known) > 12 else ''}" for known in names.values()}
-        return lines | {"row 1": ", ".join(f"{name} {short(value)}" for name, value in first.items())}
+        header = {"row 1": ", ".join(f"{name} {short(value)}" for name, value in first.items())}
+        for known in names.values():
+            header["labels"] = f"{len(known)}: {', '.join(itertools.islice(known, 12))}{', ...' if len(known) > 12 else ''}"
+        return header
 
     def _label_names(self, name: str, column: str) -> dict[str, int]:
         """The label names of the training rows and their numbers. Notes the texts that must stay training rows."""
-        first_text, found, elsewhere = next(iter(self.text)), set(), {}
+        first_text = next(iter(self.text))
+        found: set[str] = set()
+        elsewhere: dict[str, set[int]] = {}
         for split, _, _, values in self._rows():
             if split == "train":
                 found.add(values[name])
@@ -294,8 +298,9 @@ def _answers(value: Any) -> dict[str, list[Any]] | None:
     if not isinstance(value, dict):
         return None
     texts, starts = value.get("text"), value.get("answer_start")
-    right = isinstance(texts, list) and isinstance(starts, list) and all(isinstance(text, str) and _is_unicode(text) for text in texts)
-    return {"text": texts, "answer_start": starts} if right and all(type(start) is int for start in starts) else None
+    if not (isinstance(texts, list) and isinstance(starts, list) and all(type(start) is int for start in starts)):
+        return None
+    return {"text": texts, "answer_start": starts} if all(isinstance(text, str) and _is_unicode(text) for text in texts) else None
 
 
 EXPECTED: dict[Callable[[Any], Any], str] = {

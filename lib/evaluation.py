@@ -10,14 +10,20 @@ from typing import Any
 
 import numpy as np
 
+from lib.config import UserError
+
 
 def classification_scores(labels: Sequence[int], predictions: Sequence[int]) -> dict[str, float]:
-    """Accuracy and macro-F1 (the mean of the labels' F1), by scikit-learn."""
+    """Accuracy and macro-F1, by scikit-learn.
+
+    Macro-F1 is the mean of the F1 of the labels that the rows have. scikit-learn's default takes in labels that are only predicted, too; then
+    a model and its baselines are each scored over a set of their own.
+    """
     from sklearn.metrics import accuracy_score, f1_score  # here, because it takes a second to import
 
     return {
         "accuracy": float(accuracy_score(labels, predictions)),
-        "macro_f1": float(f1_score(labels, predictions, average="macro", zero_division=0)),
+        "macro_f1": float(f1_score(labels, predictions, labels=sorted(set(labels)), average="macro", zero_division=0)),
     }
 
 
@@ -60,22 +66,70 @@ def bleu_signature(tokenize: str = "13a") -> str:
 def sentences(text: str) -> list[str]:
     """The sentences of a text, each on one line. A simple rule, not a trained one: a sentence ends
 
-    at a blank line, and after a full stop, question or exclamation mark where white space and no lower-case letter follows.
+    at a blank line, after a full stop, question or exclamation mark where white space and no lower-case letter follows, and after those of
+    Chinese and Japanese.
     """
-    parts = re.split(r"(?<=[.!?])\s+(?![a-z\s])|\n\s*\n", text)
+    parts = re.split(r"(?<=[.!?])\s+(?![a-z\s])|(?<=[\u3002\uff01\uff1f])(?![\u3002\uff01\uff1f\u300d\u300f\u201d\u2019\uff09])|\n\s*\n", text)
     return [" ".join(part.split()) for part in parts if part.strip()]
+
+
+# Letters of scripts that put no spaces between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese.
+SPACELESS = r"[\u0e01-\u0e4e\u0e81-\u0edf\u1000-\u109f\u1780-\u17d3\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+
+
+def spaced(text: str) -> str:
+    """A text with spaces around each letter of a script without spaces, so that each counts as a word."""
+    return re.sub(SPACELESS, r" \g<0> ", text)
+
+
+def are_spaceless(texts: Sequence[str]) -> bool:
+    """Whether most letters are of scripts that put no spaces between words."""
+    letters = spaceless = 0
+    for text in texts:
+        letters += sum(map(str.isalpha, text))
+        spaceless += len(re.findall(SPACELESS, text))
+    return 2 * spaceless > letters
+
+
+def check_bleu_tokenizer(tokenize: str, references: Sequence[str]) -> None:
+    """Raise a UserError where BLEU would take whole sentences for words."""
+    if tokenize in ("13a", "intl") and are_spaceless(references):
+        raise UserError(
+            f"the targets have no spaces between words, which bleu_tokenizer {tokenize} needs; set --bleu_tokenizer zh for Chinese, char for others"
+        )
+
+
+class _EveryScript:
+    """A tokenizer for rouge-score, whose own drops all but a to z and digits."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(r"[^\W_]+", spaced(text.lower()))
+
+
+def rouge_tokens(references: Sequence[str]) -> str:
+    """What ROUGE of these counts: to be said with it."""
+    if _is_english_alphabet(references):
+        return "rouge-score's tokens, stemmed: a to z and digits"
+    return "letters" if are_spaceless(references) else "words as they are written, not stemmed"
+
+
+def _is_english_alphabet(texts: Sequence[str]) -> bool:
+    """Whether most letters are a to z."""
+    letters = sum(sum(map(str.isalpha, text)) for text in texts)
+    return 2 * sum(len(re.findall("[a-z]", text, re.IGNORECASE | re.ASCII)) for text in texts) >= letters
 
 
 def summarization_scores(summaries: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """ROUGE-1, -2, -L and -Lsum (Lin, 2004): the mean over rows of the F-measure, 0 to 100, by rouge-score with Porter's stemmer.
 
     ROUGE-Lsum compares sentence by sentence and takes a newline for the end of one, so both sides are split by `sentences`, which
-    ROUGE-L and the n-grams do not see. rouge-score drops all but the letters a to z and digits: for English only.
+    ROUGE-L and the n-grams do not see. rouge-score drops all but the letters a to z and digits; where most letters of the references are
+    others, words are taken as they are written, not stemmed, and single letters in scripts without spaces.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
     names = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
-    scorer = RougeScorer(names, use_stemmer=True)
+    scorer = RougeScorer(names, use_stemmer=True) if _is_english_alphabet(references) else RougeScorer(names, tokenizer=_EveryScript())
     rows = [scorer.score("\n".join(sentences(reference)), "\n".join(sentences(summary))) for summary, reference in zip(summaries, references, strict=True)]
     return {name: 100 * sum(row[name].fmeasure for row in rows) / len(rows) for name in names}
 
@@ -139,6 +193,25 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.where(lengths, lengths, 1)
 
 
+def _rated_pairs(words: Sequence[str]) -> dict[str, list[tuple[int, int, float]]]:
+    """For each list of ratings, (one word's number, the other's, rating) of the pairs of which both words are there."""
+    from gensim.test.utils import datapath
+
+    number = {word.lower(): i for i, word in reversed(list(enumerate(words)))}
+    known = {}
+    for name, file in (("wordsim353", "wordsim353.tsv"), ("simlex999", "simlex999.txt")):
+        lines = Path(datapath(file)).read_text(encoding="utf-8").lower().splitlines()
+        pairs = [line.split("\t") for line in lines if not line.startswith("#")]
+        known[name] = [(number[a], number[b], float(rating)) for a, b, rating in pairs if a in number and b in number]
+    return known
+
+
+def ratings_notes(words: Sequence[str]) -> list[str]:
+    """What is to be said where the ratings have hardly a pair of these words."""
+    few = {name: len(pairs) for name, pairs in _rated_pairs(words).items() if len(pairs) < 20}
+    return [f"{name} rates English words, and the text has both words of only {count} of its pairs: its score says nothing" for name, count in few.items()]
+
+
 def similarity_scores(words: Sequence[str], vectors: np.ndarray) -> dict[str, float]:
     """Spearman's correlation, -1 to 1, of the cosines of word vectors with human ratings, and how many pairs it was taken over.
 
@@ -147,16 +220,11 @@ def similarity_scores(words: Sequence[str], vectors: np.ndarray) -> dict[str, fl
     counts. NaN where fewer than two pairs are left.
     words: of vectors [words, dims].
     """
-    from gensim.test.utils import datapath
     from scipy.stats import spearmanr
 
-    number = {word.lower(): i for i, word in reversed(list(enumerate(words)))}
     unit = _unit(vectors)
     scores: dict[str, float] = {}
-    for name, file in (("wordsim353", "wordsim353.tsv"), ("simlex999", "simlex999.txt")):
-        lines = Path(datapath(file)).read_text(encoding="utf-8").lower().splitlines()
-        pairs = [line.split("\t") for line in lines if not line.startswith("#")]
-        known = [(number[a], number[b], float(rating)) for a, b, rating in pairs if a in number and b in number]
+    for name, known in _rated_pairs(words).items():
         cosines = [unit[a] @ unit[b] for a, b, _ in known]
         scores[name] = float(spearmanr(cosines, [rating for *_, rating in known]).statistic)
         scores[f"{name}_pairs"] = len(known)

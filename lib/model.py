@@ -125,11 +125,22 @@ def _load_tokenizer(name: str, max_length: int, trust_remote_code: bool, setting
         tokenizer = AutoTokenizer.from_pretrained(model_folder(name), trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast or len(tokenizer) < 16:  # transformers makes an empty one where there are no tokenizer files
         raise UserError(f"model {name}: it has no fast tokenizer beside it (tokenizer.json); save one there")
+    check_tokens(f"model {name}: it", getattr(config, "encoder", config), tokenizer)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise UserError(f"model {name}: its tokenizer has neither a padding nor an end-of-text token; add one and save it")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_tokens(
+    model: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, remedy: str = "model.resize_token_embeddings(len(tokenizer)), and save both"
+) -> None:  # fmt: skip
+    """Raise a UserError where a tokenizer has tokens that a model of this config does not: added ones, for which it has no embeddings."""
+    known = getattr(config.get_text_config(), "vocab_size", None)
+    needed = max(tokenizer.get_vocab().values()) + 1
+    if known is not None and needed > known:
+        raise UserError(f"{model} knows {known:,} tokens, the tokenizer beside it {needed:,}; {remedy}")
 
 
 def new_config(architecture: str, auto_class: Any, num_heads: int, hidden_size: int, **sizes: Any) -> PretrainedConfig:
@@ -181,6 +192,7 @@ END_OF_TEXT = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}  # th
 def train_tokenizer(texts: Iterable[str], vocab_size: int, special_tokens: Mapping[str, str | AddedToken], template: str = "$A") -> PreTrainedTokenizerBase:
     """Learn a byte-level BPE from texts: any text encodes to it and back without loss. Every rank must call it; rank 0 learns.
 
+    A special token's name in a text, such as <s> in HTML, is text, unless there is a mask token: whoever uses such a model writes <mask>.
     special_tokens: by transformers' names, such as {"eos_token": "</s>"}. template: what a text becomes, with $A in its place.
     """
     names = list(dict.fromkeys(map(str, special_tokens.values())))
@@ -194,7 +206,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, special_tokens: Mappi
             pair = f"{template} $B{template.partition('$A')[2]}"  # as BERT joins a question and a text
             ids = [(name, bpe.token_to_id(name)) for name in names]
             bpe._tokenizer.post_processor = TemplateProcessing(single=template, pair=pair, special_tokens=ids)
-        return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **special_tokens)
+        return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, split_special_tokens="mask_token" not in special_tokens, **special_tokens)
 
     return ranks.on_rank0(learn)
 

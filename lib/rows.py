@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import hashlib
 import io
 import itertools
@@ -53,7 +54,7 @@ def find_sources(dataset: str, columns: Collection[str]) -> tuple[dict[str, list
     path = Path(dataset).expanduser()
     if dataset in SAMPLES:
         return _of_datasets(dataset, load_sample(dataset), columns)
-    if os.path.exists(path):
+    if os.path.exists(path):  # noqa: PTH110  (Path.exists raises an error where a name is too long)
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return _saved(path, columns)
         files, notes = _files(path)
@@ -83,9 +84,9 @@ def short(value: Any) -> str:
 
 def _suffix(file: Path) -> tuple[str, str | None]:
     """(the suffix that says the format, in lower case; how the file is compressed)"""
-    stem, suffix = os.path.splitext(file.name.lower())
-    compression = COMPRESSIONS.get(suffix)
-    return (os.path.splitext(stem)[1] if compression else suffix), compression
+    name = Path(file.name.lower())
+    compression = COMPRESSIONS.get(name.suffix)
+    return Path(name.stem).suffix if compression else name.suffix, compression
 
 
 def _format(file: Path) -> str | None:
@@ -151,7 +152,7 @@ def _files(path: Path) -> tuple[dict[str, list[Path]], list[str]]:
 def _of_file(file: Path, columns: Collection[str]) -> Source:
     read = {"JSON": _json_rows, "CSV": _csv_rows, "Parquet": _parquet_rows, "text": _text_rows}[str(_format(file))]
     names = _parquet_label_names(file) if read is _parquet_rows else {}
-    return Source(shown(file), f"{_suffix(file)[0]} {digest_of([file])}", lambda: read(file, columns), names)
+    return Source(shown(file), f"{_suffix(file)[0]} {digest_of([file])}", functools.partial(read, file, columns), names)
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
@@ -351,7 +352,7 @@ def _of_datasets(
         split: [
             Source(
                 f"dataset {dataset}, {name} rows", f"{name} {digest or loaded[name]._fingerprint}",
-                lambda name=name: _rows_of_dataset(loaded[name], columns), _label_names(loaded[name].features),
+                functools.partial(_rows_of_dataset, loaded[name], columns), _label_names(loaded[name].features),
             )
             for name in named[split]
         ]

@@ -33,7 +33,18 @@ from transformers import (
 from lib import inference, ranks
 from lib.config import UserError
 from lib.data import IGNORED, Batch, pad, pad_tokens
-from lib.model import check_generates, check_length, hub_errors, is_causal, load_config, load_tokenizer, load_weights, set_dropout, train_tokenizer
+from lib.model import (
+    check_generates,
+    check_length,
+    check_tokens,
+    hub_errors,
+    is_causal,
+    load_config,
+    load_tokenizer,
+    load_weights,
+    set_dropout,
+    train_tokenizer,
+)
 
 # For generate: one text a source, decided by these recipes' settings and not by a hub model's own generation config, perhaps made for longer texts.
 ONE_TEXT: dict[str, Any] = {
@@ -66,7 +77,7 @@ def load_tokenizers(cfg: Any, sources: Sequence[str], targets: Sequence[str]) ->
             target_tokenizer = AutoTokenizer.from_pretrained(of_targets) if of_targets.is_dir() else tokenizer
         if hasattr(config, "decoder"):
             remedy = "if it has a folder target_tokenizer, download the model and give its folder"
-            _check_tokens(f"model {cfg.model}: its decoder", config.decoder, target_tokenizer, remedy)
+            check_tokens(f"model {cfg.model}: its decoder", config.decoder, target_tokenizer, remedy)
         return tokenizer, target_tokenizer
     tokenizer = load_tokenizer(cfg.model, cfg.max_source_length, cfg.trust_remote_code, "max_source_length")
     if cfg.decoder is None:
@@ -76,9 +87,8 @@ def load_tokenizers(cfg: Any, sources: Sequence[str], targets: Sequence[str]) ->
 
 def _tokenizer_of_decoder(cfg: Any) -> PreTrainedTokenizerBase:
     """That of cfg.decoder, but a text gets its end-of-text token and nothing before: what a decoder is to write. Raises UserError before weights are read."""
-    config = ranks.rank0_first(lambda: _config_of_decoder(cfg))
+    ranks.rank0_first(lambda: _config_of_decoder(cfg))  # refuses what cannot attend to an encoder
     tokenizer = load_tokenizer(cfg.decoder, cfg.max_target_length, cfg.trust_remote_code, "max_target_length")
-    _check_tokens(f"decoder {cfg.decoder}: it", config, tokenizer, "save one that fits")
     special = {"bos_token": tokenizer.bos_token or tokenizer.cls_token, "eos_token": tokenizer.eos_token or tokenizer.sep_token}
     if None in special.values():
         raise UserError(f"decoder {cfg.decoder}: its tokenizer has no tokens that begin and end a text (bos and eos, or cls and sep); set them, and save it")
@@ -86,12 +96,6 @@ def _tokenizer_of_decoder(cfg: Any) -> PreTrainedTokenizerBase:
     end = special["eos_token"]
     backend.post_processor = TemplateProcessing(single=f"$A {end}", special_tokens=[(end, tokenizer.convert_tokens_to_ids(end))])
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special, pad_token=tokenizer.pad_token, unk_token=tokenizer.unk_token)
-
-
-def _check_tokens(decoder: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, remedy: str) -> None:
-    """Raise a UserError where a tokenizer has tokens that a decoder of this config does not."""
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(f"{decoder} knows {config.vocab_size:,} tokens, the tokenizer beside it {len(tokenizer):,}; {remedy}")
 
 
 def _brings_decoder(cfg: Any) -> bool:

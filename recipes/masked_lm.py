@@ -95,7 +95,8 @@ def build_model(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Mod
 
 def tokenize(rows: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[Any]]:
     """Documents -> blocks: input_ids, and the number of the word that each is part of (-1: of none). Documents share blocks."""
-    encoded = tokenizer(rows["text"], add_special_tokens=False, verbose=False)  # verbose: a document may exceed the model's limit
+    # A document may exceed the model's limit (verbose), and <mask> or </s> in it are text.
+    encoded = tokenizer(rows["text"], add_special_tokens=False, split_special_tokens=True, verbose=False)
     tokens, words, before = [], [], 0
     for ids, encoding in zip(encoded["input_ids"], encoded.encodings, strict=True):
         tokens += ids

@@ -11,13 +11,15 @@ Method: a text's vector is the mean of the encoder's last layer over its tokens,
 the cross entropy of each query's own document among all documents of the step, -log softmax(q D^T / temperature)[own] (Henderson et al.
 2017, section 4.4; Karpukhin et al. 2020). All documents means those of all ranks and micro-batches, so the loss does not depend on how a
 batch is cut: the vectors of the whole step are gathered, the loss and its gradient by each vector computed, and that gradient sent
-through the encoder micro-batch by micro-batch (Gao et al. 2021, GradCache). With accumulation, texts are encoded twice for that.
+through the encoder micro-batch by micro-batch (Gao et al. 2021, GradCache). With accumulation, texts are encoded twice for that. A
+document that the step has as an answer to the same query, or that equals the query's own, is no negative of it.
 Batches are grouped by length, and there is no dropout.
 
 Change first: the YAML beside this file (model, dataset, columns), then embed() and contrastive_loss().
 """
 
 import functools
+import hashlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,12 +74,14 @@ def build_model(cfg: Config) -> torch.nn.Module:
 
 
 def tokenize(rows: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[Any]]:
-    """Columns query and document -> their token ids, the length of each and of both together, and whether either was truncated."""
+    """Columns query and document -> their token ids, what tells texts apart, the length of each and of both together, and whether either was truncated."""
     queries, documents = (tokenizer(rows[name], truncation=True, max_length=max_length) for name in ("query", "document"))
     pairs = list(zip(queries.encodings, documents.encodings, strict=True))
     return {
         "query": queries["input_ids"],
         "document": documents["input_ids"],
+        "query_identity": [identity(text) for text in rows["query"]],
+        "document_identity": [identity(text) for text in rows["document"]],
         "query_length": [len(query.ids) for query, _ in pairs],
         "document_length": [len(document.ids) for _, document in pairs],
         "length": [len(query.ids) + len(document.ids) for query, document in pairs],
@@ -85,10 +89,16 @@ def tokenize(rows: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, max
     }
 
 
+def identity(text: str) -> int:
+    """A number that equal texts have in common, and different ones do not: 63 bits of a hash."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
+
+
 def collate(rows: dict[str, list[Any]], pad_token_id: int) -> Batch:
-    """Pairs -> query_input_ids, query_attention_mask [rows, longest query], and the same of the documents."""
+    """Pairs -> query_input_ids, query_attention_mask [rows, longest query], the same of the documents; identities [rows, 2] of both texts."""
     padded = {name: pad_tokens(rows[name], pad_token_id) for name in ("query", "document")}
-    return {f"{name}_{key}": tensor for name, tensors in padded.items() for key, tensor in tensors.items()}
+    identities = torch.tensor([rows["query_identity"], rows["document_identity"]]).T
+    return {f"{name}_{key}": tensor for name, tensors in padded.items() for key, tensor in tensors.items()} | {"identities": identities}
 
 
 def embed(engine: Any, batch: Batch, name: str) -> torch.Tensor:
@@ -104,9 +114,16 @@ def embed_pairs(engine: Any, batch: Batch) -> torch.Tensor:
     return torch.stack([embed(engine, batch, "query"), embed(engine, batch, "document")], dim=1)
 
 
-def contrastive_loss(queries: torch.Tensor, documents: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The mean cross entropy of each query's own document, the one in the same row, among all. Both: [rows, dims]."""
-    return F.cross_entropy(queries @ documents.T / temperature, torch.arange(len(queries), device=queries.device))
+def contrastive_loss(queries: torch.Tensor, documents: torch.Tensor, identities: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The mean cross entropy of each query's own document, the one in the same row, among it and those that are wrong answers.
+
+    Both: [rows, dims]; identities: [rows, 2] of queries and documents.
+    """
+    same_query, same_document = (texts[:, None] == texts for texts in identities.T)
+    answers = same_query.float() @ same_document.float() > 0  # [query, document]: some row has both
+    counted = ~answers | torch.eye(len(queries), dtype=torch.bool, device=queries.device)
+    scores = (queries @ documents.T / temperature).masked_fill(~counted, -torch.inf)
+    return F.cross_entropy(scores, torch.arange(len(queries), device=queries.device))
 
 
 def evaluate(engine: Any, split: Dataset, tokenized: Dataset, collate_rows: Any, batch_size: int) -> tuple[dict[str, float], list[str], torch.Tensor]:
@@ -162,7 +179,8 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
             vectors = [embed_pairs(engine, batch) for batch in micro_batches]
         own = torch.cat([pair.detach() for pair in vectors])
         everyone = ranks.all_rows(own).requires_grad_()
-        loss = contrastive_loss(everyone[:, 0], everyone[:, 1], cfg.temperature)
+        identities = ranks.all_rows(torch.cat([batch["identities"] for batch in micro_batches]))
+        loss = contrastive_loss(everyone[:, 0], everyone[:, 1], identities, cfg.temperature)
         (gradient,) = torch.autograd.grad(loss, everyone)
         own_gradients = torch.split(gradient[ranks.rank() * len(own) :][: len(own)], micro_batch_size)
         for batch, own_gradient in zip(micro_batches, own_gradients, strict=True):

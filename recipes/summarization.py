@@ -31,7 +31,7 @@ from lib import baselines, ranks
 from lib.checkpoints import Checkpoints
 from lib.config import LengthPenalty, Probability, Seed, cli
 from lib.data import IGNORED, load_rows, map_rows, training_batches
-from lib.evaluation import summarization_scores
+from lib.evaluation import rouge_tokens, summarization_scores
 from lib.model import export, load_model, make_adamw, token_losses, true_stage0, veto_if_not_finite
 from lib.run import Run, RunSettings
 from lib.sequence_to_sequence import (
@@ -143,6 +143,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
         "nearest training text's": summarization_scores(nearest, test["target"]),
         "lead sentence": summarization_scores([baselines.first_sentence(text) for text in test["source"]], test["target"]),
     }
+    run.say(f"ROUGE    over {rouge_tokens(test['target'])}")
     run.finish({f"this model, {len(test):,} test rows": scores, **beside})
     return {"model": scores, **beside}
 

@@ -31,7 +31,7 @@ from lib import baselines, ranks
 from lib.checkpoints import Checkpoints
 from lib.config import LengthPenalty, Probability, Seed, cli
 from lib.data import IGNORED, load_rows, map_rows, training_batches
-from lib.evaluation import bleu_signature, translation_scores
+from lib.evaluation import bleu_signature, check_bleu_tokenizer, translation_scores
 from lib.model import export, load_model, make_adamw, token_losses, true_stage0, veto_if_not_finite
 from lib.run import Run, RunSettings
 from lib.sequence_to_sequence import (
@@ -87,6 +87,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     # Data: pairs of texts to token ids.
     splits = load_rows(cfg.dataset, cfg.max_rows, text={"source": cfg.source_column, "target": cfg.target_column})
     texts = splits["train"]["source"], splits["train"]["target"]
+    check_bleu_tokenizer(cfg.bleu_tokenizer, texts[1])
     source_tokenizer, target_tokenizer = load_tokenizers(cfg, *texts)
     lengths = {"max_source_length": cfg.max_source_length, "max_target_length": cfg.max_target_length}
     tokenized = map_rows(splits, tokenize_pairs, source_tokenizer=source_tokenizer, target_tokenizer=target_tokenizer, **lengths)

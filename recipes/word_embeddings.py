@@ -87,7 +87,8 @@ class WordVectors(torch.nn.Module):
 
 
 def words_of(text: str) -> list[str]:
-    return re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?", text.lower())
+    """Runs of letters, with an apostrophe inside perhaps; single letters in scripts that put no spaces between words."""
+    return re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?", evaluation.spaced(text.lower()))
 
 
 class SkipGrams:
@@ -201,7 +202,8 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
     true_stage0(engine)
     run.attach(engine)
-    run.header(model, {"words of text": sum(map(len, texts)), "different words": len(words), "training rows": len(rows)})
+    counted = {"words of text": sum(map(len, texts)), "different words": len(words), "training rows": len(rows)}
+    run.header(model, counted, evaluation.ratings_notes(words))
 
     checkpoints = Checkpoints(run, engine, schedule)
     done = checkpoints.restore()  # optimizer steps: 0, or those of the checkpoint that --resume found

@@ -1,19 +1,34 @@
 """Data as people have it: every format that is read, what must be refused rather than trained on wrongly, labels, scores of languages without spaces."""
 
 import bz2
+import dataclasses
 import gzip
+import importlib
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow
 import pytest
+import torch
+import torch.nn.functional as F
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from gensim.test.utils import datapath
+from transformers import AutoConfig, AutoTokenizer
 
+from lib import baselines, compare, config, evaluation
 from lib import rows as rows_of_data
+from lib.checkpoints import Checkpoints
 from lib.config import UserError
 from lib.data import Splits, load_rows
+from lib.model import END_OF_TEXT, load_tokenizer, model_folder, train_tokenizer
+from lib.run import Run
+from lib.sequence_to_sequence import SPECIAL_TOKENS, tokenize_pairs
+
+NAMES = ("causal_lm", "masked_lm", "semantic_search", "word_embeddings")
+causal_lm, masked_lm, semantic_search, word_embeddings = (importlib.import_module(f"recipes.{name}") for name in NAMES)
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -88,7 +103,7 @@ def test_the_same_rows_in_every_format(tmp_path: Path, name: str, content: str |
 
 def test_lines_of_text_are_rows(tmp_path: Path) -> None:
     splits = load_text(write(tmp_path, {"corpus.txt": "".join(f"line {i} \r\n\n" for i in range(60))}) / "corpus.txt")
-    assert sorted(sum(by_split(splits).values(), [])) == sorted(f"line {i} " for i in range(60))
+    assert sorted(text for texts in by_split(splits).values() for text in texts) == sorted(f"line {i} " for i in range(60))
 
 
 def test_cells_stay_as_they_are_written(tmp_path: Path) -> None:
@@ -156,7 +171,9 @@ def test_squads_own_format(tmp_path: Path, indent: int | None) -> None:
     assert sum(map(len, splits.values())) == 60
     answers = [answers["text"] for rows in splits.values() for answers in rows["answers"]]
     assert sorted(answers) == [[]] * 30 + [["on the mat"]] * 30
-    refused(write(tmp_path, {"bad.json": json.dumps(squad(11))}) / "bad.json", "bad.json, question 0a", "character 11", "29 more rows", do=load_answers)
+    refused(
+        write(tmp_path, {"bad.json": json.dumps(squad(11))}) / "bad.json", "bad.json, question 0a", "character 11", "one of 30 faulty rows", do=load_answers
+    )
 
 
 def test_answers_as_a_list_of_objects(tmp_path: Path) -> None:
@@ -168,7 +185,7 @@ def test_answers_as_a_list_of_objects(tmp_path: Path) -> None:
 def test_the_faults_of_all_rows_are_counted_and_the_first_is_named(tmp_path: Path) -> None:
     rows = [{"context": f"The cat sat. {i}", "question": "Who?", "answers": {"text": ["cat"], "answer_start": [4 + (i in (41, 50))]}} for i in range(60)]
     path = write(tmp_path, {"x.jsonl": "".join(json.dumps(row) + "\n" for row in rows)}) / "x.jsonl"
-    refused(path, "x.jsonl, line 42", "'cat'", "character 5", "1 more row", do=load_answers)
+    refused(path, "x.jsonl, line 42", "'cat'", "character 5", "one of 2 faulty rows", do=load_answers)
 
 
 # --- what would be trained on wrongly -----------------------------------------------------------------------------------
@@ -187,7 +204,7 @@ def test_the_faults_of_all_rows_are_counted_and_the_first_is_named(tmp_path: Pat
         ("blank_label.csv", CSV.replace("kettle 4,bad", "kettle 4,  "), ["blank_label.csv, line 6", "'label' is '  '"]),
         ("empty_label.jsonl", JSONL.replace('"bad"', '""', 1), ["empty_label.jsonl, line 1", "'label' is ''"]),
         ("half.jsonl", JSONL.replace('"bad"', "0.5", 1), ["half.jsonl, line 1", "0.5"]),
-        ("list.jsonl", JSONL.replace('"bad"', '["bad"]'), ["list.jsonl, line 1", "29 more rows"]),
+        ("list.jsonl", JSONL.replace('"bad"', '["bad"]'), ["list.jsonl, line 1", "one of 30 faulty rows"]),
         ("surrogate.jsonl", JSONL.replace("kettle 7", "kettle \\ud800"), ["surrogate.jsonl, line 8"]),
         ("long.jsonl", JSONL.replace('"a kettle 3"', json.dumps(["word"] * 9999)), ["long.jsonl, line 4", "..."]),
         ("number.jsonl", '{"text": "a", "label": ' + "9" * 5000 + "}\n", ["number.jsonl, line 1", "not valid JSON"]),
@@ -330,3 +347,148 @@ def test_a_rare_label_stays_in_the_training_rows(tmp_path: Path) -> None:
     assert "rarest labels" in splits.notes[0]
     texts = by_split(splits)
     assert not set(texts["train"]) & set(texts["test"]) and sum(map(len, texts.values())) == 200
+
+
+# --- resuming -----------------------------------------------------------------------------------------------------------
+
+
+def restored(splits: Splits, manifest: dict[str, Any]) -> None:
+    """What Checkpoints.restore does before it reads the weights."""
+    checkpoints: Any = Checkpoints.__new__(Checkpoints)
+    checkpoints.run = SimpleNamespace(checkpoint=(Path("step-2"), manifest), rows=7, splits=splits, total_steps=0)
+    checkpoints.cfg = SimpleNamespace(dataset="x.jsonl")
+    checkpoints.restore()
+
+
+def test_a_run_goes_on_with_the_same_rows_only(tmp_path: Path) -> None:
+    same, other = (load(write(tmp_path, {name: text}) / name) for name, text in (("a.jsonl", JSONL), ("b.jsonl", JSONL.replace("kettle", "lamp"))))
+    manifest = {"rows": 7, "data": same.fingerprint, "step": 2}
+    for splits in (same, load(write(tmp_path, {"moved.csv": CSV}) / "moved.csv")):
+        with pytest.raises(UserError, match=r"beyond the 0 steps"):  # the next check
+            restored(splits, manifest)
+    with pytest.raises(UserError, match=r"trained on 7 rows, but dataset x.jsonl now gives others, though as many"):
+        restored(other, manifest)
+    with pytest.raises(UserError, match="beyond the 0 steps"):
+        restored(same, {"rows": 7, "step": 2})  # of an earlier version
+
+
+@pytest.mark.parametrize(("data", "goes_on"), [("1234", True), (None, False)])
+def test_the_name_of_a_dataset_may_change_where_its_rows_are_compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: str | None, goes_on: bool) -> None:
+    cfg = config.load(causal_lm.Config, Path("recipes/causal_lm.yaml"), {})
+    manifest = {"recipe": "causal_lm", "settings": dataclasses.asdict(cfg), "versions": {}, "data": data}
+    monkeypatch.setattr("lib.checkpoint_files.find_newest", lambda folder: (folder / "step-2", manifest, []))
+    run = Run.__new__(Run)
+    run.recipe, run.folder, run.notes, run.cfg = "causal_lm", tmp_path, [], dataclasses.replace(cfg, dataset="moved.jsonl")
+    if goes_on:
+        assert run._find_checkpoint() == (tmp_path / "checkpoints" / "step-2", manifest)
+        assert "dataset was 'sotu' and is 'moved.jsonl': the same rows" in run.notes
+    else:
+        with pytest.raises(UserError, match=r"dataset was 'sotu' and is 'moved.jsonl', which would change the result"):
+            run._find_checkpoint()
+
+
+# --- tokens -------------------------------------------------------------------------------------------------------------
+
+
+def test_names_of_control_tokens_are_text_to_a_tokenizer_that_is_learned_from_it(tmp_path: Path) -> None:
+    texts = ["<s>5 euros</s> now <pad> 1 euro <|endoftext|>"] * 20
+    for special, template in ((SPECIAL_TOKENS, "$A </s>"), (END_OF_TEXT, "$A")):
+        tokenizer = train_tokenizer(texts, 300, special, template)
+        tokenizer.save_pretrained(tmp_path)
+        for known in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+            ids = known(texts[0], add_special_tokens=False)["input_ids"]
+            assert not set(ids) & set(known.all_special_ids) and known.decode(ids, skip_special_tokens=True) == texts[0]
+    tokenizer = train_tokenizer(texts, 300, SPECIAL_TOKENS, "$A </s>")
+    pairs = tokenize_pairs({"source": texts, "target": texts}, tokenizer, tokenizer, 99, 99)
+    assert not any(pairs["target_altered"]) and pairs["labels"][0].count(1) == 1  # its end, once
+
+
+def test_documents_of_masked_lm_may_have_the_names_of_control_tokens() -> None:
+    tokenizer = train_tokenizer(["a </s> b <mask> c"] * 20, 300, masked_lm.SPECIAL_TOKENS, "<s> $A </s>")
+    blocks = masked_lm.tokenize({"text": ["a </s> b <mask> c"]}, tokenizer, 64)
+    assert not set(blocks["input_ids"][0][1:-1]) & set(tokenizer.all_special_ids)
+    assert tokenizer.mask_token_id in tokenizer("a <mask> c")["input_ids"]  # which is how the trained model is asked
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path: Path) -> None:
+    AutoConfig.from_pretrained(model_folder("minilm")).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder("minilm"))
+    tokenizer.save_pretrained(tmp_path)
+    load_tokenizer(str(tmp_path), 8, trust_remote_code=False)
+    tokenizer.add_tokens(["<user>"])
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"it knows 30,522 tokens, the tokenizer beside it 30,523; model.resize_token_embeddings"):
+        load_tokenizer(str(tmp_path), 8, trust_remote_code=False)
+
+
+# --- scores -------------------------------------------------------------------------------------------------------------
+
+CHINESE = ["老师在学校买了一本书。", "母亲在公园看见了一只猫。"]
+
+
+def test_macro_f1_is_over_the_labels_that_the_rows_have() -> None:
+    labels, predictions = [0, 0, 1, 1], [0, 0, 1, 2]  # no row has label 2
+    scores = evaluation.classification_scores(labels, predictions)
+    assert scores == {"accuracy": 0.75, "macro_f1": pytest.approx((1 + 2 / 3) / 2)}
+    assert baselines.majority_class([2, 2, 0], labels)["macro_f1"] == 0
+
+
+def test_rouge_of_other_scripts_than_english() -> None:
+    same, other = (evaluation.summarization_scores(summaries, CHINESE) for summaries in (CHINESE, CHINESE[::-1]))
+    assert set(same.values()) == {100.0} and 0 < other["rouge1"] < 60 and other["rouge2"] < other["rouge1"]
+    assert evaluation.rouge_tokens(CHINESE) == "letters"
+    russian = ["Кошка сидела на ковре."]
+    assert evaluation.summarization_scores(["Собака сидела на ковре."], russian)["rouge1"] == pytest.approx(75)
+    assert "words" in evaluation.rouge_tokens(russian) and "rouge-score" in evaluation.rouge_tokens(["The caf\u00e9 sat on the mat."])
+
+
+def test_bleu_needs_a_tokenizer_that_suits_the_targets() -> None:
+    for tokenize in ("13a", "intl"):
+        with pytest.raises(UserError, match="--bleu_tokenizer zh for Chinese"):
+            evaluation.check_bleu_tokenizer(tokenize, CHINESE)
+        evaluation.check_bleu_tokenizer(tokenize, ["Bonjour, 北京."])
+    evaluation.check_bleu_tokenizer("zh", CHINESE)
+
+
+def test_words_of_languages_without_spaces() -> None:
+    assert word_embeddings.words_of("老师's don't 3 書 ねこ") == ["老", "师", "s", "don't", "書", "ね", "こ"]
+    assert evaluation.sentences("昨天老师买了书。然后他回家了\uff01「好。」") == ["昨天老师买了书。", "然后他回家了\uff01", "「好。」"]
+    assert baselines.longest_overlap("谁在公园\uff1f", "".join(CHINESE)) == CHINESE[1]
+    assert baselines.bm25(["公园的猫"], CHINESE, 1).tolist() == [[1]]
+    rated = [word for file in ("simlex999.txt", "wordsim353.tsv") for line in Path(datapath(file)).read_text().splitlines() for word in line.split("\t")[:2]]
+    few, many = (evaluation.ratings_notes(words) for words in (word_embeddings.words_of("".join(CHINESE)), rated))
+    assert len(few) == 2 and "only 0 of its pairs" in few[0] and many == []
+
+
+def test_right_answers_of_the_step_are_no_negatives() -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries, documents = (F.normalize(torch.randn(5, 8, generator=generator), dim=-1) for _ in range(2))
+    documents[3] = documents[0]  # the same document for another query
+    queries[4] = queries[1]  # the same query with another document
+    identities = torch.tensor([[0, 0], [1, 1], [2, 2], [3, 0], [1, 4]])
+    wrong = {0: [1, 2, 4], 1: [0, 2, 3], 2: [0, 1, 3, 4], 3: [1, 2, 4], 4: [0, 2, 3]}  # by hand
+    scores = queries @ documents.T / 0.1
+    expected = torch.stack([torch.logsumexp(scores[row, [row, *columns]], 0) - scores[row, row] for row, columns in wrong.items()]).mean()
+    assert semantic_search.contrastive_loss(queries, documents, identities, 0.1).item() == pytest.approx(expected.item(), rel=1e-6)
+    plain = F.cross_entropy(scores, torch.arange(5))
+    assert semantic_search.contrastive_loss(queries, documents, torch.arange(10).view(5, 2), 0.1).item() == pytest.approx(plain.item(), rel=1e-6)
+
+
+def test_texts_are_told_apart_by_their_content() -> None:
+    tokenizer = load_tokenizer("minilm", 8, trust_remote_code=False)
+    rows = {"query": ["a", "b", "a"], "document": ["x " * 20 + "y", "x " * 20 + "z", "X"]}  # alike once they are truncated
+    batch = semantic_search.collate(semantic_search.tokenize(rows, tokenizer, 8), tokenizer.pad_token_id)
+    assert batch["identities"].shape == (3, 2) and batch["identities"][0, 0] == batch["identities"][2, 0] != batch["identities"][1, 0]
+    assert len(set(batch["identities"][:, 1].tolist())) == 3
+
+
+# --- compare ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_comparison_hashes_files_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, {"x.jsonl": JSONL}) / "x.jsonl"
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read into memory"))
+    settings = [f"--dataset={path}", f"--neighbours_of={'word ' * 999}"]  # a setting too long for a file's name
+    _, before = compare.code_version("causal_lm", settings)
+    path.write_text(JSONL.replace("kettle", "lamp"))
+    assert compare.code_version("causal_lm", settings)[1] != before
