@@ -199,13 +199,13 @@ class Run:
         self._write_facts()
 
     def _finished_before(self, folder: Path) -> str | None:
-        """Why there is nothing to go on with, if the run in the folder has ended well and is not asked for more steps."""
+        """Why there is nothing to go on with, if the run in the folder has ended well and is not asked for more steps, or given other data."""
         try:
             steps = json.loads((folder / "result.json").read_text(encoding="utf-8"))["steps"]
             before = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-            if any(before[name] != getattr(self.cfg, name) for name in ("max_steps", "epochs")):
+            if any(before.get(name) != getattr(self.cfg, name, None) for name in ("dataset", "max_steps", "epochs")):
                 return None
-        except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):  # not whole
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError):  # not whole
             return None
         (folder / "result.json").touch()  # a start that found all done has succeeded too
         return f"{shown(folder)} has finished already, after {steps} steps; a larger --max_steps or --epochs would go on with it"
@@ -223,13 +223,13 @@ class Run:
         if manifest["recipe"] != self.recipe:
             raise UserError(f"{shown(folder)} was made by the recipe {manifest['recipe']}, not {self.recipe}; give that recipe's run another --run_dir")
         here, there = dataclasses.asdict(self.cfg), manifest["settings"]
-        for name in [*there, *here]:
+        for name in {**there, **here}:
             if name in here and name in there and here[name] != there[name]:
                 change = f"{name} was {there[name]!r} and is {here[name]!r}"
                 if name not in MAY_CHANGE or (name == "dataset" and manifest.get("data") is None):
                     raise UserError(f"{shown(folder)}: {change}, which would change the result; set it back, or start a new run with another --run_dir")
                 if name == "dataset":
-                    self.notes.append(f"{change}: the same rows")
+                    self.notes.append(f"{change}: it must have the same rows")
                 if name in ("max_steps", "epochs"):
                     self.notes.append(f"{change}: the learning-rate schedule is that of the new length from here on")
             elif name not in MAY_CHANGE and name not in here:

@@ -381,13 +381,22 @@ def test_the_name_of_a_dataset_may_change_where_its_rows_are_compared(monkeypatc
     run.recipe, run.folder, run.notes, run.cfg = "causal_lm", tmp_path, [], dataclasses.replace(cfg, dataset="moved.jsonl")
     if goes_on:
         assert run._find_checkpoint() == (tmp_path / "checkpoints" / "step-2", manifest)
-        assert "dataset was 'sotu' and is 'moved.jsonl': the same rows" in run.notes
+        assert [note for note in run.notes if "dataset" in note] == ["dataset was 'sotu' and is 'moved.jsonl': it must have the same rows"]
     else:
         with pytest.raises(UserError, match=r"dataset was 'sotu' and is 'moved.jsonl', which would change the result"):
             run._find_checkpoint()
 
 
-# --- tokens -------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("changes", "finished"), [({}, True), ({"max_steps": 9}, False), ({"dataset": "moved.jsonl"}, False)])
+def test_a_finished_run_looks_at_data_of_another_name(tmp_path: Path, changes: dict[str, Any], finished: bool) -> None:
+    cfg = config.load(causal_lm.Config, Path("recipes/causal_lm.yaml"), {})
+    write(tmp_path, {"result.json": '{"steps": 2}', "config.yaml": json.dumps(dataclasses.asdict(cfg))})
+    run = Run.__new__(Run)
+    run.cfg = dataclasses.replace(cfg, **changes)
+    assert (run._finished_before(tmp_path) is not None) is finished
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
 
 
 def test_names_of_control_tokens_are_text_to_a_tokenizer_that_is_learned_from_it(tmp_path: Path) -> None:

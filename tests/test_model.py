@@ -107,7 +107,7 @@ def test_what_is_exported_does_not_say_where_minilm_lay(tmp_path: Path) -> None:
 
 def test_a_model_that_cannot_write_what_is_asked_for_is_refused(tmp_path: Path) -> None:
     tokenizer = train_tokenizer(["a few words"], 259, SPECIAL_TOKENS)
-    BertModel(TINY_BERT).save_pretrained(tmp_path / "encoder")
+    BertModel(BertConfig(**TINY_BERT.to_diff_dict() | {"vocab_size": 262})).save_pretrained(tmp_path / "encoder")
     cfg = SimpleNamespace(model=str(tmp_path / "encoder"), trust_remote_code=False, pretrained_learning_rate=1e-4, **SIZES)
     build_model(cfg, tokenizer).save_pretrained(tmp_path / "both")
     tokenizer.save_pretrained(tmp_path / "both")
