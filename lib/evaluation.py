@@ -141,8 +141,8 @@ def _normalized(answer: str) -> str:
 
 
 def _word_f1(prediction: str, answer: str) -> float:
-    """F1 of the bags of words of two normalized answers. If either is empty: 1 if both are, else 0."""
-    predicted, expected = prediction.split(), answer.split()
+    """F1 of the bags of words (letters, in scripts without spaces) of two normalized answers. If either is empty: 1 if both are, else 0."""
+    predicted, expected = spaced(prediction).split(), spaced(answer).split()
     if not predicted or not expected:
         return float(predicted == expected)
     return 2 * (Counter(predicted) & Counter(expected)).total() / (len(predicted) + len(expected))

@@ -381,7 +381,7 @@ def test_the_name_of_a_dataset_may_change_where_its_rows_are_compared(monkeypatc
     run.recipe, run.folder, run.notes, run.cfg = "causal_lm", tmp_path, [], dataclasses.replace(cfg, dataset="moved.jsonl")
     if goes_on:
         assert run._find_checkpoint() == (tmp_path / "checkpoints" / "step-2", manifest)
-        assert [note for note in run.notes if "dataset" in note] == ["dataset was 'sotu' and is 'moved.jsonl': it must have the same rows"]
+        assert [note for note in run.notes if "dataset was" in note] == ["dataset was 'sotu' and is 'moved.jsonl': it must have the same rows"]
     else:
         with pytest.raises(UserError, match=r"dataset was 'sotu' and is 'moved.jsonl', which would change the result"):
             run._find_checkpoint()
@@ -464,6 +464,7 @@ def test_words_of_languages_without_spaces() -> None:
     assert evaluation.sentences("昨天老师买了书。然后他回家了\uff01「好。」") == ["昨天老师买了书。", "然后他回家了\uff01", "「好。」"]
     assert baselines.longest_overlap("谁在公园\uff1f", "".join(CHINESE)) == CHINESE[1]
     assert baselines.bm25(["公园的猫"], CHINESE, 1).tolist() == [[1]]
+    assert evaluation.question_answering_scores(["在公园"], [["公园"]])["f1"] == pytest.approx(80)  # letters in common
     rated = [word for file in ("simlex999.txt", "wordsim353.tsv") for line in Path(datapath(file)).read_text().splitlines() for word in line.split("\t")[:2]]
     few, many = (evaluation.ratings_notes(words) for words in (word_embeddings.words_of("".join(CHINESE)), rated))
     assert len(few) == 2 and "only 0 of its pairs" in few[0] and many == []
