@@ -181,6 +181,7 @@ class _Facts(BaseModel):
     step: NonNegativeInt
     samples: NonNegativeInt
     rows: NonNegativeInt
+    data: str | None = None  # the rows' fingerprint, which the first checkpoints of this format lack
     skipped_steps: NonNegativeInt
     score: float | None
     seconds: float

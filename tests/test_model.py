@@ -357,5 +357,5 @@ def test_a_model_that_stage_3_would_build_otherwise_is_refused() -> None:
     untied = False
     load_model(build, stage3, seed=0)
     untied = True
-    with pytest.raises(UserError, match=r"other parameters than loaded \(lm_head.weight\)"):
+    with pytest.raises(UserError, match=r"other parameters or buffers than loaded \(lm_head.weight\)"):
         load_model(build, stage3, seed=0)

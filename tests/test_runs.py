@@ -527,6 +527,7 @@ def hostile(manifest: dict[str, Any]) -> dict[str, Any]:
         "a schedule that is none": {"schedule": "x"},
         "a scale of words": {"loss_scale": {"cur_scale": "x"}},
         "a format of words": {"format": "1"},
+        "a fingerprint that is none": {"data": 7},
     }
     return found
 
@@ -549,7 +550,7 @@ def test_a_hostile_manifest_is_a_damaged_one(tmp_path: Path) -> None:
         assert folder is not None and folder.name == folder_of(3), what
         assert len(notes) == 1 and "\n" not in notes[0] and len(notes[0]) < 400, what
         (last / checkpoint_files.MANIFEST).write_text(original)
-    missing = [name for name in json.loads(original) if name not in ("format", "checksum")]
+    missing = [name for name in json.loads(original) if name not in ("format", "checksum", "data")]
     for name in missing:
         manifest = {key: value for key, value in json.loads(original).items() if key != name}
         (last / checkpoint_files.MANIFEST).write_text(json.dumps(manifest | {"checksum": checkpoint_files._checksum_of(manifest)}))

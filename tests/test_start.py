@@ -294,7 +294,7 @@ def test_on_a_terminal_a_bar_moves_and_goes_away(short_silence: None) -> None:
         watch.print("step 1")
     seen = os.read(ours, 65536).decode()
     os.close(ours)
-    assert "evaluating:  50%|" in seen and seen.endswith("\033[Kstep 1\r\n")
+    assert "evaluating:  50%|" in seen and "\r\033[Kstep 1\r\n" in seen
 
 
 def test_work_is_counted_by_what_everything_passes_through(one_rank: None, short_silence: None) -> None:
@@ -304,7 +304,7 @@ def test_work_is_counted_by_what_everything_passes_through(one_rank: None, short
     rows = {"train": Dataset.from_dict({"text": [str(time.time_ns() + number) for number in range(40)]})}
 
     def tokenize(columns: dict[str, list[str]]) -> dict[str, list[int]]:
-        time.sleep(0.35)
+        time.sleep(1)
         return {"length": [len(text) for text in columns["text"]]}
 
     assert re.match("preparing the rows: 0 of 40 rows", spoken(lambda _: data.map_rows(rows, tokenize))[0])
@@ -314,14 +314,14 @@ def test_work_is_counted_by_what_everything_passes_through(one_rank: None, short
         eval = train = staticmethod(lambda: None)
 
     def answer(batch: data.Batch) -> torch.Tensor:
-        time.sleep(0.04)
+        time.sleep(0.1)
         return batch["length"]
 
     collate = lambda columns: {"length": torch.tensor([len(text) for text in columns["text"]])}  # noqa: E731
     lines = spoken(lambda _: inference.for_each_row(Engine(), rows["train"], collate, 4, answer))
     assert any(re.fullmatch(r"evaluating: [1-9]\d* of 40 rows, 0:0\d so far, 0:0\d left", line) for line in lines)
     texts, labels = [f"word{number} and more" for number in range(3000)], [number % 2 for number in range(3000)]
-    assert spoken(lambda _: [baselines.tfidf_logistic_regression(texts, labels, texts, labels) for _ in range(3)])[0].startswith("TF-IDF")
+    assert spoken(lambda _: [baselines.tfidf_logistic_regression(texts, labels, texts, labels) for _ in range(10)])[0].startswith("TF-IDF")
 
 
 def test_a_run_shows_what_its_rank_0_does_and_the_other_ranks_nothing(
