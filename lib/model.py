@@ -340,9 +340,9 @@ def make_adamw(cfg: Any, model: torch.nn.Module, ds_config: dict[str, Any], pret
     return torch.optim.AdamW(in_order, **common)
 
 
-def make_schedule(cfg: Any, optimizer: torch.optim.Optimizer, total_steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """The learning rate of each of `total_steps` steps: from 0 up over `warmup_steps`, then as `lr_schedule` says. All three have the warm-up."""
-    name = "constant_with_warmup" if cfg.lr_schedule == "constant" else cfg.lr_schedule
+def make_schedule(cfg: Any, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
+    """A LambdaLR with the learning rate of each of `total_steps` steps: from 0 up over `warmup_steps` of them, then as `lr_schedule` says."""
+    name = "constant_with_warmup" if cfg.lr_schedule == "constant" else cfg.lr_schedule  # transformers' "constant" has no warm-up
     return get_scheduler(name, optimizer, cfg.warmup_steps, total_steps)
 
 

@@ -20,7 +20,8 @@ from lib.config import UserError
 from lib.ds_config import load_ds_config
 from lib.model import make_adamw, make_schedule
 from lib.run import Run
-from recipes import causal_lm
+
+causal_lm: Any = importlib.import_module("recipes.causal_lm")
 
 RATE, STEPS = 0.5, 10
 FACTORS: dict[str, Callable[[float], float]] = {  # of the share of the steps after the warm-up that are done
@@ -30,7 +31,7 @@ FACTORS: dict[str, Callable[[float], float]] = {  # of the share of the steps af
 }
 
 
-def settings(**given: str) -> causal_lm.Config:
+def settings(**given: str) -> Any:
     return config.load(causal_lm.Config, ROOT / "recipes" / "causal_lm.yaml", given)
 
 
