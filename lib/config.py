@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from lib.console import Console
 from lib.paths import from_home
@@ -32,6 +32,9 @@ from lib.paths import from_home
 ROOT = Path(__file__).resolve().parents[1]
 Seed = typing.Annotated[int, Field(ge=0, lt=2**32)]
 Probability = typing.Annotated[float, Field(ge=0, lt=1)]
+Betas = typing.Annotated[  # on the command line 0.9,0.999; a list, as JSON and YAML give it back
+    list[Probability], Field(min_length=2, max_length=2), BeforeValidator(lambda value: value.split(",") if isinstance(value, str) else value)
+]
 LengthPenalty = typing.Annotated[float, Field(ge=0, le=10)]
 Minutes = typing.Annotated[float, Field(gt=0, lt=1e6)]
 Text = typing.Annotated[str, Field(min_length=1)]

@@ -94,7 +94,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def load_ds_config(path: Path, cfg: Any, world_size: int) -> dict[str, Any]:
     """The DeepSpeed config to pass to `deepspeed.initialize`: complete, without "auto", agreeing with the settings `cfg`.
 
-    `cfg` has batch_size, gradient_clipping, precision, learning_rate, weight_decay, warmup_steps, lr_schedule and monitor.
+    `cfg` has batch_size, gradient_clipping, precision, learning_rate, weight_decay, adam_betas, adam_eps, warmup_steps, lr_schedule and monitor.
     """
     config = read_json(path)
     name = shown(path)
@@ -288,7 +288,7 @@ def _check_optimizer(config: dict[str, Any], name: str, cfg: Any) -> None:
             f"{name}: optimizer.type is {section.get('type')!r}, but the recipe trains with AdamW; change what make_adamw in lib/model.py returns instead"
         )
     params = section.get("params", {})
-    ours = {"lr": cfg.learning_rate, "weight_decay": cfg.weight_decay, "betas": [0.9, 0.999], "eps": 1e-8}
+    ours = {"lr": cfg.learning_rate, "weight_decay": cfg.weight_decay, "betas": list(cfg.adam_betas), "eps": cfg.adam_eps}
     without_effect = {"torch_adam", "adam_w_mode", "fused", "bias_correction"}
     names = {"lr": "learning_rate"}
     for key in params:

@@ -32,6 +32,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    get_scheduler,
     initialization,
     set_seed,
 )  # fmt: skip
@@ -312,17 +313,11 @@ def _check_names(loaded: set[str], built: set[str]) -> None:
         )
 
 
-def make_adamw(
-    model: torch.nn.Module,
-    ds_config: dict[str, Any],
-    learning_rate: float,
-    weight_decay: float,
-    pretrained: Iterable[torch.nn.Parameter] = (),
-    pretrained_learning_rate: float | None = None,
-) -> torch.optim.Optimizer:
+def make_adamw(cfg: Any, model: torch.nn.Module, ds_config: dict[str, Any], pretrained: Iterable[torch.nn.Parameter] = ()) -> torch.optim.Optimizer:
     """AdamW, with weight decay on matrices and embeddings but not on biases and norms.
 
-    The pretrained parameters have a learning rate of their own; where it is 0, they are frozen: they need neither gradients nor optimizer states.
+    `cfg` has learning_rate, weight_decay, adam_betas and adam_eps, and pretrained_learning_rate where there are pretrained parameters, which have
+    that learning rate; where it is 0, they are frozen: they need neither gradients nor optimizer states.
     It is torch's AdamW, which compiles nothing. With the optimizer offloaded, DeepSpeed asks for its own CPU version (compiled at first use, a
     minute or more, and faster from then on) unless the JSON says "zero_force_ds_cpu_optimizer": false.
     """
@@ -330,18 +325,25 @@ def make_adamw(
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for parameter in model.parameters():
         is_pretrained = id(parameter) in known
-        if is_pretrained and pretrained_learning_rate == 0:
+        if is_pretrained and cfg.pretrained_learning_rate == 0:
             parameter.requires_grad_(False)
         if parameter.requires_grad:
             is_vector = len(getattr(parameter, "ds_shape", parameter.shape)) < 2  # ds_shape: before partitioning
-            options = {"lr": pretrained_learning_rate if is_pretrained else learning_rate, "weight_decay": 0.0 if is_vector else weight_decay}
+            options = {"lr": cfg.pretrained_learning_rate if is_pretrained else cfg.learning_rate, "weight_decay": 0.0 if is_vector else cfg.weight_decay}
             groups.setdefault((is_pretrained, is_vector), {"params": [], **options})["params"].append(parameter)
+    common = {"lr": cfg.learning_rate, "betas": tuple(cfg.adam_betas), "eps": cfg.adam_eps}
     in_order = [groups[key] for key in sorted(groups)]  # the learning rate of the first one is what a run logs
     if offload_device(ds_config, "optimizer") != "none" and ds_config.get("zero_force_ds_cpu_optimizer", True):
         ranks.rank0_first(lambda: check_compilation("cpu_adam"))
         with progress("loading DeepSpeed's cpu_adam, which is compiled once and takes minutes then"):
-            return deepspeed.ops.adam.DeepSpeedCPUAdam(in_order, lr=learning_rate)
-    return torch.optim.AdamW(in_order, lr=learning_rate)
+            return deepspeed.ops.adam.DeepSpeedCPUAdam(in_order, **common)
+    return torch.optim.AdamW(in_order, **common)
+
+
+def make_schedule(cfg: Any, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
+    """A LambdaLR with the learning rate of each of `total_steps` steps: from 0 up over `warmup_steps` of them, then as `lr_schedule` says."""
+    name = "constant_with_warmup" if cfg.lr_schedule == "constant" else cfg.lr_schedule  # transformers' "constant" has no warm-up
+    return get_scheduler(name, optimizer, cfg.warmup_steps, total_steps)
 
 
 def check_compilation(operator: str) -> None:

@@ -21,12 +21,12 @@ from typing import Any, Literal
 import deepspeed
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, get_scheduler
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
 from lib import baselines, ranks
 from lib.checkpoints import Checkpoints
-from lib.config import Seed, Text, UserError, cli
+from lib.config import Betas, Seed, Text, UserError, cli
 from lib.data import IGNORED, Batch, Blocks, collate_blocks, load_rows, token_streams, training_batches
 from lib.inference import language_model_scores
 from lib.model import (
@@ -40,6 +40,7 @@ from lib.model import (
     load_weights,
     longest_text,
     make_adamw,
+    make_schedule,
     new_config,
     token_losses,
     train_tokenizer,
@@ -76,6 +77,8 @@ class Config(RunSettings):
     lr_schedule: Literal["linear", "cosine", "constant"]  # what the learning rate does after the warm-up
     warmup_steps: NonNegativeInt  # optimizer steps over which the learning rate rises from 0
     weight_decay: NonNegativeFloat  # of matrices and embeddings, not of biases and norms
+    adam_betas: Betas  # of AdamW: how much each step keeps of the mean gradient and of the mean squared gradient
+    adam_eps: PositiveFloat  # of AdamW: added to the root of the mean squared gradient, by which the mean gradient is divided
     gradient_clipping: NonNegativeFloat  # highest norm of the gradient; 0: no clipping
     prompt: Text  # what the samples begin with
     samples: NonNegativeInt  # texts to generate in the end
@@ -147,8 +150,8 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
 
     # Model, optimizer, engine.
     model: Any = load_model(lambda: check_model(cfg, build_model(cfg, len(tokenizer), tokenizer.eos_token_id), tokenizer), ds_config, cfg.seed)
-    optimizer = make_adamw(model, ds_config, cfg.learning_rate, cfg.weight_decay)
-    schedule = get_scheduler(cfg.lr_schedule, optimizer, cfg.warmup_steps, run.total_steps)
+    optimizer = make_adamw(cfg, model, ds_config)
+    schedule = make_schedule(cfg, optimizer, run.total_steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
     true_stage0(engine)
     run.attach(engine)

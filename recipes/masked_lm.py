@@ -25,12 +25,12 @@ import numpy as np
 import torch
 from datasets import Dataset
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from transformers import AddedToken, AutoModelForMaskedLM, PreTrainedTokenizerBase, get_scheduler
+from transformers import AddedToken, AutoModelForMaskedLM, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
 from lib import baselines, evaluation, inference, ranks
 from lib.checkpoints import Checkpoints
-from lib.config import Seed, UserError, cli
+from lib.config import Betas, Seed, UserError, cli
 from lib.data import IGNORED, Batch, load_rows, map_rows, pad, pad_tokens, token_stream, training_batches
 from lib.model import (
     export,
@@ -39,6 +39,7 @@ from lib.model import (
     load_tokenizer,
     load_weights,
     make_adamw,
+    make_schedule,
     new_config,
     token_losses,
     train_tokenizer,
@@ -75,6 +76,8 @@ class Config(RunSettings):
     lr_schedule: Literal["linear", "cosine", "constant"]  # what the learning rate does after the warm-up
     warmup_steps: NonNegativeInt  # optimizer steps over which the learning rate rises from 0
     weight_decay: NonNegativeFloat  # of matrices and embeddings, not of biases and norms
+    adam_betas: Betas  # of AdamW: how much each step keeps of the mean gradient and of the mean squared gradient
+    adam_eps: PositiveFloat  # of AdamW: added to the root of the mean squared gradient, by which the mean gradient is divided
     gradient_clipping: NonNegativeFloat  # highest norm of the gradient; 0: no clipping
     scored_tokens: PositiveInt  # tokens of the validation and of the test documents, drawn at random, that are hidden one at a time for the scores
 
@@ -182,8 +185,8 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
 
     # Model, optimizer, engine.
     model = load_model(lambda: build_model(cfg, tokenizer), ds_config, cfg.seed)
-    optimizer = make_adamw(model, ds_config, cfg.learning_rate, cfg.weight_decay)
-    schedule = get_scheduler(cfg.lr_schedule, optimizer, cfg.warmup_steps, run.total_steps)
+    optimizer = make_adamw(cfg, model, ds_config)
+    schedule = make_schedule(cfg, optimizer, run.total_steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
     true_stage0(engine)
     run.attach(engine)

@@ -23,15 +23,14 @@ from typing import Any, Literal
 import deepspeed
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from transformers import get_scheduler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
 from lib import baselines, ranks
 from lib.checkpoints import Checkpoints
-from lib.config import Seed, cli
+from lib.config import Betas, Seed, cli
 from lib.data import IGNORED, Batch, Blocks, collate_blocks, load_rows, token_streams, training_batches
 from lib.inference import language_model_scores
-from lib.model import END_OF_TEXT, export, load_model, make_adamw, token_losses, train_tokenizer, true_stage0, veto_if_not_finite
+from lib.model import END_OF_TEXT, export, load_model, make_adamw, make_schedule, token_losses, train_tokenizer, true_stage0, veto_if_not_finite
 from lib.run import Run, RunSettings
 
 
@@ -53,6 +52,8 @@ class Config(RunSettings):
     lr_schedule: Literal["linear", "cosine", "constant"]  # what the learning rate does after the warm-up
     warmup_steps: NonNegativeInt  # optimizer steps over which the learning rate rises from 0
     weight_decay: NonNegativeFloat  # of matrices and embeddings, not of biases
+    adam_betas: Betas  # of AdamW: how much each step keeps of the mean gradient and of the mean squared gradient
+    adam_eps: PositiveFloat  # of AdamW: added to the root of the mean squared gradient, by which the mean gradient is divided
     gradient_clipping: NonNegativeFloat  # highest norm of the gradient; 0: no clipping
 
 
@@ -95,8 +96,8 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     # Model, optimizer, engine.
     config = {"vocab_size": len(tokenizer), "hidden_size": cfg.hidden_size, "num_layers": cfg.num_layers}
     model = load_model(lambda: RecurrentLM(config), ds_config, cfg.seed)
-    optimizer = make_adamw(model, ds_config, cfg.learning_rate, cfg.weight_decay)
-    schedule = get_scheduler(cfg.lr_schedule, optimizer, cfg.warmup_steps, run.total_steps)
+    optimizer = make_adamw(cfg, model, ds_config)
+    schedule = make_schedule(cfg, optimizer, run.total_steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
     true_stage0(engine)
     run.attach(engine)

@@ -30,14 +30,14 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from transformers import AutoModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import AutoModel, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
 from lib import evaluation, inference, ranks
 from lib.checkpoints import Checkpoints
-from lib.config import Seed, UserError, cli
+from lib.config import Betas, Seed, UserError, cli
 from lib.data import Batch, load_rows, map_rows, pad_tokens, training_batches
-from lib.model import export, load_config, load_model, load_tokenizer, load_weights, make_adamw, true_stage0, veto_if_not_finite
+from lib.model import export, load_config, load_model, load_tokenizer, load_weights, make_adamw, make_schedule, true_stage0, veto_if_not_finite
 from lib.run import Run, RunSettings
 from lib.search import DEPTH, Corpus, save_index, save_sentence_transformer
 
@@ -61,6 +61,8 @@ class Config(RunSettings):
     lr_schedule: Literal["linear", "cosine", "constant"]  # what the learning rate does after the warm-up
     warmup_steps: NonNegativeInt  # optimizer steps over which the learning rate rises from 0
     weight_decay: NonNegativeFloat  # of matrices and embeddings, not of biases and norms
+    adam_betas: Betas  # of AdamW: how much each step keeps of the mean gradient and of the mean squared gradient
+    adam_eps: PositiveFloat  # of AdamW: added to the root of the mean squared gradient, by which the mean gradient is divided
     gradient_clipping: NonNegativeFloat  # highest norm of the gradient; 0: no clipping
     score_before: bool  # whether the model is scored before training too, to compare with
 
@@ -154,8 +156,8 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
 
     # Model, optimizer, engine.
     model = load_model(lambda: build_model(cfg), ds_config, cfg.seed)
-    optimizer = make_adamw(model, ds_config, cfg.learning_rate, cfg.weight_decay)
-    schedule = get_scheduler(cfg.lr_schedule, optimizer, cfg.warmup_steps, run.total_steps)
+    optimizer = make_adamw(cfg, model, ds_config)
+    schedule = make_schedule(cfg, optimizer, run.total_steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
     true_stage0(engine)
     run.attach(engine)

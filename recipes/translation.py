@@ -24,15 +24,14 @@ from typing import Annotated, Any, Literal
 import deepspeed
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from transformers import get_scheduler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
 from lib import baselines, ranks
 from lib.checkpoints import Checkpoints
-from lib.config import LengthPenalty, Probability, Seed, cli
+from lib.config import Betas, LengthPenalty, Probability, Seed, cli
 from lib.data import IGNORED, load_rows, map_rows, training_batches
 from lib.evaluation import bleu_signature, check_bleu_tokenizer, translation_scores
-from lib.model import export, load_model, make_adamw, token_losses, true_stage0, veto_if_not_finite
+from lib.model import export, load_model, make_adamw, make_schedule, token_losses, true_stage0, veto_if_not_finite
 from lib.run import Run, RunSettings
 from lib.sequence_to_sequence import (
     build_model,
@@ -73,6 +72,8 @@ class Config(RunSettings):
     lr_schedule: Literal["linear", "cosine", "constant"]  # what the learning rate does after the warm-up
     warmup_steps: NonNegativeInt  # optimizer steps over which the learning rate rises from 0
     weight_decay: NonNegativeFloat  # of matrices and embeddings, not of biases and norms
+    adam_betas: Betas  # of AdamW: how much each step keeps of the mean gradient and of the mean squared gradient
+    adam_eps: PositiveFloat  # of AdamW: added to the root of the mean squared gradient, by which the mean gradient is divided
     gradient_clipping: NonNegativeFloat  # highest norm of the gradient; 0: no clipping
     beams: PositiveInt  # of the beam search; 1: greedy
     length_penalty: LengthPenalty  # of a beam search: the higher, the longer its texts; 1: those with the highest mean log probability of a token
@@ -96,8 +97,8 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
 
     # Model, optimizer, engine.
     model: Any = load_model(lambda: build_model(cfg, target_tokenizer), ds_config, cfg.seed)
-    optimizer = make_adamw(model, ds_config, cfg.learning_rate, cfg.weight_decay, pretrained_parameters(cfg, model), cfg.pretrained_learning_rate)
-    schedule = get_scheduler(cfg.lr_schedule, optimizer, cfg.warmup_steps, run.total_steps)
+    optimizer = make_adamw(cfg, model, ds_config, pretrained_parameters(cfg, model))
+    schedule = make_schedule(cfg, optimizer, run.total_steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
     true_stage0(engine)
     run.attach(engine)

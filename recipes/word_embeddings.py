@@ -32,14 +32,13 @@ import scipy.sparse
 import torch
 import torch.nn.functional as F
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from transformers import get_scheduler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
 from lib import baselines, evaluation, ranks
 from lib.checkpoints import Checkpoints
-from lib.config import Seed, UserError, cli
+from lib.config import Betas, Seed, UserError, cli
 from lib.data import Batch, load_rows, random_numbers, training_batches
-from lib.model import export, full_state_dict, load_model, make_adamw, true_stage0, veto_if_not_finite
+from lib.model import export, full_state_dict, load_model, make_adamw, make_schedule, true_stage0, veto_if_not_finite
 from lib.run import Run, RunSettings
 
 
@@ -64,6 +63,8 @@ class Config(RunSettings):
     lr_schedule: Literal["linear", "cosine", "constant"]  # what the learning rate does after the warm-up
     warmup_steps: NonNegativeInt  # optimizer steps over which the learning rate rises from 0
     weight_decay: NonNegativeFloat  # of all vectors
+    adam_betas: Betas  # of AdamW: how much each step keeps of the mean gradient and of the mean squared gradient
+    adam_eps: PositiveFloat  # of AdamW: added to the root of the mean squared gradient, by which the mean gradient is divided
     gradient_clipping: NonNegativeFloat  # highest norm of the gradient; 0: no clipping
     neighbours_of: str  # words, with spaces between them, whose nearest neighbours are shown in the end
 
@@ -197,8 +198,8 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     # Model, optimizer, engine.
     sizes = {"words": len(words), "dimensions": cfg.dimensions, "biases": int(cfg.method == "glove")}
     model = load_model(lambda: WordVectors(sizes), ds_config, cfg.seed)
-    optimizer = make_adamw(model, ds_config, cfg.learning_rate, cfg.weight_decay)
-    schedule = get_scheduler(cfg.lr_schedule, optimizer, cfg.warmup_steps, run.total_steps)
+    optimizer = make_adamw(cfg, model, ds_config)
+    schedule = make_schedule(cfg, optimizer, run.total_steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
     true_stage0(engine)
     run.attach(engine)

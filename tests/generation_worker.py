@@ -58,6 +58,7 @@ def main(where: str, *configs: str) -> None:
         model.generation_config.min_length = MAX_LENGTH  # as some models of a hub have one, which must not act
         return model
 
+    cfg = SimpleNamespace(learning_rate=1e-3, weight_decay=0.0, adam_betas=[0.9, 0.999], adam_eps=1e-8)
     found: dict[str, Any] = {}
     for kind, name in itertools.product(models, configs):
         ds_config = json.loads((ROOT / "ds_configs" / "translation" / f"{name}.json").read_text())
@@ -66,7 +67,7 @@ def main(where: str, *configs: str) -> None:
             knobs = ["stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size"]
             ds_config["zero_optimization"] |= dict.fromkeys(knobs, 0)
         model = load_model(functools.partial(build, *models[kind]), ds_config, seed=0)
-        engine, *_ = deepspeed.initialize(model=model, optimizer=make_adamw(model, ds_config, 1e-3, 0.0), config=ds_config)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=make_adamw(cfg, model, ds_config), config=ds_config)
         for search in SEARCHES:
             texts = [generate_texts(engine, rows, collator(engine.module, tokenizer, tokenizer), 2, tokenizer, MAX_LENGTH, *search) for rows in data.values()]
             found[" ".join(map(str, (kind, name, *search)))] = [*texts[0], *texts[1]]

@@ -17,14 +17,14 @@ from typing import Any
 import deepspeed
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, get_scheduler
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lib import checkpoint_files, ranks
 from lib import config as settings
 from lib.checkpoints import Checkpoints
 from lib.config import ROOT, UserError
 from lib.ds_config import load_ds_config
-from lib.model import load_model, make_adamw, true_stage0, veto_if_not_finite
+from lib.model import load_model, make_adamw, make_schedule, true_stage0, veto_if_not_finite
 from lib.run import Run
 
 causal_lm: Any = importlib.import_module("recipes.causal_lm")
@@ -70,8 +70,8 @@ def train(
     run = Run(cfg, ds_config, causal_lm.__file__)
     run.plan(rows)
     model = load_model(lambda: build(hidden_size), ds_config, cfg.seed)
-    optimizer = make_adamw(model, ds_config, cfg.learning_rate, cfg.weight_decay)
-    schedule = get_scheduler(cfg.lr_schedule, optimizer, cfg.warmup_steps, run.total_steps)
+    optimizer = make_adamw(cfg, model, ds_config)
+    schedule = make_schedule(cfg, optimizer, run.total_steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
     true_stage0(engine)
     run.attach(engine)

@@ -7,6 +7,7 @@ their attention sharp, so that a rounded angle shows. What each model is and say
 import functools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -35,12 +36,13 @@ def main(where: str, *configs: str) -> None:
     folder = Path(where)
     ranks.init(timeout_minutes=3)
     ids = torch.randint(0, TOKENS, (1, LENGTH + 1), generator=torch.Generator().manual_seed(ranks.rank()))  # a row a rank
+    cfg = SimpleNamespace(learning_rate=1e-5, weight_decay=0.0, adam_betas=[0.9, 0.999], adam_eps=1e-8)
     for name in ("llama", "gemma"):
         for config in configs:
             ds_config = json.loads((ROOT / "ds_configs" / "causal_lm" / f"{config}.json").read_text())
             ds_config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "bf16": {"enabled": True}}
             model = load_model(functools.partial(build, name), ds_config, seed=0)
-            engine, *_ = deepspeed.initialize(model=model, optimizer=make_adamw(model, ds_config, 1e-5, 0.0), config=ds_config)
+            engine, *_ = deepspeed.initialize(model=model, optimizer=make_adamw(cfg, model, ds_config), config=ds_config)
             true_stage0(engine)
             before = {key: tensor.clone() for key, tensor in constants(engine.module).items()}
             loss = token_losses(engine(input_ids=ids[:, :-1]).logits.float(), ids[:, 1:]).mean()

@@ -265,7 +265,8 @@ def test_what_is_pre_trained_learns_at_its_own_rate_or_not_at_all(given: str, ra
         whole.save_pretrained(tmp_path)
         cfg.model = str(tmp_path)
     model = build_model(cfg, tokenizer)
-    optimizer = make_adamw(model, {"zero_optimization": {"stage": 2}}, 1e-3, 0.1, pretrained_parameters(cfg, model), rate)
+    of_adam = SimpleNamespace(learning_rate=1e-3, weight_decay=0.1, adam_betas=[0.9, 0.999], adam_eps=1e-8, pretrained_learning_rate=rate)
+    optimizer = make_adamw(of_adam, model, {"zero_optimization": {"stage": 2}}, pretrained_parameters(cfg, model))
     group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == (id(parameter) in group_of) == (rate > 0 or not name.startswith(prefix)), name

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,10 +29,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import deepspeed
-from transformers import LlamaConfig, LlamaForCausalLM, get_scheduler
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lib import checkpoint_files, config, ranks
-from lib.model import load_model, make_adamw, true_stage0
+from lib.model import load_model, make_adamw, make_schedule, true_stage0
 
 Figures = dict[str, list[float]]
 
@@ -94,8 +95,9 @@ def main() -> None:
     ranks.init(timeout_minutes=30)
     ds_config = {"train_micro_batch_size_per_gpu": 1, "steps_per_print": 10**9, "zero_optimization": {"stage": options.stage}}
     model = load_model(lambda: build(options.millions), ds_config, seed=0)
-    optimizer = make_adamw(model, ds_config, 1e-3, 0.01)
-    schedule = get_scheduler("constant", optimizer)
+    cfg = SimpleNamespace(learning_rate=1e-3, weight_decay=0.01, adam_betas=[0.9, 0.999], adam_eps=1e-8, lr_schedule="constant", warmup_steps=0)
+    optimizer = make_adamw(cfg, model, ds_config)
+    schedule = make_schedule(cfg, optimizer, 1)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
     true_stage0(engine)
     tokens = torch.arange(32)[None] + ranks.rank()

@@ -25,13 +25,12 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import deepspeed
-from transformers import get_scheduler
 
 from lib import config, ranks
 from lib.checkpoints import Checkpoints
 from lib.data import IGNORED, Blocks, training_batches
 from lib.ds_config import load_ds_config
-from lib.model import load_model, make_adamw, token_losses, true_stage0, veto_if_not_finite
+from lib.model import load_model, make_adamw, make_schedule, token_losses, true_stage0, veto_if_not_finite
 from lib.run import Run
 
 causal_lm: Any = importlib.import_module("recipes.causal_lm")
@@ -46,13 +45,13 @@ def main() -> None:
     options = parser.parse_args()
     device = ranks.init(timeout_minutes=10)
     folder = ranks.on_rank0(tempfile.mkdtemp)
-    given = {"run_dir": f"{folder}/run", "save_minutes": "null"}
+    given = {"run_dir": f"{folder}/run", "save_minutes": "null", "lr_schedule": "constant", "warmup_steps": "0"}
     cfg: Any = config.load(causal_lm.Config, ROOT / "recipes" / "causal_lm.yaml", given)
     ds_config = load_ds_config(ROOT / "ds_configs" / "causal_lm" / f"zero{options.stage}.json", cfg, ranks.world_size())
     micro, accumulation = ds_config["train_micro_batch_size_per_gpu"], ds_config["gradient_accumulation_steps"]
     model = load_model(lambda: causal_lm.build_model(cfg, cfg.vocab_size, 0), ds_config, cfg.seed)
-    optimizer = make_adamw(model, ds_config, cfg.learning_rate, cfg.weight_decay)
-    schedule = get_scheduler("constant", optimizer)
+    optimizer = make_adamw(cfg, model, ds_config)
+    schedule = make_schedule(cfg, optimizer, options.steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
     true_stage0(engine)
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, 2_000_000).astype(np.int32)

@@ -110,8 +110,8 @@ MUTATIONS = [
     Mutation(
         "decay biases and norms too",
         "lib/model.py",
-        '"weight_decay": 0.0 if is_vector else weight_decay',
-        '"weight_decay": weight_decay',
+        '"weight_decay": 0.0 if is_vector else cfg.weight_decay',
+        '"weight_decay": cfg.weight_decay',
         "tests/test_model.py -k 'decay or norms or pre_trained'",
     ),
     Mutation(
