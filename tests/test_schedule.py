@@ -52,12 +52,6 @@ def test_the_rate_of_each_step(kind: str, warmup_steps: int) -> None:
         assert schedule.base_lrs[0] * schedule.lr_lambdas[0](step) == pytest.approx(expected), step  # how a resumed run finds it
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_recipes_take_optimizer_and_schedule_from_the_settings(recipe: str) -> None:
-    source = (ROOT / "recipes" / f"{recipe}.py").read_text()
-    assert "make_adamw(cfg, model, ds_config" in source and "make_schedule(cfg, optimizer, run.total_steps)" in source and "get_scheduler" not in source
-
-
 # --- betas and epsilon ------------------------------------------------------------------------------------------------
 
 

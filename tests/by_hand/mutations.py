@@ -171,6 +171,27 @@ MUTATIONS = [
         "tests/test_runs.py -k 'only_steps or what_follows'",
     ),
     Mutation(
+        "forget the warm-up of a constant learning rate",
+        "lib/model.py",
+        'name = "constant_with_warmup" if cfg.lr_schedule == "constant" else cfg.lr_schedule',
+        "name = cfg.lr_schedule",
+        "tests/test_schedule.py",
+    ),
+    Mutation(
+        "take the equal documents of a step for wrong answers",
+        "recipes/semantic_search.py",
+        "answers = same_query.float() @ same_document.float() > 0",
+        "answers = same_query & same_document",
+        "tests/test_methods.py tests/test_data_cases.py",
+    ),
+    Mutation(
+        "let a CSV's row have one cell more than its header",
+        "lib/rows.py",
+        "if len(cells) > len(known):",
+        "if False:",
+        "tests/test_data_cases.py",
+    ),
+    Mutation(
         "take the first devices and not those of CUDA_VISIBLE_DEVICES",
         "lib/devices.py",
         "        if self.variable:\n            return",
