@@ -342,11 +342,12 @@ def test_a_run_shows_what_its_rank_0_does_and_the_other_ranks_nothing(
     for step in run.steps():
         if step == 1:
             run.log_step(step, torch.zeros(()), torch.ones(()), 0.1, None)
-            time.sleep(0.2)
+            time.sleep(0.6)
     run.close()
     assert threading.active_count() == threads
     said = [line for line in capfd.readouterr().out.splitlines() if not line.startswith("step ")]
-    assert [line.split(",")[0].removesuffix("0:00 so far") for line in said[:3]] == ["starting: ", "loading the rows: ", "training: 1 of 3 steps"]
+    assert said[0].startswith("starting: 0:0") and any(line.startswith("loading the rows: 0:0") for line in said)
+    assert any(line.startswith("training: 1 of 3 steps") for line in said)
     monkeypatch.setattr(ranks, "rank", lambda: 1)
     run._send_chatter_to_log("log.txt")
     run._lock = None
