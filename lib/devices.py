@@ -72,14 +72,14 @@ def _find() -> Devices:
             "os.environ.pop(v, None); print(json.dumps([a._name, a.device_count(), v]))"
         )
         return Devices("cpu") if name == "cpu" else _chosen(name, count, variable)
-    count, parts = (0, False) if _hidden(os.environ.get("CUDA_VISIBLE_DEVICES")) else _nvidia_gpus()
+    count, driver, parts = (0, "", False) if _hidden(os.environ.get("CUDA_VISIBLE_DEVICES")) else _nvidia()
     if count == 0:
         if asked:
             raise UserError(f"DS_ACCELERATOR={asked}, but there is no NVIDIA GPU to use; leave it out, or set DS_ACCELERATOR=cpu")
         if Path("/dev/kfd").exists():
             print(f"note: there is an AMD GPU here, but torch {build.get('__version__')} is not built for ROCm; training on the CPU", file=sys.stderr)
         return Devices("cpu")
-    driver, cuda = _nvidia_driver(), build.get("cuda") or ""
+    cuda = build.get("cuda") or ""
     oldest = OLDEST_DRIVER.get(cuda.split(".")[0])
     if parts or oldest is None or not driver or int(driver.split(".")[0]) < oldest:  # not sure: torch knows, in 2 seconds
         usable, visible = _ask("import torch, json; print(json.dumps([torch.cuda.is_available(), torch.cuda.device_count()]))")
@@ -124,20 +124,14 @@ def _torch_build() -> dict[str, str]:
     return dict(re.findall(r"^(\w+).* = '(.*)'$", file.read_text(encoding="utf-8"), re.MULTILINE)) if file.is_file() else {}
 
 
-def _nvidia_gpus() -> tuple[int, bool]:
-    """(their number, whether one is cut into parts: MIG)."""
-    lines = _output("nvidia-smi", "-L").splitlines()
-    count = sum(line.startswith("GPU ") for line in lines) or sum(bool(re.fullmatch(r"nvidia\d+", node.name)) for node in Path("/dev").glob("nvidia*"))
-    return count, any(line.lstrip().startswith("MIG ") for line in lines)
-
-
-def _nvidia_driver() -> str:
-    """Its version, such as 580.65.06; empty where it is not told."""
-    told = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    if not told and Path("/proc/driver/nvidia/version").is_file():
-        told = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
-    found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", told)
-    return found.group() if found else ""
+def _nvidia() -> tuple[int, str, bool]:
+    """(number of GPUs, their driver, such as 580.65.06, or "" where it is not told, whether one is cut into parts: MIG)."""
+    told = _output("nvidia-smi", "--query-gpu=driver_version,mig.mode.current", "--format=csv,noheader").splitlines()
+    lines = [line for line in told if line[:1].isdigit()]  # or it says that there are none
+    count = len(lines) or sum(bool(re.fullmatch(r"nvidia\d+", node.name)) for node in Path("/dev").glob("nvidia*"))
+    module = Path("/proc/driver/nvidia/version")
+    driver = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", lines[0] if lines else module.read_text(encoding="utf-8") if module.is_file() else "")
+    return count, driver.group() if driver else "", any("Enabled" in line for line in lines)
 
 
 def _output(*command: str) -> str:
