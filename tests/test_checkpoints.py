@@ -113,7 +113,8 @@ def run_folder(resumed: tuple[dict[str, float], list[str], Path], tmp_path: Path
 
 
 def recipe_settings(run_folder: Path, **changes: Any) -> Any:
-    given = {name: str(value) for name, value in yaml.safe_load((run_folder / "config.yaml").read_text()).items()}
+    values = yaml.safe_load((run_folder / "config.yaml").read_text()).items()
+    given = {name: ",".join(map(str, value)) if isinstance(value, list) else str(value) for name, value in values}
     recipe = importlib.import_module("recipes.causal_lm")
     return settings.load(recipe.Config, ROOT / "recipes" / "causal_lm.yaml", given | {"run_dir": str(run_folder), "resume": "true"} | changes)
 
