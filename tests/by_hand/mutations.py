@@ -29,20 +29,21 @@ class Mutation(NamedTuple):
     tests: str  # pytest's arguments
 
 
+RECURRENT = "tests/test_recipes.py -k recurrent_lm"
 MUTATIONS = [
     Mutation(
         "drop the all-reduce of the label count",
         "recipes/recurrent_lm.py",
         "labels = ranks.all_sum(torch.stack(",
         "labels = (lambda count: count)(torch.stack(",
-        "tests/test_recipes.py -k 'recurrent_lm and trains_as_plain'",
+        RECURRENT,
     ),
     Mutation(
         "forget the factor that undoes DeepSpeed's division by the accumulation steps (Adam hides it: only the norms show)",
         "recipes/recurrent_lm.py",
         "engine.backward(veto_if_not_finite(loss) * accumulation_steps * ranks.world_size())",
         "engine.backward(veto_if_not_finite(loss) * ranks.world_size())",
-        "tests/test_recipes.py -k 'recurrent_lm and gradient_norms'",
+        RECURRENT,
     ),
     Mutation(
         "shift the labels: each token is to predict itself",
@@ -56,14 +57,14 @@ MUTATIONS = [
         "lib/data.py",
         "own = np.arange(batch_size).reshape(-1, micro_batch_size)[ranks.rank() :: ranks.world_size()]",
         "own = (np.arange(batch_size).reshape(-1, micro_batch_size) + ranks.rank())[ranks.rank() :: ranks.world_size()] % batch_size",
-        "tests/test_recipes.py -k 'recurrent_lm and trains_as_plain'",
+        RECURRENT,
     ),
     Mutation(
         "count the fillers of an evaluation as rows",
         "lib/ranks.py",
         "real = row >= 0",
         "real = row >= -1",
-        "tests/test_recipes.py -k 'recurrent_lm and scores_do_not'",
+        RECURRENT,
     ),
     Mutation(
         "swap forward and reverse order of the ranks' rows",
@@ -105,7 +106,7 @@ MUTATIONS = [
         "lib/model.py",
         "deepspeed.zero.GatheredParameters(parameters[name]) if partitioned and name in parameters",
         "deepspeed.zero.GatheredParameters(parameters[name]) if partitioned and name in parameters and parameters[name].dim() < 2",
-        "tests/test_recipes.py -k 'recurrent_lm and export'",
+        RECURRENT,
     ),
     Mutation(
         "decay biases and norms too",
@@ -126,14 +127,14 @@ MUTATIONS = [
         "lib/checkpoints.py",
         'schedule.load_state_dict(manifest["schedule"])',
         "pass",
-        "tests/test_recipes.py -k 'recurrent_lm and interrupted'",
+        RECURRENT,
     ),
     Mutation(
         "resume with Adam's states left at zero",
         "lib/checkpoint_files.py",
         'for kind in [WEIGHT, *manifest["kinds"]]:\n                    name',
         "for kind in [WEIGHT]:\n                    name",
-        "tests/test_recipes.py -k 'recurrent_lm and interrupted'",
+        RECURRENT,
     ),
     Mutation(
         "draw dropout by what ran before",
