@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from lib import checkpoint_files, ranks
 from lib.config import STOPPED, Stopped, UserError, shown
-from lib.ds_config import offload_device, stage_of
+from lib.ds_config import stage_of
 from lib.run import Run, versions
 from lib.zero_state import loss_scaler, shapes
 
@@ -41,8 +41,6 @@ class Checkpoints:
         self.best_score = -math.inf
         self.undeletable: set[Path] = set()  # old checkpoints, each warned of once
         self.saves = self.cfg.save_every is not None or self.cfg.save_minutes is not None
-        if any(offload_device(run.ds_config, what) == "nvme" for what in ("optimizer", "param")):
-            raise UserError('checkpoints of states offloaded to NVMe are not supported; offload to "cpu"')
         ranks.on_rank0(self._check_disk)
         for number in SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores it: the run is to go on without the terminal

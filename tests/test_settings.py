@@ -155,7 +155,7 @@ def test_an_hf_trainer_json_that_contradicts_the_settings_is_refused(tmp_path: P
         (changed(nebula={"enabled": False}), ["nebula"]),
         (changed(curriculum_learning={"enabled": False}), ["curriculum_learning"]),
         (changed(elasticity={"enabled": False}), ["lasticity"]),
-        (changed(amp={"enabled": False}), ["AMP"]),
+        (changed(amp={"enabled": False}), ["amp"]),
         (changed(torch_autocast={"enabled": True, "dtype": "bfloat16"}), ["torch_autocast", "precision"]),
         (changed(data_types={"grad_acum_dtype": "fp32"}), ["grad_acum_dtype", "did you mean"]),
         (changed(activation_checkpointing={"partition_activations": True}), ["partition_activations"]),
