@@ -374,13 +374,13 @@ def test_sentences_and_files_are_there(comparison: tuple[Path, str]) -> None:
         (["causal_lm", "--steps", "3"], "at least 5"),
         (["causal_lm", "--resume"], "leave --resume out"),
         (["causal_lm", "--with", "nowhere"], "has no comparison.json"),
-        (["causal_lm", "--max_steps", "9"], "use --steps"),
+        pytest.param(["causal_lm", "--max_steps", "9"], "use --steps", marks=pytest.mark.slow),  # it imports the recipe
         (["causal_lm", "--rounds", "0"], "at least"),
         (["causal_lm", "--ds_configs", "elsewhere/zero2.json"], "there is no elsewhere/zero2.json"),
-        (["causal_lm", "--deepspeed_config", "x.json"], "--ds_configs"),
+        pytest.param(["causal_lm", "--deepspeed_config", "x.json"], "--ds_configs", marks=pytest.mark.slow),  # it imports the recipe
         (["--learning_rate", "1e-4", "causal_lm"], "the recipe comes first"),
         (["causal_lm", "--learning_rat", "9"], "did you mean '--learning_rate'?"),
-        (["causal_lm", "--ranks", "3"], "3 does not divide it"),
+        pytest.param(["causal_lm", "--ranks", "3"], "3 does not divide it", marks=pytest.mark.slow),  # it imports the recipe
     ],
 )
 def test_a_mistake_is_one_line_before_anything_runs(arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

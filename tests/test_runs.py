@@ -325,7 +325,7 @@ def test_a_rank_whose_launcher_is_gone_still_saves_where_it_was_asked_to_stop(mo
     if asked:
         asked_to_stop.set()
     ranks._leave_with_the_launcher()
-    assert (slept, codes) == ([77.0] if asked else [], [1])
+    assert (77.0 in slept) == asked and codes == [1]  # other threads sleep too
 
 
 def test_the_supervisor_survives_its_console(tmp_path: Path) -> None:

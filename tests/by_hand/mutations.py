@@ -153,8 +153,8 @@ MUTATIONS = [
     Mutation(
         "let an unknown key of the DeepSpeed JSON pass",
         "lib/ds_config.py",
-        "        if key not in known:",
-        "        if False:",
+        "        elif key not in known:",
+        "        elif False:",
         "tests/test_settings.py -k a_mistake_in_the_json",
     ),
     Mutation(
