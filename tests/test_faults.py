@@ -123,14 +123,16 @@ def json_fault(draw: Draw, whole: dict[str, Any]) -> str:
         )
         changed[key] = value
     elif fault == "auto":
-        changed[draw.choice(["steps_per_print", "wall_clock_breakdown", "prescale_gradients"])] = "auto"
+        key, value = draw.choice([("stage", "auto"), ("offload_optimizer", {"device": "auto"}), ("offload_param", "cpu")])
+        zero[key] = value
     elif fault == "truncated":
         text = json.dumps(changed)
         return text[: draw.randrange(1, len(text) - 1)]
     elif fault == "no object":
         return draw.choice(["", "[]", "3", "null", '"zero2"', "{{}}"])
     else:
-        changed[draw.choice(["tensor_parallel", "autotp", "pipeline", "data_efficiency", "torch_autocast", "hybrid_engine"])] = {"enabled": True}
+        key = draw.choice(["tensor_parallel", "autotp", "pipeline", "data_efficiency", "torch_autocast", "hybrid_engine"])
+        changed[key] = {"autotp_size": 2} if key == "tensor_parallel" else {"enabled": True}
     return json.dumps(changed)
 
 
