@@ -41,7 +41,7 @@ def refusal(tmp_path: Path, ds_config: Any, world_size: int = 2, **given: str) -
     return str(error.value)
 
 
-def auto(stage: int = 2, zero: Any = None, **changes: Any) -> dict[str, Any]:
+def auto(stage: Any = 2, zero: Any = None, **changes: Any) -> dict[str, Any]:
     """A JSON as the HF Trainer's users have it; a change of None leaves a key out."""
     batch = dict.fromkeys(["train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "gradient_clipping"], "auto")
     whole = {**batch, "bf16": {"enabled": "auto"}, "zero_optimization": {"stage": stage, **(zero or {})}, **changes}
@@ -110,7 +110,7 @@ def test_a_share_of_the_total_batch_is_the_micro_batch(tmp_path: Path) -> None:
         (auto(activation_checkpointing={"partition_activations": False, "number_checkpoints": None}), {}, "activation checkpointing is off"),
     ],
 )
-def test_what_a_user_may_not_expect_is_a_note(tmp_path: Path, ds_config: Any, given: dict[str, str], words: str) -> None:
+def test_what_a_user_may_not_expect_is_a_note(tmp_path: Path, ds_config: Any, given: dict[str, Any], words: str) -> None:
     filled = load(tmp_path, ds_config, **given)
     assert len(filled[NOTES]) == 1 and words in filled[NOTES][0] and "ds.json" in filled[NOTES][0]
     assert not {"scheduler", "checkpoint", "dataloader_drop_last", "compile", "activation_checkpointing"} & set(filled)
@@ -121,7 +121,7 @@ def test_activation_checkpointing_is_on_by_the_empty_section(tmp_path: Path) -> 
 
 
 def test_notes_are_in_the_header_of_the_run(tmp_path: Path, one_rank: None, capfd: pytest.CaptureFixture[str]) -> None:
-    given = {"run_dir": str(tmp_path / "run"), "max_steps": "1"}
+    given: dict[str, Any] = {"run_dir": str(tmp_path / "run"), "max_steps": "1"}
     filled = load(tmp_path, auto(checkpoint={"load_universal": True}), world_size=1, **given)
     run = Run(settings(**given), filled, recipe.__file__)
     run.header(torch.nn.Linear(2, 2), {"train": 1})
@@ -238,7 +238,7 @@ def test_contradictions_are_said_at_once_and_the_flags_to_paste_resolve_them(tmp
     text = refusal(tmp_path, ds_config)
     assert text.endswith(f"or add {flags}")
     words = shlex.split(flags)
-    pasted = {flag.removeprefix("--"): value for flag, value in zip(words[::2], words[1::2], strict=True)}
+    pasted: dict[str, Any] = {flag.removeprefix("--"): value for flag, value in zip(words[::2], words[1::2], strict=True)}
     assert text.count("but the settings have") == len(pasted)
     filled = load(tmp_path, ds_config, **pasted)
     assert "optimizer" not in filled and filled["gradient_clipping"] == float(pasted.get("gradient_clipping", 1.0))
