@@ -105,7 +105,7 @@ MUTATIONS = [
         "export what a rank holds and not what all hold",
         "lib/model.py",
         "deepspeed.zero.GatheredParameters(parameters[name]) if partitioned and name in parameters",
-        "deepspeed.zero.GatheredParameters(parameters[name]) if partitioned and name in parameters and parameters[name].dim() < 2",
+        "deepspeed.zero.GatheredParameters(parameters[name]) if False",
         RECURRENT,
     ),
     Mutation(
