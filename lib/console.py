@@ -5,23 +5,14 @@ import contextlib
 import io
 import locale
 import os
+from typing import Any
 
 
-class Console(io.TextIOBase):
-    """Text to a file descriptor, as far as it takes it: writing never raises.
-
-    A terminal that has closed, a reader that has left and a file on a full disk lose text. Signs that the terminal's encoding lacks become "?".
-    The descriptor stays the caller's to close.
-    """
+class _Descriptor(io.RawIOBase):
+    """Writes to a file descriptor as much as it takes. It stays the caller's to close."""
 
     def __init__(self, descriptor: int):
         self._descriptor = descriptor
-        of_locale = locale.getencoding()  # also where Python itself is in its UTF-8 mode
-        self._encoding = "utf-8" if codecs.lookup(of_locale).name == "ascii" else of_locale  # ASCII: no locale is set
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]  # a plain attribute there
-        return self._encoding
 
     def fileno(self) -> int:
         return self._descriptor
@@ -32,9 +23,21 @@ class Console(io.TextIOBase):
     def writable(self) -> bool:
         return True
 
-    def write(self, text: str) -> int:
-        data = text.encode(self._encoding, "replace")
+    def write(self, data: Any) -> int:
+        left = memoryview(data)
         with contextlib.suppress(OSError):
-            while data:
-                data = data[os.write(self._descriptor, data) :]
-        return len(text)
+            while left:
+                left = left[os.write(self._descriptor, left) :]
+        return len(data)
+
+
+class Console(io.TextIOWrapper):
+    """Text to a file descriptor, line by line: writing never raises.
+
+    A terminal that has closed, a reader that has left and a file on a full disk lose text. Signs that the terminal's encoding lacks become "?".
+    """
+
+    def __init__(self, descriptor: int):
+        of_locale = locale.getencoding()  # also where Python itself is in its UTF-8 mode
+        encoding = "utf-8" if codecs.lookup(of_locale).name == "ascii" else of_locale  # ASCII: no locale is set
+        super().__init__(io.BufferedWriter(_Descriptor(descriptor)), encoding, "replace", line_buffering=True)

@@ -73,12 +73,13 @@ def load_rows(
             raise UserError(f"column '{column}' is set as the {other} and as the {name}, which are two; set the recipe's ..._column settings")
 
     def read() -> str:
-        return str(_read_rows(dataset, text, label or {}, answers or {}))
+        return _read_rows(dataset, text, label or {}, answers or {})
 
-    folder = Path(ranks.on_rank0(read))
+    name_in_cache = ranks.on_rank0(read)
 
     def load() -> Splits:
-        if not folder.is_dir() and read() != str(folder):  # on another machine
+        folder = _cache() / name_in_cache
+        if not folder.is_dir() and read() != name_in_cache:  # on another machine
             raise UserError(f"dataset {dataset} has other rows on this machine than on that of rank 0")
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         rows = {split: Dataset.from_file(str(folder / f"{split}.arrow")) for split in SPLITS}
@@ -117,13 +118,18 @@ def map_rows(splits: dict[str, Dataset], function: Callable[..., dict[str, list[
         return ranks.rank0_first(lambda: {split: map_split(rows, advance) for split, rows in splits.items()})
 
 
-def _read_rows(dataset: str, text: dict[str, str], label: dict[str, str], answers: dict[str, str]) -> Path:
-    """The folder in the cache that has train.arrow, validation.arrow, test.arrow and facts.json of these rows, read if it was not there."""
+def _cache() -> Path:
+    """Of this machine: another may have another home folder."""
+    return Path(datasets_config.HF_DATASETS_CACHE) / "zero_recipes"
+
+
+def _read_rows(dataset: str, text: dict[str, str], label: dict[str, str], answers: dict[str, str]) -> str:
+    """The name of the folder in the cache that has train.arrow, validation.arrow, test.arrow and facts.json of these rows, read if it was not there."""
     sources, notes = find_sources(dataset, {*text.values(), *label.values(), *answers.values()})
     content = [(split, source.digest) for split, part in sources.items() for source in part]
-    folder = Path(datasets_config.HF_DATASETS_CACHE) / "zero_recipes" / Hasher.hash((CODE, text, label, answers, content))
+    folder = _cache() / Hasher.hash((CODE, text, label, answers, content))
     if folder.is_dir():
-        return folder
+        return folder.name
     part = folder.with_name(f".{folder.name}-{os.getpid()}")
     part.mkdir(parents=True, exist_ok=True)
     try:
@@ -131,11 +137,14 @@ def _read_rows(dataset: str, text: dict[str, str], label: dict[str, str], answer
         header = reader.write(part)
         facts = {"fingerprint": digest_of([part / f"{split}.arrow" for split in SPLITS]), "header": header, "notes": notes + reader.notes}
         (part / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
-        if not folder.is_dir():  # another run may have read the same rows meanwhile
+        try:
             part.replace(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process has read the same rows meanwhile
+                raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return folder
+    return folder.name
 
 
 class _Fault(Exception):

@@ -56,6 +56,8 @@ def find() -> Devices:
     Raises UserError for what the launcher cannot carry, and for GPUs that are there and cannot be used.
     """
     found = _find()
+    if HOSTFILE.is_file():
+        print(f"note: {HOSTFILE} is not used: this machine alone; for all of its machines, run the printed command without --hostfile", file=sys.stderr)
     if found.accelerator != "cuda":
         os.environ.setdefault("DS_ACCELERATOR", found.accelerator)
     return found

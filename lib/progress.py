@@ -16,7 +16,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import IO
+from typing import IO, Any
 
 from tqdm import tqdm
 
@@ -74,6 +74,7 @@ class Signs:
     def __init__(self, console: IO[str] | io.TextIOBase):
         self.console = console
         self.phase: Work | None = None  # of the run: what is shown where nothing else is at work
+        self.bar: Any = None  # tqdm's, whose clock goes on between two steps
         self._silences: weakref.WeakKeyDictionary[Work, float] = weakref.WeakKeyDictionary()  # after which the next sign of each comes
         self._lock = threading.Lock()
         self._printed_at = time.monotonic()
@@ -109,6 +110,8 @@ class Signs:
         now, work = time.monotonic(), [self.phase, *_at_work][-1]
         if work is None:
             self._clear()
+            if self.bar is not None:
+                self.bar.refresh()
         elif self.console.isatty():
             if self._drawn or now - max(work.started, self._printed_at) >= SILENCE:
                 columns = os.get_terminal_size(self.console.fileno()).columns or 80

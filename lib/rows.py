@@ -1,4 +1,4 @@
-"""The rows of a data set as its user has it: each with its place, read as it is written. Nothing is guessed, and no file is read into memory whole."""
+"""The rows of a data set as its user has it: each with its place, read as it is written. Nothing is guessed. Only a JSON document that is one array or object is read into memory whole."""
 
 import csv
 import dataclasses
@@ -182,7 +182,12 @@ def _csv_rows(file: Path, columns: Collection[str]) -> Rows:
     number, header = next(((number, line) for number, line in lines if line.strip()), (0, ""))
 
     def names(delimiter: str) -> list[str]:
-        return [name.strip() for name in next(csv.reader([header], delimiter=delimiter, skipinitialspace=True))]
+        try:
+            return [name.strip() for name in next(csv.reader([header], delimiter=delimiter, skipinitialspace=True))]
+        except csv.Error:
+            raise UserError(
+                f"{shown(file)}, line {number}: no header of a CSV; if its lines end in CR alone, as old Macs have it, convert them to LF"
+            ) from None
 
     delimiters = "\t" if _suffix(file)[0] == ".tsv" else ",;\t|"
     # That with which the header has the columns; else that with which it has most of them.
@@ -221,12 +226,12 @@ def _json_rows(file: Path, columns: Collection[str]) -> Rows:
         try:
             row = json.loads(first)
             document = isinstance(row, dict) and isinstance(row.get("data"), list) and not set(columns) <= set(row)
-        except ValueError:
+        except (ValueError, RecursionError):
             document = _suffix(file)[0] == ".json"  # an object over several lines
     if document:
         try:
             whole = json.loads(first + "".join(line for _, line in lines))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{shown(file)}, line {first_number - 1 + getattr(error, 'lineno', 1)}: not valid JSON: {getattr(error, 'msg', error)}") from None
         yield from _rows_of_document(file, whole)
         return
@@ -234,7 +239,7 @@ def _json_rows(file: Path, columns: Collection[str]) -> Rows:
         if line.strip():
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{shown(file)}, line {number}: not valid JSON: {getattr(error, 'msg', error)}") from None
             yield f"line {number}", row
 

@@ -63,6 +63,9 @@ class RunSettings:
 # Settings that another start of the same run may change: none of them changes what a step does. (The rows of a dataset are compared themselves.)
 MAY_CHANGE = {field.name for field in dataclasses.fields(RunSettings)} | {"dataset", "max_steps", "epochs", "trust_remote_code"}
 
+# Settings that older checkpoints lack, and what they were trained with.
+NEWER = {"adam_betas": [0.9, 0.999], "adam_eps": 1e-8}
+
 # What a start that failed before training leaves in the run folder: nothing that the next start would miss.
 UNTRAINED = {"config.yaml", "ds_config.json", "versions.json", "log.txt"}
 IN_USE = ".in-use"  # in the run folder, where the file system has no locks
@@ -88,7 +91,7 @@ class Run:
             raise Stopped(finished, 0)
         self._check_ranks_agree(token, facts)
         self.notes: list[str] = ds_config.pop(NOTES, [])
-        with Signs(sys.stdout) if cfg.resume and ranks.rank() == 0 else contextlib.nullcontext():
+        with Signs(Console(1)) if cfg.resume and ranks.rank() == 0 else contextlib.nullcontext():
             self.checkpoint = self._find_checkpoint() if cfg.resume else None  # what --resume goes on from
         self.seconds_before = self.checkpoint[1]["seconds"] if self.checkpoint else 0.0
         if self.checkpoint is None and not overwrites:  # else when it begins: a start that is refused before changes nothing
@@ -223,6 +226,7 @@ class Run:
         if manifest["recipe"] != self.recipe:
             raise UserError(f"{shown(folder)} was made by the recipe {manifest['recipe']}, not {self.recipe}; give that recipe's run another --run_dir")
         here, there = dataclasses.asdict(self.cfg), manifest["settings"]
+        there = {name: value for name, value in NEWER.items() if name in here} | there
         for name in {**there, **here}:
             if name in here and name in there and here[name] != there[name]:
                 change = f"{name} was {there[name]!r} and is {here[name]!r}"
@@ -350,9 +354,10 @@ class Run:
         Before each step the random generators are seeded by the seed, the step and the rank. So what is random in a step, such as
         dropout, does not depend on what ran before it, and a run that is resumed draws as one that was not interrupted.
         """
-        if ranks.rank() == 0 and self._console.isatty():
+        if self._signs is not None and self._console.isatty():
             layout = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"  # tqdm's own time left would count what is no step
             self._bar = tqdm(total=self.total_steps, initial=done, file=self._console, bar_format=layout, dynamic_ncols=True, leave=True)
+            self._signs.bar = self._bar
         self._set_phase(*(() if self._bar is not None else ("training", self.total_steps - done, "steps")))
         self.restart_clock()
         for step in range(done + 1, self.total_steps + 1):
@@ -362,7 +367,8 @@ class Run:
                 self.restart_clock()
         self.flush()
         self._set_phase("after the last step")
-        if self._bar is not None:
+        if self._signs is not None and self._bar is not None:
+            self._signs.bar = None
             self._bar.close()
             self._bar = None
 

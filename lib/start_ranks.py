@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 OWN_WORDS_SECONDS = 1.0  # in which a rank whose neighbour has failed may say so and end by itself
+STOPPED, EXIT_SECONDS = 75, 130.0  # lib/config.py: the code of a rank that has stopped as asked, and, longer than it takes, its exit functions
 GRACE_SECONDS = 30.0  # from SIGTERM to SIGKILL
 
 
@@ -53,7 +54,7 @@ def main() -> int:
         time.sleep(0.05)
     failed = next(filter(None, codes), 0)
     if failed:
-        wait(ranks, OWN_WORDS_SECONDS)
+        wait(ranks, EXIT_SECONDS if failed == STOPPED else OWN_WORDS_SECONDS)  # a monitor of rank 0 may still be uploading
         end(ranks)
     return failed
 

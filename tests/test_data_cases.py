@@ -6,6 +6,7 @@ import gzip
 import importlib
 import json
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from gensim.test.utils import datapath
 from transformers import AutoConfig, AutoTokenizer
 
-from lib import baselines, compare, config, evaluation
+from lib import baselines, compare, config, data, evaluation
 from lib import rows as rows_of_data
 from lib.checkpoints import Checkpoints
 from lib.config import UserError
@@ -502,3 +503,27 @@ def test_a_comparison_hashes_files_piece_by_piece(tmp_path: Path, monkeypatch: p
     _, before = compare.code_version("causal_lm", settings)
     path.write_text(JSONL.replace("kettle", "lamp"))
     assert compare.code_version("causal_lm", settings)[1] != before
+
+
+def test_line_ends_and_nesting_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "mac.csv").write_bytes(b"text,label\ra b c,x\rd e f,y\r")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    for file, words in (("mac.csv", "convert them to LF"), ("deep.json", "not valid JSON")):
+        with pytest.raises(UserError, match=words) as error:
+            load_rows(str(tmp_path / file), None, text={"text": "text"})
+        assert "\n" not in str(error.value)
+
+
+def test_rows_that_another_process_has_read_meanwhile_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": f"{tmp_path} row {number}"}) + "\n" for number in range(60)))
+    write = data._Reader.write
+
+    def write_second(reader: Any, folder: Path) -> dict[str, str]:
+        header = write(reader, folder)
+        first = folder.with_name(folder.name[1:].rpartition("-")[0])  # what the other process has put there
+        shutil.copytree(folder, first)
+        (first / "facts.json").write_text(json.dumps({"fingerprint": "of the first", "header": {}, "notes": []}))
+        return header
+
+    monkeypatch.setattr(data._Reader, "write", write_second)
+    assert load_rows(str(tmp_path / "x.jsonl"), None, text={"text": "text"}).fingerprint == "of the first"

@@ -617,6 +617,16 @@ def test_a_claim_goes_with_its_process(tmp_path: Path, monkeypatch: pytest.Monke
     assert not (tmp_path / "claim").exists()
 
 
+def test_a_checkpoint_from_before_a_setting_was_one_goes_on(tmp_path: Path) -> None:
+    run = trained(tmp_path / "run", save_every=3)
+    last = run / "checkpoints" / folder_of(6)
+    written = json.loads((last / checkpoint_files.MANIFEST).read_text())["settings"]
+    forge(last, {"settings": {name: value for name, value in written.items() if not name.startswith("adam_")}})
+    resumed = Run(settings_of(run, resume="true", max_steps="12"), json.loads(json.dumps(DS_CONFIG)), RECIPE)
+    resumed.close()
+    assert resumed.checkpoint is not None and resumed.checkpoint[0] == last
+
+
 def test_two_runs_in_the_same_second_get_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = tmp_path / "recipe.py"
