@@ -18,7 +18,7 @@ from typing import Any
 
 OWN_WORDS_SECONDS = 1.0  # in which a rank whose neighbour has failed may say so and end by itself
 STOPPED, EXIT_SECONDS = 75, 130.0  # lib/config.py: the code of a rank that has stopped as asked, and, longer than it takes, its exit functions
-GRACE_SECONDS = 30.0  # from SIGTERM to SIGKILL
+GRACE_SECONDS = 10.0  # from SIGTERM to SIGKILL
 
 
 def main() -> int:

@@ -83,7 +83,7 @@ def test_another_layout_in_memory_is_the_same_checkpoint(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_bf16_keeps_its_fp32_weights(tmp_path: Path) -> None:
-    configs = ["zero0", "zero1+fp32_grads", "zero2", "zero3_offload"]
+    configs = ["zero0", "zero1+fp32_grads", "zero2", "zero3_offload"] if ALL else ["zero0", "zero1+fp32_grads", "zero3_offload"]
     differences, exact = compare({2: worker("write", 2, tmp_path, "bf16", configs)}, {2: worker("read", 2, tmp_path, "bf16", configs)})
     assert max(differences.values()) < 2e-3
     assert {f"{config}-2 to {config}-2" for config in configs} <= set(exact)

@@ -187,14 +187,14 @@ def only_folder(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """(where it ran, what it printed): a config that runs, one that rounds gradients and one that asks for more memory than there is.
+    """(where it ran, what it printed): a config that runs, one with smaller micro-batches and one that asks for more memory than there is.
 
     It was stopped once, and resumed.
     """
     folder = tmp_path_factory.mktemp("comparison")
     good = json.loads((ROOT / "ds_configs" / "text_classification" / "zero2.json").read_text())
     (folder / "good.json").write_text(json.dumps(good))
-    (folder / "coarse.json").write_text(json.dumps(zero(1) | {"train_micro_batch_size_per_gpu": 2, "data_types": {"grad_accum_dtype": "bf16"}}))
+    (folder / "coarse.json").write_text(json.dumps(zero(1) | {"train_micro_batch_size_per_gpu": 2}))
     (folder / "greedy.json").write_text(json.dumps(zero(3, reduce_bucket_size=10**13) | {"train_micro_batch_size_per_gpu": "auto"}))
     command = [str(ROOT / "launch.sh"), "compare", *COMMAND]
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
@@ -236,15 +236,23 @@ def test_a_config_that_fails_is_a_row_with_its_reason(comparison: tuple[Path, st
 
 @pytest.mark.slow
 def test_losses_that_leave_the_path_are_an_alarm(comparison: tuple[Path, str]) -> None:
+    """No DeepSpeed JSON that is accepted does that, so a run's own losses are changed from a step on, and the report is made once more."""
     folder, said = comparison
-    results = collect(only_folder(folder))
-    page = (only_folder(folder) / "report.html").read_text()
-    good, coarse = results.good()
-    pairs = zip(results.losses["good", 2], results.losses["coarse", 2], strict=True)
-    assert coarse["loss_left_at_step"] == next(step for step, (a, b) in enumerate(pairs, 1) if abs(a - b) > 1e-5 * abs(a))
+    assert "left the path" not in said
+    other = folder / "left"
+    shutil.copytree(only_folder(folder), other)
+    metrics = other / "coarse-2ranks" / "round1" / "metrics.jsonl"
+    entries = [json.loads(line) for line in metrics.read_text().splitlines()]
+    for entry in entries:
+        if "loss" in entry and entry["step"] >= 5:
+            entry["loss"] *= 1 + 1e-4
+    metrics.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    said = run_compare(folder, other)
+    good, coarse = collect(other).good()
+    page = (other / "report.html").read_text()
+    assert coarse["loss_left_at_step"] == 5 and "coarse left the path of the losses at step 5" in said
     assert 'class="card alarm">coarse left the path' in page
     assert good["loss_left_at_step"] is None and "good left the path" not in page
-    assert f"coarse left the path of the losses at step {coarse['loss_left_at_step']}" in said
 
 
 @pytest.mark.slow
@@ -355,7 +363,7 @@ def test_sentences_and_files_are_there(comparison: tuple[Path, str]) -> None:
     results = collect(only_folder(folder))
     three = [plain(sentence, results) for sentence in sentences(results)]
     assert len(three) == 3 and all(sentence in said for sentence in three)
-    assert three[0].startswith("Take good") and "greedy failed." in three[1]
+    assert three[0].startswith(("Take good", "Take coarse")) and "greedy failed." in three[1]
     markdown = (only_folder(folder) / "report.md").read_text()
     for name in re.findall(r"\((charts/\w+\.png)\)", markdown):
         assert (only_folder(folder) / name).stat().st_size > 10_000
