@@ -14,6 +14,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lib.config import UserError
 
@@ -147,10 +148,10 @@ def _output(*command: str) -> str:
     return done.stdout if done.returncode == 0 else ""
 
 
-def _ask(code: str) -> list:  # type: ignore[type-arg]  # of JSON
+def _ask(code: str) -> list[Any]:
     """What Python code prints last, in a process of its own, for torch takes seconds and memory."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"the devices cannot be found: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
-    answer: list = json.loads(done.stdout.splitlines()[-1])  # type: ignore[type-arg]
+    answer: list[Any] = json.loads(done.stdout.splitlines()[-1])
     return answer
