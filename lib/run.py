@@ -83,7 +83,7 @@ class Run:
         self.cfg, self.ds_config, self.recipe = cfg, ds_config, Path(recipe).stem
         self.started = time.monotonic()
         self._lock: Any = None
-        self._old: list[Path] = []  # what this run overwrites, once it begins: the contents of each folder before the folder; on rank 0
+        self._old: dict[Path, tuple[int, int]] = {}  # what this run overwrites, once it begins: the contents of each folder before the folder; on rank 0
         folder, token, finished, overwrites, facts = ranks.on_rank0(lambda: (*self._open_folder(), bool(self._old), self._facts()))
         self.folder = Path(folder)
         if finished:
@@ -162,7 +162,7 @@ class Run:
             except OSError:  # a file system without locks
                 _claim(folder / IN_USE)
             if cfg.overwrite:
-                self._old = [path for top in there for path in _contents_first(top)]
+                self._old = {path: _identity(path) for top in there for path in _contents_first(top)}
             (folder / ".log.txt").unlink(missing_ok=True)  # of a start that was to overwrite this run and failed
             token = f"{platform.node()} {os.getpid()} {time.time()}"
             self._lock.truncate(0)
@@ -176,7 +176,6 @@ class Run:
     def _unlock(self) -> None:
         if self._lock is not None:
             self._lock.close()
-            (self.folder / IN_USE).unlink(missing_ok=True)
 
     def overwritten_bytes(self) -> int:
         """How much room there will be when the run that this one overwrites is deleted. For rank 0."""
@@ -189,12 +188,12 @@ class Run:
     def _begin(self) -> None:
         try:
             (self.folder / "result.json").unlink(missing_ok=True)
-            for path in self._old:
+            for path, identity in self._old.items():  # but for what a monitor of this run has written meanwhile
                 if path.is_dir() and not path.is_symlink():
-                    with contextlib.suppress(OSError):  # a monitor of this run has written there
+                    with contextlib.suppress(OSError):  # it is not empty
                         path.rmdir()
-                elif path.parent != self.folder or path.name not in UNTRAINED:  # those are replaced
-                    path.unlink(missing_ok=True)
+                elif os.path.lexists(path) and _identity(path) == identity and (path.parent != self.folder or path.name not in UNTRAINED):
+                    path.unlink()  # those of UNTRAINED are replaced
             if self._old:
                 (self.folder / ".log.txt").replace(self.folder / "log.txt")
         except OSError as error:
@@ -524,6 +523,12 @@ def _contents_first(path: Path) -> Iterator[Path]:
         for inner in path.iterdir():
             yield from _contents_first(inner)
     yield path
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """What is another one when a file was made anew under the same name."""
+    found = path.lstat()
+    return found.st_ino, found.st_ctime_ns  # a new file may get the number of the old one
 
 
 def _claim(file: Path) -> None:

@@ -29,6 +29,7 @@ from transformers import (
 
 from lib.config import UserError
 from lib.evaluation import question_answering_scores
+from lib.search import main as search_command
 from lib.search import search
 
 pytestmark = pytest.mark.slow
@@ -169,6 +170,14 @@ def test_a_sentence_transformer_finds_what_the_run_found(learned: Learned) -> No
     assert " ".join(best.split())[:200] in found[0]
     with pytest.raises(UserError, match="has no index"):
         search(model_folder, "words", 3, trust_remote_code=False)
+
+
+@pytest.mark.parametrize("top", ["0", "-3"])
+def test_no_documents_cannot_be_asked_for(top: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["search", "runs/x", "words", "--top", top])
+    with pytest.raises(SystemExit, match="2"):
+        search_command()
+    assert capsys.readouterr().err == f"error: --top is {top}; set 1 or more\n"
 
 
 @of("word_embeddings")

@@ -152,7 +152,8 @@ def test_any_number_of_ranks_trains_alike(runs: tuple[str, Path]) -> None:
 def test_stages_agree_in_bf16(runs: tuple[str, Path]) -> None:
     recipe, folder = runs
     for config in configs_of_bf16(recipe):
-        assert difference(runs, f"{config}_bf16-2", "zero2_bf16-2") < 2e-3
+        if config != "zero2":
+            assert difference(runs, f"{config}_bf16-2", "zero2_bf16-2") < 2e-3
     first, in_fp32 = (read_losses(folder / f"zero2_{precision}-2")[0] for precision in ("bf16", "fp32"))
     assert first != in_fp32 and first == pytest.approx(in_fp32, rel=0.02)
 

@@ -160,7 +160,7 @@ MUTATIONS = [
     Mutation(
         "delete the run that is to be overwritten before the new one is checked",
         "lib/run.py",
-        "self._old = [path for top in there for path in _contents_first(top)]",
+        "self._old = {path: _identity(path) for top in there for path in _contents_first(top)}",
         "[path.unlink() for top in there for path in _contents_first(top) if not path.is_dir()]",
         "tests/test_runs.py -k overwrite",
     ),
