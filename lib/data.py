@@ -5,6 +5,7 @@ who computes which rows of a step, never which rows a step has.
 """
 
 import functools
+import hashlib
 import importlib.metadata
 import inspect
 import itertools
@@ -26,7 +27,7 @@ from datasets.fingerprint import Hasher
 from lib import ranks
 from lib.config import UserError, did_you_mean
 from lib.progress import progress
-from lib.rows import Source, digest_of, find_sources, short
+from lib.rows import Source, find_sources, short
 from lib.samples import SPLITS, split_of
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
@@ -135,7 +136,7 @@ def _read_rows(dataset: str, text: dict[str, str], label: dict[str, str], answer
     try:
         reader = _Reader(dataset, sources, text, label, answers)
         header = reader.write(part)
-        facts = {"fingerprint": digest_of([part / f"{split}.arrow" for split in SPLITS]), "header": header, "notes": notes + reader.notes}
+        facts = {"fingerprint": reader.fingerprint(), "header": header, "notes": notes + reader.notes}
         (part / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
         try:
             part.replace(folder)
@@ -160,6 +161,11 @@ class _Reader:
         self.notes: list[str] = []
         self.kept: set[int] = set()  # hashes of texts that stay training rows
         self.first_fault, self.faults = "", 0
+        self.contents = {split: hashlib.blake2b(digest_size=16) for split in SPLITS}
+
+    def fingerprint(self) -> str:
+        """Of what `write` has written: the rows' content by split, and not its bytes, which change with the versions of pyarrow and datasets."""
+        return hashlib.blake2b(b"".join(content.digest() for content in self.contents.values()), digest_size=16).hexdigest()
 
     def write(self, folder: Path) -> dict[str, str]:
         """Write a file for each split. Returns lines for the header."""
@@ -168,6 +174,7 @@ class _Reader:
         features |= {name: {"text": List(Value("string")), "answer_start": List(Value("int64"))} for name in self.answers}
         schema, counts, first = features.arrow_schema, dict.fromkeys(SPLITS, 0), {}
         files = {split: pyarrow.ipc.new_stream(folder / f"{split}.arrow", schema) for split in SPLITS}
+        self.contents["train"].update(json.dumps({name: list(known) for name, known in names.items()}).encode())
         waiting: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
         characters = 0
 
@@ -188,6 +195,7 @@ class _Reader:
                     )
                 values[name] = known.get(values[name], -1)
             counts[split] += 1
+            self.contents[split].update(json.dumps(values).encode())
             waiting[split].append(values)
             characters += sum(len(values[name]) for name in self.text)
             if len(waiting[split]) == 1000 or characters > 1e8:
