@@ -205,6 +205,7 @@ def test_a_rank_that_fails_ends_the_others(tmp_path: Path, code: str, status: in
     assert done.returncode == status and time.monotonic() - started < 50
 
 
+@pytest.mark.slow
 def test_a_rank_that_has_stopped_as_asked_lets_the_others_finish(tmp_path: Path) -> None:
     """The monitor of rank 0 may still be uploading."""
     script = tmp_path / "rank.py"
@@ -283,6 +284,7 @@ def test_what_takes_long_says_what_it_is_and_how_long_it_will_take(short_silence
     assert all(re.fullmatch(r"evaluating: \d+ of 1,000 rows, 0:0\d so far(, 0:0\d left)?", line) for line in lines)
 
 
+@pytest.mark.slow
 def test_what_is_fast_says_nothing_and_a_phase_speaks_for_what_has_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signs, "SILENCE", 0.4)
 
@@ -308,6 +310,7 @@ def test_on_a_terminal_a_bar_moves_and_goes_away(short_silence: None) -> None:
     assert "evaluating:  50%|" in seen and "\r\033[Kstep 1\r\n" in seen
 
 
+@pytest.mark.slow
 def test_work_is_counted_by_what_everything_passes_through(one_rank: None, short_silence: None) -> None:
     """Slow tokenization, a slow answer for each batch, a slow export's kin: the console says so, without a word in the recipe."""
     from lib import baselines, data, inference, ranks
