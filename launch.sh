@@ -4,6 +4,7 @@ set -euo pipefail
 export PYTHONUTF8=1 # where the locale is not UTF-8, files still are, those of the libraries too
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # so that `python -m lib...` works from any folder
 
 fail() {
   echo "error: $*" >&2
@@ -119,12 +120,12 @@ main() {
     --help | -h | "") usage; exit 0 ;;
     test) shift; environment; run_tests "$@"; exit 0 ;;
     torture) shift; environment; exec "$python" "$root/tests/by_hand/torture.py" "$@" ;;
-    search) shift; environment; exec "$python" "$root/lib/search.py" "$@" ;;
-    results) shift; environment; exec "$python" "$root/lib/scoreboard.py" "$@" ;;
+    search) shift; environment; exec "$python" -P -m lib.scores.search "$@" ;;
+    results) shift; environment; exec "$python" -P -m lib.launch.scoreboard "$@" ;;
     compare)
       shift
       environment
-      exec "$python" "$root/lib/compare.py" "$@"
+      PYTHONSAFEPATH=1 exec "$python" -m lib.compare.compare "$@"
       ;;
     -*) fail "the recipe comes first: ./launch.sh <recipe> [options]; recipes: $(recipes)" ;;
   esac
@@ -162,15 +163,15 @@ main() {
 
   environment
   if [ -n "$help" ]; then
-    exec "$python" "$root/lib/preflight.py" "$root/recipes/$recipe.py" --help
+    exec "$python" -P -m lib.launch.preflight "$root/recipes/$recipe.py" --help
   fi
   [[ $restarts =~ ^[0-9]+$ ]] || fail "--restarts is $restarts; it must be a whole number"
   local found options
-  found=$("$python" "$root/lib/preflight.py" "$root/recipes/$recipe.py" "$ranks" ${settings[@]+"${settings[@]}"})
+  found=$("$python" -P -m lib.launch.preflight "$root/recipes/$recipe.py" "$ranks" ${settings[@]+"${settings[@]}"})
   read -ra options <<<"$found" # the accelerator, then options for deepspeed
   [ "${options[0]}" = cuda ] || export DS_ACCELERATOR=${DS_ACCELERATOR:-${options[0]}} # DeepSpeed need not look again
 
-  exec "$python" "$root/lib/supervise.py" "$recipe-$(basename "$ds_config" .json)" "$root/recipes/$recipe.yaml" "$restarts" "$dry_run" \
+  exec "$python" -P -m lib.launch.supervise "$recipe-$(basename "$ds_config" .json)" "$root/recipes/$recipe.yaml" "$restarts" "$dry_run" \
     -- "$bin/deepspeed" "${options[@]:1}" "$root/recipes/$recipe.py" --deepspeed_config "$ds_config" ${settings[@]+"${settings[@]}"}
 }
 

@@ -28,25 +28,24 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from transformers import AddedToken, AutoModelForMaskedLM, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
-from lib import baselines, evaluation, inference, ranks
-from lib.checkpoints import Checkpoints
-from lib.config import Betas, Seed, UserError, cli
-from lib.data import IGNORED, Batch, load_rows, map_rows, pad, pad_tokens, token_stream, training_batches
-from lib.model import (
-    export,
-    load_config,
-    load_model,
-    load_tokenizer,
-    load_weights,
-    make_adamw,
-    make_schedule,
-    new_config,
-    token_losses,
-    train_tokenizer,
-    true_stage0,
-    veto_if_not_finite,
-)  # fmt: skip
-from lib.run import Run, RunSettings
+from lib.data.batches import IGNORED, Batch, pad, pad_tokens, training_batches
+from lib.data.blocks import token_stream
+from lib.data.rows import load_rows, map_rows
+from lib.distributed import ranks
+from lib.distributed.export import export
+from lib.distributed.loading import load_model
+from lib.distributed.optimizer import make_adamw, make_schedule
+from lib.distributed.repairs import repair_stage0, veto_if_not_finite
+from lib.errors import UserError
+from lib.models.hub import load_config, load_tokenizer, load_weights
+from lib.models.losses import token_losses
+from lib.models.scratch import new_config, train_tokenizer
+from lib.run.checkpoints import Checkpoints
+from lib.run.cli import cli
+from lib.run.run import Run
+from lib.scores import baselines, evaluation, inference
+from lib.settings.config import Betas, Seed
+from lib.settings.run_settings import RunSettings
 
 SPECIAL_TOKENS = {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>", "mask_token": AddedToken("<mask>", lstrip=True, special=True)}
 
@@ -188,7 +187,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     optimizer = make_adamw(cfg, model, ds_config)
     schedule = make_schedule(cfg, optimizer, run.total_steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
-    true_stage0(engine)
+    repair_stage0(engine)
     run.attach(engine)
     run.header(model, {f"{name} blocks": len(rows) for name, rows in blocks.items()})
 

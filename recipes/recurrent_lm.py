@@ -25,13 +25,23 @@ import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
-from lib import baselines, ranks
-from lib.checkpoints import Checkpoints
-from lib.config import Betas, Seed, cli
-from lib.data import IGNORED, Batch, Blocks, collate_blocks, load_rows, token_streams, training_batches
-from lib.inference import language_model_scores
-from lib.model import END_OF_TEXT, export, load_model, make_adamw, make_schedule, token_losses, train_tokenizer, true_stage0, veto_if_not_finite
-from lib.run import Run, RunSettings
+from lib.data.batches import IGNORED, Batch, training_batches
+from lib.data.blocks import Blocks, collate_blocks, token_streams
+from lib.data.rows import load_rows
+from lib.distributed import ranks
+from lib.distributed.export import export
+from lib.distributed.loading import load_model
+from lib.distributed.optimizer import make_adamw, make_schedule
+from lib.distributed.repairs import repair_stage0, veto_if_not_finite
+from lib.models.losses import token_losses
+from lib.models.scratch import END_OF_TEXT, train_tokenizer
+from lib.run.checkpoints import Checkpoints
+from lib.run.cli import cli
+from lib.run.run import Run
+from lib.scores import baselines
+from lib.scores.inference import language_model_scores
+from lib.settings.config import Betas, Seed
+from lib.settings.run_settings import RunSettings
 
 
 @dataclass
@@ -99,7 +109,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     optimizer = make_adamw(cfg, model, ds_config)
     schedule = make_schedule(cfg, optimizer, run.total_steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
-    true_stage0(engine)
+    repair_stage0(engine)
     run.attach(engine)
     run.header(model, {f"{name} tokens": len(stream) for name, stream in streams.items()})
 

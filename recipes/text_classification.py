@@ -27,12 +27,21 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
-from lib import baselines, evaluation, inference, ranks
-from lib.checkpoints import Checkpoints
-from lib.config import Betas, Probability, Seed, UserError, cli
-from lib.data import Batch, load_rows, map_rows, pad_tokens, training_batches
-from lib.model import export, load_config, load_model, load_tokenizer, load_weights, make_adamw, make_schedule, true_stage0, veto_if_not_finite
-from lib.run import Run, RunSettings
+from lib.data.batches import Batch, pad_tokens, training_batches
+from lib.data.rows import load_rows, map_rows
+from lib.distributed import ranks
+from lib.distributed.export import export
+from lib.distributed.loading import load_model
+from lib.distributed.optimizer import make_adamw, make_schedule
+from lib.distributed.repairs import repair_stage0, veto_if_not_finite
+from lib.errors import UserError
+from lib.models.hub import load_config, load_tokenizer, load_weights
+from lib.run.checkpoints import Checkpoints
+from lib.run.cli import cli
+from lib.run.run import Run
+from lib.scores import baselines, evaluation, inference
+from lib.settings.config import Betas, Probability, Seed
+from lib.settings.run_settings import RunSettings
 
 
 @dataclass
@@ -127,7 +136,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     optimizer = make_adamw(cfg, model, ds_config)
     schedule = make_schedule(cfg, optimizer, run.total_steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
-    true_stage0(engine)
+    repair_stage0(engine)
     run.attach(engine)
     truncated = sum(train["truncated"])
     run.header(

@@ -13,7 +13,7 @@ Method: minimize the mean of the cross entropy of each target token, given the s
 the probability spread over the vocabulary (label smoothing: Szegedy et al. 2016, section 7; Vaswani et al. 2017, section 5.4); translate
 by beam search. Batches are grouped by length, and there is no dropout.
 
-Change first: the YAML beside this file (model, dataset, columns); the model and its texts are in lib/sequence_to_sequence.py.
+Change first: the YAML beside this file (model, dataset, columns); the model and its texts are in lib/models/encoder_decoder.py.
 """
 
 import sys
@@ -26,23 +26,23 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
-from lib import baselines, ranks
-from lib.checkpoints import Checkpoints
-from lib.config import Betas, LengthPenalty, Probability, Seed, cli
-from lib.data import IGNORED, load_rows, map_rows, training_batches
-from lib.evaluation import bleu_signature, check_bleu_tokenizer, translation_scores
-from lib.model import export, load_model, make_adamw, make_schedule, token_losses, true_stage0, veto_if_not_finite
-from lib.run import Run, RunSettings
-from lib.sequence_to_sequence import (
-    build_model,
-    collator,
-    generate_texts,
-    load_tokenizers,
-    logits_of,
-    pair_notes,
-    pretrained_parameters,
-    tokenize_pairs,
-)  # fmt: skip
+from lib.data.batches import IGNORED, training_batches
+from lib.data.rows import load_rows, map_rows
+from lib.distributed import ranks
+from lib.distributed.export import export
+from lib.distributed.loading import load_model
+from lib.distributed.optimizer import make_adamw, make_schedule
+from lib.distributed.repairs import repair_stage0, veto_if_not_finite
+from lib.models.encoder_decoder import build_model, collator, load_tokenizers, logits_of, pair_notes, pretrained_parameters, tokenize_pairs
+from lib.models.losses import token_losses
+from lib.run.checkpoints import Checkpoints
+from lib.run.cli import cli
+from lib.run.run import Run
+from lib.scores import baselines
+from lib.scores.evaluation import bleu_signature, check_bleu_tokenizer, translation_scores
+from lib.scores.generation import generate_texts
+from lib.settings.config import Betas, LengthPenalty, Probability, Seed
+from lib.settings.run_settings import RunSettings
 
 
 @dataclass
@@ -100,7 +100,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     optimizer = make_adamw(cfg, model, ds_config, pretrained_parameters(cfg, model))
     schedule = make_schedule(cfg, optimizer, run.total_steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
-    true_stage0(engine)
+    repair_stage0(engine)
     run.attach(engine)
     run.header(model, {name: len(rows) for name, rows in tokenized.items()}, pair_notes(train))
 

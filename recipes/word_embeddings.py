@@ -34,12 +34,20 @@ import torch.nn.functional as F
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
-from lib import baselines, evaluation, ranks
-from lib.checkpoints import Checkpoints
-from lib.config import Betas, Seed, UserError, cli
-from lib.data import Batch, load_rows, random_numbers, training_batches
-from lib.model import export, full_state_dict, load_model, make_adamw, make_schedule, true_stage0, veto_if_not_finite
-from lib.run import Run, RunSettings
+from lib.data.batches import Batch, random_numbers, training_batches
+from lib.data.rows import load_rows
+from lib.distributed import ranks
+from lib.distributed.export import export, full_state_dict
+from lib.distributed.loading import load_model
+from lib.distributed.optimizer import make_adamw, make_schedule
+from lib.distributed.repairs import repair_stage0, veto_if_not_finite
+from lib.errors import UserError
+from lib.run.checkpoints import Checkpoints
+from lib.run.cli import cli
+from lib.run.run import Run
+from lib.scores import baselines, evaluation
+from lib.settings.config import Betas, Seed
+from lib.settings.run_settings import RunSettings
 
 
 @dataclass
@@ -201,7 +209,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     optimizer = make_adamw(cfg, model, ds_config)
     schedule = make_schedule(cfg, optimizer, run.total_steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
-    true_stage0(engine)
+    repair_stage0(engine)
     run.attach(engine)
     counted = {"words of text": sum(map(len, texts)), "different words": len(words), "training rows": len(rows)}
     run.header(model, counted, evaluation.ratings_notes(words))

@@ -20,7 +20,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "by_hand")]
+# For processes that tests start: `python -m lib...`, and the workers, which lie beside their tests.
+os.environ["PYTHONPATH"] = os.pathsep.join(map(str, [ROOT, ROOT / "tests", *(ROOT / "tests").iterdir()]))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # these tests run on the CPU, with or without a GPU
 os.environ["HF_HUB_OFFLINE"] = "1"  # and need no network
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes what it runs in the background, and all that this starts, ignore Ctrl-C
@@ -57,7 +58,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 @pytest.fixture(scope="module")
 def one_rank() -> Iterator[None]:
     """This process as the only rank."""
-    from lib import ranks  # imports deepspeed, which the other tests of a quick run can do without
+    from lib.distributed import ranks  # imports deepspeed, which the other tests of a quick run can do without
 
     ranks.init(timeout_minutes=10)
     yield
@@ -100,14 +101,14 @@ def _rank(worker: str, arguments: tuple[str, ...], log: Path, environment: dict[
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = os.fdopen(os.dup(1), "w", buffering=1), os.fdopen(os.dup(2), "w", buffering=1)  # a run sends fd 1 and 2 to its own log
     errors = sys.stderr  # which a run replaces too
-    from lib import config
+    from lib.run import cli
 
     try:
         importlib.import_module(worker).main(*arguments)
     except BaseException:
         traceback.print_exc(file=errors)
-        config.leave(1)
-    config.leave(0)
+        cli.leave(1)
+    cli.leave(0)
 
 
 def run_ranks(world_size: int, worker: str, *arguments: Any, timeout: float = 600) -> str:
@@ -116,7 +117,6 @@ def run_ranks(world_size: int, worker: str, *arguments: Any, timeout: float = 60
     An AssertionError with what they printed where a rank fails.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
         patch.setenv("OMP_NUM_THREADS", "1")  # the ranks share the cores; and a process can be forked only before OpenMP has started threads
         multiprocessing.forkserver.ensure_running()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
 """200 faulty inputs from a seeded generator: settings, DeepSpeed JSONs, data and checkpoints. Each one is an error of one line.
 
 The generator only makes faults (a draw that happens to be valid is drawn again), so that an input that passes is a silent success and
-fails the test. The faults go through the functions that a launch calls first; tests/test_launch.py sends some through real launches.
+fails the test. The faults go through the functions that a launch calls first; tests/launch/test_launch.py sends some through real launches.
 """
 
 import copy
@@ -19,10 +19,11 @@ import pytest
 import yaml
 from conftest import RECIPES, ROOT, run_ranks
 
-from lib import checkpoint_files, config
-from lib.config import UserError
-from lib.data import load_rows
-from lib.ds_config import load_ds_config
+from lib.data.rows import load_rows
+from lib.errors import UserError
+from lib.run import checkpoint_files
+from lib.settings import config
+from lib.settings.ds_config import load_ds_config
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 OF_EACH = 50

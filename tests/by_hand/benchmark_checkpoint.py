@@ -3,7 +3,7 @@
     deepspeed --num_accelerators 2 tests/by_hand/benchmark_checkpoint.py --stage 2 --millions 100 --series 5
 
 One launch, one engine, one model (a Llama of about so many million parameters, fp32). After one step, series of four ways take turns:
-lib/checkpoint_files.py, with checksums, until training goes on, and until its flush is done too; DeepSpeed's save_checkpoint, which does
+lib/run/checkpoint_files.py, with checksums, until training goes on, and until its flush is done too; DeepSpeed's save_checkpoint, which does
 neither; and that one followed by os.sync. With --universal, DeepSpeed's checkpoint is then converted to a universal one, in a process of its own.
 Prints seconds (all ranks wait), bytes on the disk, and the most memory that a rank needed beyond what it held before.
 """
@@ -31,8 +31,11 @@ sys.path.insert(0, str(ROOT))
 import deepspeed
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lib import checkpoint_files, config, ranks
-from lib.model import load_model, make_adamw, make_schedule, true_stage0
+from lib.distributed import ranks
+from lib.distributed.loading import load_model
+from lib.distributed.optimizer import make_adamw, make_schedule
+from lib.distributed.repairs import repair_stage0
+from lib.run import checkpoint_files, cli
 
 Figures = dict[str, list[float]]
 
@@ -99,7 +102,7 @@ def main() -> None:
     optimizer = make_adamw(cfg, model, ds_config)
     schedule = make_schedule(cfg, optimizer, 1)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
-    true_stage0(engine)
+    repair_stage0(engine)
     tokens = torch.arange(32)[None] + ranks.rank()
     engine.backward(engine(input_ids=tokens, labels=tokens).loss)
     engine.step()
@@ -170,7 +173,7 @@ def main() -> None:
             convert(theirs / "x", folder / "universal", options.stage)
         shutil.rmtree(folder)
     torch.distributed.barrier()
-    config.leave(0)
+    cli.leave(0)
 
 
 def convert(source: Path, target: Path, stage: int) -> None:

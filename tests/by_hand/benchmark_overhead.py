@@ -26,12 +26,17 @@ sys.path.insert(0, str(ROOT))
 
 import deepspeed
 
-from lib import config, ranks
-from lib.checkpoints import Checkpoints
-from lib.data import IGNORED, Blocks, training_batches
-from lib.ds_config import load_ds_config
-from lib.model import load_model, make_adamw, make_schedule, token_losses, true_stage0, veto_if_not_finite
-from lib.run import Run
+from lib.data.batches import IGNORED, training_batches
+from lib.data.blocks import Blocks
+from lib.distributed import ranks
+from lib.distributed.loading import load_model
+from lib.distributed.optimizer import make_adamw, make_schedule
+from lib.distributed.repairs import repair_stage0, veto_if_not_finite
+from lib.models.losses import token_losses
+from lib.run.checkpoints import Checkpoints
+from lib.run.run import Run
+from lib.settings import config
+from lib.settings.ds_config import load_ds_config
 
 causal_lm: Any = importlib.import_module("recipes.causal_lm")
 
@@ -53,7 +58,7 @@ def main() -> None:
     optimizer = make_adamw(cfg, model, ds_config)
     schedule = make_schedule(cfg, optimizer, options.steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
-    true_stage0(engine)
+    repair_stage0(engine)
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, 2_000_000).astype(np.int32)
     batches = training_batches(Blocks(tokens, cfg.max_length, drop_last=True), causal_lm.collate_blocks, cfg.batch_size, micro, 0, device)
     ready = [next(batches) for _ in range(4)]

@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from lib.config import load
-from lib.data import IGNORED
+from lib.data.batches import IGNORED
+from lib.settings.config import load
 
 WARMUP, BATCH, MICRO = 5, 32, 16
 SAMPLES = {"text_classification": "docstrings", "causal_lm": "sotu", "translation": "messages_fr", "question_answering": "docstring_questions"}
@@ -40,10 +40,10 @@ def prepare(recipe: str, folder: Path, cfg: Any) -> None:
     """Write the rows that all train on, and the untrained model and its tokenizer: for translation and causal_lm, from scratch."""
     from transformers import AutoModelForCausalLM
 
-    from lib import ranks
-    from lib.model import END_OF_TEXT, new_config, train_tokenizer
-    from lib.samples import load_sample
-    from lib.sequence_to_sequence import build_model, load_tokenizers
+    from lib.data.samples import load_sample
+    from lib.distributed import ranks
+    from lib.models.encoder_decoder import build_model, load_tokenizers
+    from lib.models.scratch import END_OF_TEXT, new_config, train_tokenizer
 
     rows = load_sample(SAMPLES[recipe])
     if recipe == "causal_lm":
@@ -89,7 +89,7 @@ def for_trainer(recipe: str, folder: Path, cfg: Any) -> tuple[Any, Any, Callable
         DataCollatorWithPadding,
     )
 
-    from lib.model import model_folder
+    from lib.models.hub import model_folder
 
     rows = load_dataset("json", data_files=str(folder / "train.jsonl"))["train"]
     name = str(folder / "model") if (folder / "model").exists() else model_folder("minilm")

@@ -31,8 +31,8 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # la
 
 from conftest import CONFIGS, run_ranks
 
-from lib.checkpoint_files import folder_of, list_complete
-from lib.config import did_you_mean
+from lib.errors import did_you_mean
+from lib.run.checkpoint_files import folder_of, list_complete
 
 INTERVAL = 10  # steps between checkpoints
 
@@ -200,7 +200,7 @@ def silence(recipe: str, folder: Path) -> None:
 
 def faults(recipe: str, folder: Path) -> None:
     """The generated faulty inputs, and the disk and damage tests, of the test suite."""
-    tests = ["tests/test_faults.py", "tests/test_checkpoints.py"]
+    tests = ["tests/test_faults.py", "tests/run/test_checkpoints.py"]
     done = subprocess.run([sys.executable, "-m", "pytest", "-o", "addopts=", "-q", *tests], cwd=ROOT, text=True, capture_output=True, check=False)
     print(f"faults: {done.stdout.strip().splitlines()[-1]}")
     if done.returncode:

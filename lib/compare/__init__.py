@@ -1,0 +1,1 @@
+"""Runs a recipe under several DeepSpeed JSONs, and says what it measured."""

@@ -1,0 +1,302 @@
+"""Run a recipe and measure it from outside, without a line in the recipe. One process of it a rank; lib/compare/compare.py launches them:
+
+    deepspeed --module lib.compare.measure FOLDER STEPS all|times recipes/x.py settings ...
+
+deepspeed.initialize is wrapped, so that the engine's forward, backward and step leave marks in time. One step, INSPECTED, is taken apart: its
+tensors are counted, its collectives logged, its floating-point operations counted; neither it nor those before it are timed. FOLDER gets
+rank-<rank>.json. With "all" the run goes on to its checkpoint and its test, with "times" it ends after STEPS steps.
+"""
+
+import contextlib
+import functools
+import itertools
+import json
+import runpy
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import deepspeed
+import psutil
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.comm import comm
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from lib.compare.results import INSPECTED, PHASES
+from lib.data import batches
+from lib.distributed import ranks
+from lib.distributed.zero_state import held_bytes
+from lib.errors import Stopped
+from lib.run import checkpoint_files, checkpoints, run
+from lib.run.cli import leave
+from lib.settings.ds_config import stage_of
+
+ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which torch 2.13 does not count of itself
+
+
+def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Of an attention, from the shapes of its inputs."""
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]  # torch gives it no types
+
+
+class Clock:
+    """Marks in time: of the device where it has events, which are queued and not waited for, else of the host."""
+
+    def __init__(self) -> None:
+        self.on_device = get_accelerator().device_name() != "cpu"
+
+    def mark(self) -> Any:
+        if not self.on_device:
+            return time.perf_counter()
+        event = get_accelerator().Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: Any, end: Any) -> float:
+        return float(start.elapsed_time(end)) / 1000 if self.on_device else end - start
+
+
+def restart_host_peak() -> None:
+    with contextlib.suppress(OSError):  # where the kernel does not let it, the peak is since the start of the process
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def host_peak() -> int:
+    """The most host memory that this process has held since restart_host_peak, in bytes."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+    return int(psutil.Process().memory_info().rss)
+
+
+class Meter:
+    """What one rank measures of one run."""
+
+    def __init__(self, folder: Path, steps: int, goes_on: bool):
+        self.folder, self.last_step, self.goes_on = folder, steps, goes_on
+        self.clock = Clock()
+        self.step = 1
+        self.marks: list[tuple[str, Any]] = []  # (the phase that begins, when), of the step that runs
+        self.steps: list[list[tuple[str, Any]]] = []  # of each step; the last mark ends it
+        self.held: dict[str, dict[str, int]] = {}  # the most of each kind in the inspected step
+        self.logging = False  # whether collectives are logged
+        self.flops = 0  # of the inspected step's forward passes on this rank
+        self.result: dict[str, Any] = {}
+
+    def mark(self, phase: str) -> None:
+        self.marks.append((phase, self.clock.mark()))
+
+    # What is wrapped. Each method returns the function that takes the place of the one it is given.
+
+    def initialize(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(real)
+        def initialize_and_watch(*arguments: Any, **options: Any) -> Any:
+            everything = real(*arguments, **options)
+            engine = everything[0]
+            engine.forward = self.forward(engine, engine.forward)
+            engine.backward = self.backward(engine, engine.backward)
+            engine.allreduce_gradients = self.allreduce_gradients(engine, engine.allreduce_gradients)
+            engine.step = self.engine_step(engine, engine.step)
+            return everything
+
+        return initialize_and_watch
+
+    def forward(self, engine: Any, real: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(real)
+        def timed_forward(*arguments: Any, **options: Any) -> Any:
+            if not engine.training or self.step > self.last_step:
+                return real(*arguments, **options)
+            if self.step == INSPECTED and not self.logging:
+                self.logging = True
+                comm.comms_logger.reset_data()
+                comm.configure(enabled=True, prof_all=True, verbose=False, debug=False)
+            self.mark("forward")  # and the loss, until backward begins
+            if self.step != INSPECTED or not torch.is_grad_enabled():  # a pass without gradients is followed by the same one with them
+                return real(*arguments, **options)
+            with FlopCounterMode(display=False, custom_mapping={ATTENTION_ON_CPU: attention_flops}) as counter:
+                output = real(*arguments, **options)
+            self.flops += counter.get_total_flops()
+            return output
+
+        return timed_forward
+
+    def backward(self, engine: Any, real: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(real)
+        def timed_backward(*arguments: Any, **options: Any) -> Any:
+            if self.step == INSPECTED:
+                self.result["gathered_parameters"] = held_bytes(engine)["parameters"]
+            self.mark("backward")
+            output = real(*arguments, **options)
+            self.mark("other")
+            if self.step == INSPECTED:
+                self.note_held(held_bytes(engine))
+            return output
+
+        return timed_backward
+
+    def allreduce_gradients(self, engine: Any, real: Callable[..., Any]) -> Callable[..., Any]:
+        """At the end of the backward pass, where stages 0 and 1 still have all gradients."""
+
+        @functools.wraps(real)
+        def watched_allreduce(*arguments: Any, **options: Any) -> Any:
+            if self.step == INSPECTED:
+                self.note_held({"gradients": held_bytes(engine)["gradients"]})  # stage 3 has not released all parameters yet
+            return real(*arguments, **options)
+
+        return watched_allreduce
+
+    def note_held(self, now: dict[str, dict[str, int]]) -> None:
+        """Keep the largest count of each kind: what is held of the gradients changes within a step."""
+        for kind, places in now.items():
+            if sum(places.values()) > sum(self.held.get(kind, {}).values()):
+                self.held[kind] = places
+
+    def engine_step(self, engine: Any, real: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(real)
+        def timed_step(*arguments: Any, **options: Any) -> Any:
+            ends = engine.is_gradient_accumulation_boundary()
+            self.mark("optimizer")
+            output = real(*arguments, **options)
+            self.mark("other")
+            if ends and self.step <= self.last_step:
+                self.end_step(engine)
+            return output
+
+        return timed_step
+
+    def end_step(self, engine: Any) -> None:
+        self.steps.append(self.marks)
+        self.marks = [self.marks[-1]]  # the end of a step is the beginning of the next
+        if self.step == INSPECTED:
+            self.inspect(engine)
+            self.marks = [("other", self.clock.mark())]
+        if ranks.rank() == 0:
+            (self.folder / "steps_done").write_text(str(self.step))
+        if self.step == self.last_step:
+            self.note_times_and_peaks()
+            self.write()
+            if not self.goes_on:
+                self.end()
+        self.step += 1
+
+    def inspect(self, engine: Any) -> None:
+        """At the end of the inspected step: what was counted in it, and the facts that theory needs."""
+        comm.configure(enabled=False)
+        logged = {op: {int(size): calls[0] for size, calls in sizes.items()} for op, sizes in comm.comms_logger.get_raw_data().items()}
+        self.result |= {"held": self.held, "logged": logged, "forward_flops": self.flops, "facts": facts(engine)}
+        restart_host_peak()
+
+    def note_times_and_peaks(self) -> None:
+        get_accelerator().synchronize()
+        seconds = []
+        for marks in self.steps:
+            phases = dict.fromkeys(PHASES, 0.0)
+            for (phase, start), (_, end) in itertools.pairwise(marks):
+                phases[phase] += self.clock.seconds(start, end)
+            seconds.append(phases)
+        self.result["seconds"] = seconds  # of each phase, a step
+        self.result["peak_host_bytes"] = host_peak()
+        self.result["peak_device_bytes"] = get_accelerator().max_memory_allocated() if self.clock.on_device else None
+
+    def training_batches(self, real: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+        @functools.wraps(real)
+        def timed_batches(*arguments: Any, **options: Any) -> Iterator[Any]:
+            batches = real(*arguments, **options)
+            while True:
+                self.mark("data")
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+                self.mark("other")
+                yield batch
+
+        return timed_batches
+
+    def save(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(real)
+        def timed_save(of: Any, step: int) -> Any:
+            dist.barrier()
+            started = time.perf_counter()
+            saved = real(of, step)
+            if saved:
+                folder = of.folder / checkpoint_files.folder_of(step)
+                self.result["checkpoint_seconds"] = time.perf_counter() - started
+                self.result["checkpoint_bytes"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+                self.write()
+            return saved
+
+        return timed_save
+
+    def log_evaluation(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(real)
+        def note_scores(of: Any, step: int, split: str, scores: dict[str, float]) -> None:
+            real(of, step, split, scores)
+            if split == "test":  # all is measured, and the baselines are the same for every config
+                self.result["scores"] = scores
+                self.write()
+                self.end()
+
+        return note_scores
+
+    def end(self) -> NoReturn:
+        dist.barrier()
+        (self.folder / f"ended-{ranks.rank()}").touch()  # for lib/compare/compare.py, which then waits no longer
+        raise Stopped(f"measured {self.last_step} steps", 0)
+
+    def write(self) -> None:
+        part = self.folder / f".rank-{ranks.rank()}.json"
+        part.write_text(json.dumps(self.result), encoding="utf-8")
+        part.replace(self.folder / f"rank-{ranks.rank()}.json")
+
+
+def facts(engine: Any) -> dict[str, Any]:
+    """What theory needs to know about the model and how this rank trains it. Numbers of elements, unless they say otherwise."""
+    zero, stage = engine.optimizer, stage_of(engine.config)
+    parameters = {parameter: getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters()}
+    kept_whole = {parameter for parameter in parameters if getattr(parameter, "ds_persist", False)}  # stage 3's small ones
+    uses = [parameter for module in engine.module.modules() for parameter in module.parameters(recurse=False) if parameter not in kept_whole]
+    in_partition = getattr(zero, "params_in_partition", None)
+    accelerator = get_accelerator()
+    return {
+        "model": type(engine.module).__name__,
+        "parameters": sum(parameters.values()),
+        "trained": sum(count for parameter, count in parameters.items() if parameter.requires_grad),
+        "kept_whole": sum(parameters[parameter] for parameter in kept_whole),
+        "in_modules": sum(parameters[parameter] for parameter in uses),  # a tied parameter is gathered for each module that has it
+        "frozen_in_modules": sum(parameters[parameter] for parameter in uses if not parameter.requires_grad),
+        # At stages 1 and 2, the parameters that lie at least in part in this rank's share.
+        "touching_share": sum(parameter.numel() for group in in_partition for parameter in group) if in_partition is not None else None,
+        "stage": stage,
+        "element_bytes": next(iter(parameters)).element_size(),
+        "accumulation_steps": engine.gradient_accumulation_steps(),
+        "micro_batch_size": engine.train_micro_batch_size_per_gpu(),
+        "world_size": ranks.world_size(),
+        "device": torch.cuda.get_device_name() if accelerator.device_name() == "cuda" else accelerator.device_name(),
+        "device_bytes": accelerator.total_memory() if accelerator.device_name() != "cpu" else None,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def main() -> None:
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
+    folder, steps, what, recipe, *settings = arguments
+    sys.argv = [recipe, *settings]
+    meter = Meter(Path(folder), int(steps), goes_on=what == "all")
+    deepspeed.initialize = meter.initialize(deepspeed.initialize)
+    batches.training_batches = meter.training_batches(batches.training_batches)
+    # Replaced on purpose, so that the recipe, which is imported after this, needs no line for being measured.
+    checkpoints.Checkpoints.save = meter.save(checkpoints.Checkpoints.save)  # type: ignore[method-assign]
+    run.Run.log_evaluation = meter.log_evaluation(run.Run.log_evaluation)  # type: ignore[method-assign]
+    try:
+        runpy.run_path(recipe, run_name="__main__")
+    except Stopped:  # a recipe that does not go through lib.run.cli.cli
+        leave(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Columns, rows and padding: sources, checked rows, samples, batches, blocks of tokens."""

@@ -1,0 +1,87 @@
+"""Text as blocks of tokens for language models."""
+
+import itertools
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from lib.data.batches import IGNORED, Batch
+from lib.data.rows import map_rows
+from lib.distributed import ranks
+from lib.errors import UserError
+from lib.progress import progress
+
+# --- language modelling -------------------------------------------------------------------------------------------------
+
+
+class Blocks:
+    """A stream of tokens cut into blocks without padding: indexed with a list of numbers, it gives their inputs and labels.
+
+    Block i has the inputs tokens[i*length : (i+1)*length] and, as labels, the tokens that follow each of them, so every token of the
+    stream but the first is predicted exactly once. A last, shorter block is filled up with ignored labels, or left out with drop_last.
+    """
+
+    def __init__(self, tokens: np.ndarray, length: int, drop_last: bool):
+        self.tokens, self.length = tokens, length
+        predicted = len(tokens) - 1
+        self.count = predicted // length if drop_last else -(-predicted // length)
+        if self.count == 0:
+            raise UserError(f"{len(tokens)} tokens of text do not fill one block of max_length {length}; give more rows, or set a smaller --max_length")
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, numbers: list[int]) -> dict[str, np.ndarray]:
+        """{"input_ids": [n, length], "labels": [n, length]}, int64."""
+        input_ids = np.zeros((len(numbers), self.length), dtype=np.int64)
+        labels = np.full((len(numbers), self.length), IGNORED, dtype=np.int64)
+        for row, number in enumerate(numbers):
+            part = self.tokens[number * self.length : (number + 1) * self.length + 1]
+            input_ids[row, : len(part) - 1] = part[:-1]
+            labels[row, : len(part) - 1] = part[1:]
+        return {"input_ids": input_ids, "labels": labels}
+
+
+def collate_blocks(blocks: dict[str, Any]) -> Batch:
+    """What Blocks give -> input_ids and labels, [rows, length]."""
+    return {name: torch.from_numpy(blocks[name]) for name in ("input_ids", "labels")}
+
+
+def token_streams(splits: dict[str, Dataset], tokenizer: Any) -> dict[str, np.ndarray]:
+    """The documents (column "text") of each split as one stream of tokens, an end-of-text token after each."""
+
+    if tokenizer.eos_token_id is None:
+        raise UserError("the model's tokenizer has no end-of-text token, which is to stand between documents; take a decoder, or set its eos_token and save it")
+
+    def tokenize(rows: dict[str, list[str]], tokenizer: Any) -> dict[str, list[list[int]]]:
+        encoded = tokenizer(rows["text"], add_special_tokens=False, verbose=False)  # verbose: a document may exceed the model's limit
+        return {"input_ids": [[*ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]}
+
+    return {split: token_stream(rows) for split, rows in map_rows(splits, tokenize, tokenizer=tokenizer).items()}
+
+
+@progress("joining the tokens")
+def token_stream(rows: Dataset, column: str = "input_ids") -> np.ndarray:
+    """All token ids (or other numbers in lists) of a data set one after the other, [tokens] int32, in a file that all ranks map into memory.
+
+    Rank 0 writes it beside the data set's own cache, under its fingerprint.
+    """
+    folder = Path(rows.cache_files[0]["filename"]).parent if rows.cache_files else None
+    if folder is None:
+        return np.asarray(list(itertools.chain.from_iterable(rows[column])), dtype=np.int32)
+    file = folder / f"{column}-{rows._fingerprint}.npy"
+
+    def write() -> None:
+        if not file.exists():
+            chunks = rows.with_format("arrow")[:].column(column).chunks
+            part = file.with_name(f".{file.name}-{os.getpid()}")
+            with part.open("wb") as out:
+                np.save(out, np.concatenate([chunk.flatten().to_numpy().astype(np.int32) for chunk in chunks]))
+            part.replace(file)
+
+    ranks.rank0_first(write)  # once on each machine
+    return np.load(file, mmap_mode="r")

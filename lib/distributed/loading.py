@@ -1,0 +1,87 @@
+"""A model on all ranks at every ZeRO stage, with the same weights and constants."""
+
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+import torch
+from transformers import (
+    PreTrainedModel,
+    initialization,
+    set_seed,
+)  # fmt: skip
+
+from lib.distributed import ranks
+from lib.errors import UserError
+from lib.progress import progress
+from lib.settings.ds_config import stage_of
+
+
+@progress("loading the model")
+def load_model(build: Callable[[], torch.nn.Module], ds_config: dict[str, Any], seed: int) -> torch.nn.Module:
+    """The model that `build` returns, the same weights on every rank and at every stage, ready for deepspeed.initialize.
+
+    build: makes a whole model in host memory, from a config (at random, from the seed) or from_pretrained. A model that is not one of
+    transformers' must have what makes it anew as its only argument and attribute `config`, a dict that JSON can hold.
+    At stages 0 to 2 each rank needs all parameters and calls it. At stage 3 only rank 0 does; the model is born partitioned
+    on all ranks and gets the weights one parameter at a time, so no other rank and no device ever holds it whole.
+    """
+    set_seed(seed)
+    if stage_of(ds_config) < 3:
+        model = ranks.rank0_first(build)
+    else:
+        whole: list[Any] = []
+
+        def build_whole() -> tuple[Any, Any, Any]:
+            whole.append(build())
+            return type(whole[0]), whole[0].config, getattr(whole[0], "generation_config", None)
+
+        model_class, config, generation_config = ranks.on_rank0(build_whole)
+        # Without no_init_weights, transformers would initialize empty shards, and the model would start from other weights.
+        with deepspeed.zero.Init(config_dict_or_path=ds_config), initialization.no_init_weights():
+            model = model_class(config)
+            if isinstance(model, PreTrainedModel):
+                model.tie_weights()  # which is part of the initialization that was left out
+        if generation_config is not None:
+            model.generation_config = generation_config
+        names = _names(model)
+        ranks.on_rank0(lambda: _check_names(_names(whole[0]), names))
+        source = dict(whole[0].named_parameters()) if whole else {}
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
+                    if whole:
+                        parameter.copy_(source[name])
+        # zero.Init has rounded what the constructor computed: rotary frequencies, scales.
+        right = ranks.on_rank0(lambda: {name: tensor.detach() for name, tensor in constants(whole[0]).items()})
+        for name, tensor in constants(model).items():
+            tensor.data = right[name].to(tensor.device)
+    if "activation_checkpointing" in ds_config:
+        if not (isinstance(model, PreTrainedModel) and model.supports_gradient_checkpointing):
+            raise UserError(f"activation_checkpointing is in the DeepSpeed JSON, but {type(model).__name__} has none; leave the section out")
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()  # from_pretrained leaves a model in evaluation mode, without dropout and activation checkpointing
+    return model
+
+
+def constants(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of a model that are no parameters: buffers, and plain attributes of its modules."""
+    attributes = {
+        f"{name}.{key}": value
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter)
+    }
+    return dict(model.named_buffers()) | attributes
+
+
+def _names(model: torch.nn.Module) -> set[str]:
+    return {*dict(model.named_parameters()), *constants(model)}
+
+
+def _check_names(loaded: set[str], built: set[str]) -> None:
+    if loaded != built:
+        raise UserError(
+            f"stage 3 cannot train this model: made from its config it has other parameters or buffers than loaded ({', '.join(sorted(loaded ^ built)[:3])}); "
+            "its config may say that embeddings are tied and its weights not: mend that, or take stage 0, 1 or 2"
+        )

@@ -1,0 +1,253 @@
+"""Ranks that act together: process groups, sums over ranks, things that rank 0 does first, and ranks that stop answering."""
+
+import contextlib
+import datetime
+import functools
+import importlib
+import itertools
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import deepspeed
+import psutil
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from lib.errors import UserError
+
+T = TypeVar("T")
+
+
+def init(timeout_minutes: float) -> torch.device:
+    """Join the process groups that the launcher describes; without a launcher, be the only rank. Returns this rank's device.
+
+    timeout_minutes: how long a rank waits for another one before it gives up and ends the run. DeepSpeed makes groups of its own
+    later, with torch's 30 minutes: call set_timeout once more after deepspeed.initialize.
+    """
+    for key, alone in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        os.environ.setdefault(key, alone)
+    # DeepSpeed's CPU collectives serve inference only, take half a minute to compile and leave 69 MB per rank in /dev/shm.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _import_muon_without_the_compiler()
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:  # ranks that share cores slow each other down
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1"))))
+    if not dist.is_initialized():
+        if accelerator.device_name() != "cpu":
+            wanted, there = int(os.environ.get("LOCAL_SIZE", "1")), accelerator.device_count()
+            if wanted > there:
+                raise UserError(f"{wanted} ranks want a device each, but there are {there} on this machine; use --ranks {there}")
+            accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+        deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(minutes=max(timeout_minutes, 10)))  # until all have started
+        threading.Thread(target=_leave_with_the_launcher, daemon=True).start()
+    _cpu_group()
+    set_timeout(timeout_minutes)
+    return device()
+
+
+def _import_muon_without_the_compiler() -> None:
+    """Import DeepSpeed's optimizer Muon, as deepspeed.initialize does, without torch's compiler, which takes 0.7 s that no recipe needs.
+
+    Muon, which no recipe takes either, is not compiled then; everything else can be, as before.
+    """
+
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        if before is None:
+            del os.environ["TORCHDYNAMO_DISABLE"]
+        else:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
+
+
+def set_timeout(minutes: float) -> None:
+    """Let every process group that there is now give up after so many minutes without an answer."""
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(minutes=minutes), group)
+    _timeout_seconds.append(60 * minutes)
+
+
+_timeout_seconds: list[float] = []  # the last one is in force
+
+
+asked_to_stop = threading.Event()  # a signal came to this rank, which will save and stop
+GRACE_SECONDS = 5  # in which a signal that came to the launcher too is noticed here
+
+
+def _leave_with_the_launcher() -> None:
+    """End this process soon after a process that launched it: a launcher that is killed ends none of its ranks itself."""
+
+    def is_launcher(process: psutil.Process) -> bool:
+        try:
+            return any(part.endswith(("start_ranks.py", "deepspeed", "deepspeed.launcher.launch")) for part in process.cmdline())
+        except psutil.Error:  # another user's, or ended
+            return False
+
+    launchers = list(itertools.takewhile(is_launcher, psutil.Process().parents()))
+    supervisor = os.environ.get("SUPERVISED_BY")  # lib/launch/supervise.py
+    with contextlib.suppress(psutil.NoSuchProcess):  # it may have ended before this process asks
+        if supervisor:
+            launchers.append(psutil.Process(int(supervisor)))
+        while all(map(_is_alive, launchers)):
+            time.sleep(1)
+    if asked_to_stop.wait(GRACE_SECONDS):  # with its launcher, by Ctrl-C or a terminal that closes: what it saves now is worth waiting for
+        time.sleep(_timeout_seconds[-1])
+    os._exit(1)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def lost_contact(error: BaseException) -> str | None:
+    """How another rank was lost, if that is what an error says; None for a fault of this rank."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "Timed out", "Broken pipe")
+    found = next((sign for sign in signs if sign.lower() in str(error).lower()), None)
+    return found or (type(error).__name__ if isinstance(error, dist.DistError) else None)
+
+
+def rank() -> int:
+    return dist.get_rank()
+
+
+def world_size() -> int:
+    return dist.get_world_size()
+
+
+def all_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of `tensor` over all ranks, in place. On a GPU it is queued: the caller does not wait for it."""
+    dist.all_reduce(tensor)
+    return tensor
+
+
+@functools.lru_cache(1)
+def _cpu_group() -> dist.ProcessGroup:
+    """For what ranks tell each other beside training, so that no device has to be waited for."""
+    return dist.new_group(backend="gloo")
+
+
+def largest(values: list[float]) -> list[float]:
+    """The largest of each value over all ranks, the same on every rank. It waits for the ranks, but not for their devices."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_cpu_group())
+    return tensor.tolist()
+
+
+def together(do: Callable[[], T]) -> T:
+    """What `do` returns on this rank, once every rank is done with its own. Every rank must call it.
+
+    It may take longer than the timeout: ranks tell each other from time to time that they are still at it.
+    """
+    if world_size() == 1:
+        return do()
+    done = threading.Event()
+    lost: list[RuntimeError] = []
+
+    def tell_the_others() -> None:
+        busy = True
+        try:
+            while busy:
+                done.wait(_timeout_seconds[-1] / 4)
+                busy = largest([float(not done.is_set())])[0] > 0  # the same on all ranks, so that all of them end here together
+        except RuntimeError as error:  # a rank has ended
+            lost.append(error)
+
+    heartbeat = threading.Thread(target=tell_the_others, daemon=True)
+    heartbeat.start()
+    try:
+        result = do()
+    finally:
+        done.set()
+    heartbeat.join()
+    if lost:
+        raise lost[0]
+    return result
+
+
+def on_rank0(do: Callable[[], T]) -> T:
+    """Rank 0 does it, however long it takes, and all ranks get what it returned (pickled). A UserError there is raised on every rank."""
+    outcome: list[Any] = [None, None]  # result, what was wrong
+
+    def attempt() -> None:
+        try:
+            outcome[0] = do()
+        except UserError as error:
+            outcome[1] = str(error)
+
+    together(attempt if rank() == 0 else lambda: None)
+    dist.broadcast_object_list(outcome, src=0, group=_cpu_group())
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
+def first_problem(problem: str | None) -> str | None:
+    """What the first rank that has a problem says, the same on every rank; None where no rank has one."""
+    problems: list[str | None] = [None] * world_size()
+    dist.all_gather_object(problems, problem, group=_cpu_group())
+    return next((f"rank {at}: {found}" for at, found in enumerate(problems) if found is not None), None)
+
+
+def first_problem_of(do: Callable[[], str | None]) -> str | None:
+    """As first_problem, of what `do` returns on each rank, however long it takes."""
+    return first_problem(together(do))
+
+
+def gather_on_rank0(value: T) -> list[T]:
+    """The value (pickled) of each rank on rank 0, and an empty list elsewhere."""
+    values: list[Any] = [None] * world_size() if rank() == 0 else []
+    dist.gather_object(value, values or None, dst=0, group=_cpu_group())
+    return values
+
+
+def rank0_first(do: Callable[[], T]) -> T:
+    """Rank 0 does it and fills the caches, then the others do it from them, however long both take. A UserError is raised on every rank."""
+    kept: list[T] = []
+    on_rank0(lambda: kept.append(do()))
+
+    def attempt() -> str | None:
+        try:
+            kept.append(do())
+        except UserError as error:  # on another machine, say, where a file is missing
+            return str(error)
+        return None
+
+    problem = first_problem_of(lambda: None if kept else attempt())
+    if problem is not None:
+        raise UserError(problem)
+    return kept[0]
+
+
+def all_rows(rows: torch.Tensor) -> torch.Tensor:
+    """The rows [n, ...] of every rank, n the same on each, rank after rank: [n * world_size, ...]. They have no gradient."""
+    parts = [torch.empty_like(rows) for _ in range(world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
+def gather_rows(values: torch.Tensor, rows: torch.Tensor, total: int) -> torch.Tensor:
+    """One value per row of a data set, in the order of the rows, on every rank.
+
+    values: [n, ...] of this rank; rows: [n], the row that each value is of, -1 for a filler. n is the same on all ranks and
+    every row is on exactly one of them. Returns [total, ...].
+    """
+    value, row = all_rows(values), all_rows(rows)
+    real = row >= 0
+    assert torch.equal(row[real].sort().values.cpu(), torch.arange(total)), "a row is missing or counted twice"
+    ordered = torch.empty((total, *value.shape[1:]), dtype=value.dtype, device=value.device)
+    ordered[row[real]] = value[real]
+    return ordered
+
+
+def device() -> torch.device:
+    """This rank's device."""
+    return torch.device(get_accelerator().current_device_name())

@@ -1,0 +1,76 @@
+"""What DeepSpeed 0.19.8 does otherwise than its stages 1 to 3 do, or than a run needs, repaired."""
+
+import functools
+import math
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
+
+
+def repair_stage0(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Make stage 0 a baseline to compare with (DeepSpeed 0.19.8); the other stages are left as they are.
+
+    bf16 and fp16: the wrapper makes the optimizer's states by a step with zero gradients, which leaves Adam one step ahead and may
+    decay the master weights. The states are dropped, for Adam to make them at the first real step, and the weights copied anew.
+    fp16: the loss is not scaled, though gradients are divided by the scale, and the scale falls by another rule; see _scale_as_other_stages.
+    fp32: DeepSpeed computes the gradient norm in order to clip, throws it away, and steps even where it is not finite. As at the
+    other stages, the norm is kept and such a step is not taken.
+    """
+    if engine.zero_optimization():
+        return
+    optimizer = engine.optimizer
+    if engine.fp16_enabled() or engine.bfloat16_enabled():
+        optimizer.optimizer.state.clear()
+        with torch.no_grad():
+            for masters, parameters in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
+                for master, parameter in zip(masters, parameters, strict=True):
+                    master.copy_(parameter)
+        if engine.fp16_enabled():
+            _scale_as_other_stages(engine)
+        return
+    step = optimizer.step
+
+    @functools.wraps(step)  # by which the learning-rate schedule recognises it
+    def clip_and_step() -> None:
+        optimizer._global_grad_norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping() or math.inf)
+        optimizer.overflow = not math.isfinite(optimizer._global_grad_norm)
+        if not optimizer.overflow:
+            step()
+
+    engine.clip_fp32_gradients = lambda: None
+    optimizer.step = clip_and_step
+
+
+def _scale_as_other_stages(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Stage 0 in fp16 (DeepSpeed 0.19.8): scale the loss, report the norm without the scale, and change the scale by the other stages' rule.
+
+    engine.backward scales the loss for ZeRO's optimizers alone, but the wrapper of stage 0 divides by the scale as well, so that gradients are too
+    small by it: none is clipped, and Adam's epsilon outweighs them. Its norm has the scale in it. And it halves the scale at the first gradient
+    that overflows, where the others do so at the second (the JSON's fp16.hysteresis says at which).
+    """
+    optimizer, backward, step = engine.optimizer, engine.backward, engine.optimizer.step
+    if engine.dynamic_loss_scale():
+        scaler = CreateLossScaler(torch.float16, None, True, engine.dynamic_loss_scale_args())
+        scaler.use_grad_scaling = scaler.dynamic_loss_scale = True  # which the wrapper asks of its own
+        optimizer.loss_scale_config, optimizer._update_scale = scaler, scaler.update_scale
+
+    def scale_and_backward(loss: torch.Tensor, **options: Any) -> torch.Tensor:
+        return backward(loss.float() * optimizer.loss_scale, **options) / optimizer.loss_scale
+
+    def step_and_unscale_norm(*arguments: Any, **options: Any) -> Any:
+        scale = optimizer.loss_scale  # the step may change it
+        result = step(*arguments, **options)
+        optimizer._global_grad_norm /= scale
+        return result
+
+    engine.backward, optimizer.step = scale_and_backward, step_and_unscale_norm
+
+
+def veto_if_not_finite(loss: torch.Tensor) -> torch.Tensor:
+    """The loss, or NaN with NaN gradients where it is not finite, so that DeepSpeed does not take the step.
+
+    A loss can be infinite while its gradients are not, and DeepSpeed looks at the gradients only. Nothing is read from the device.
+    """
+    return loss * torch.where(loss.isfinite(), 1.0, torch.nan)

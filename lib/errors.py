@@ -1,0 +1,56 @@
+"""What a user can mend, how a process ends, and paths as a user types them. It imports nothing of lib, and nothing large."""
+
+import difflib
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]  # of this repository
+
+# Exit codes of a run, the same on every rank. 0: it has finished. 128 + signal: it was ended before training.
+STOPPED = 75  # it stopped as asked, is saved, and --resume goes on with it (EX_TEMPFAIL: try again later)
+MISTAKE = 2  # a UserError, which another start would meet again
+FAULT = 1  # a rank that is lost, or a bug: another start may not meet it
+EXIT_SECONDS = 120  # how long exit functions may take, where monitors end their uploads
+
+
+class UserError(Exception):
+    """Something the user can mend. Its text is one line that says what is wrong and what to do."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved its state, or had nothing left to do. `code` is the exit code of every rank."""
+
+    def __init__(self, text: str, code: int):
+        super().__init__(text)
+        self.code = code
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the nearest of `known`, or nothing where none is near."""
+    near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def display_path(path: Path | str) -> str:
+    """A path as a user would type it: relative where it lies below the current folder."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
+
+
+def from_home(path: str) -> str:
+    """The path with a leading ~ as the home folder: no shell expands one in a YAML, or in --run_dir=~/try."""
+    return os.path.expanduser(path)  # noqa: PTH111  # a hub id is no Path
+
+
+def new_folder(prefix: str) -> Path:
+    """Make the folder <prefix>-<date>-<time>. Of several that start in the same second, each gets a second of its own."""
+    while True:
+        folder = Path(f"{prefix}-{time.strftime('%Y%m%d-%H%M%S')}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            time.sleep(0.1)
+        else:
+            return folder

@@ -1,0 +1,157 @@
+"""The devices of this machine that a run may use, found without importing torch where that is safe, and what tells DeepSpeed's launcher which to take.
+
+DeepSpeed 0.19.8 throws CUDA_VISIBLE_DEVICES away when the number of devices is given (deepspeed/launcher/runner.py), and trains on the CPU where torch
+cannot use the GPUs that are there. So the devices are named to it here, and GPUs that cannot be used are an error.
+"""
+
+import functools
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lib.errors import UserError
+
+HOSTFILE = Path("/job/hostfile")  # which DeepSpeed's launcher takes unasked
+# The oldest driver for each CUDA that torch may be built for (NVIDIA, CUDA compatibility: minor versions of one CUDA share a driver).
+OLDEST_DRIVER = {"11": 450, "12": 525, "13": 580}
+# Packages that make torch know other accelerators, as DeepSpeed looks for them (deepspeed/accelerator/real_accelerator.py).
+OTHER_ACCELERATORS = ("torch_npu", "torch_sdaa", "habana_frameworks", "torch_mlu", "torch_supa", "torch_xmlir")
+
+
+@dataclass(frozen=True)
+class Devices:
+    """What a run may use. accelerator: DeepSpeed's name for it; ids: the launcher's numbers of the devices, one a rank; empty on a CPU.
+
+    variable: "CUDA_VISIBLE_DEVICES=2,3" where the user has chosen them so, else "".
+    """
+
+    accelerator: str
+    ids: tuple[int, ...] = ()
+    variable: str = ""
+
+    @property
+    def default_ranks(self) -> int:
+        return len(self.ids) or 2
+
+    def launcher_options(self, ranks: int) -> list[str]:
+        """The options of the `deepspeed` command for so many ranks on this machine. Raises UserError where there are fewer devices."""
+        if self.ids and ranks > len(self.ids):
+            raise UserError(f"--ranks is {ranks}, but there {_are(len(self.ids))}{f' in {self.variable}' if self.variable else ''}")
+        hostfile = ["--hostfile", os.devnull] if HOSTFILE.is_file() else []  # it would start as many ranks on each of its machines
+        if self.variable:
+            return [*hostfile, "--include", f"localhost:{','.join(map(str, sorted(self.ids[:ranks])))}"]
+        return [*hostfile, "--num_accelerators", str(ranks)]
+
+
+@functools.cache
+def find() -> Devices:
+    """The devices, with DS_ACCELERATOR set to what they are unless they are NVIDIA's, so that DeepSpeed need not look again.
+
+    Raises UserError for what the launcher cannot carry, and for GPUs that are there and cannot be used.
+    """
+    found = _find()
+    if HOSTFILE.is_file():
+        print(f"note: {HOSTFILE} is not used: this machine alone; for all of its machines, run the printed command without --hostfile", file=sys.stderr)
+    if found.accelerator != "cuda":
+        os.environ.setdefault("DS_ACCELERATOR", found.accelerator)
+    return found
+
+
+def _find() -> Devices:
+    asked = os.environ.get("DS_ACCELERATOR", "")
+    if asked == "cpu":
+        return Devices("cpu")
+    build = _torch_build()
+    if asked not in ("", "cuda") or build.get("hip") or build.get("xpu") or any(map(importlib.util.find_spec, OTHER_ACCELERATORS)):
+        name, count, variable = _ask(
+            "from deepspeed.accelerator import get_accelerator; import json, os; a = get_accelerator(); v = a.visible_devices_envs()[0]; "
+            "os.environ.pop(v, None); print(json.dumps([a._name, a.device_count(), v]))"
+        )
+        return Devices("cpu") if name == "cpu" else _chosen(name, count, variable)
+    count, driver, parts = (0, "", False) if _hidden(os.environ.get("CUDA_VISIBLE_DEVICES")) else _nvidia()
+    if count == 0:
+        if asked:
+            raise UserError(f"DS_ACCELERATOR={asked}, but there is no NVIDIA GPU to use; leave it out, or set DS_ACCELERATOR=cpu")
+        if Path("/dev/kfd").exists():
+            print(f"note: there is an AMD GPU here, but torch {build.get('__version__')} is not built for ROCm; training on the CPU", file=sys.stderr)
+        return Devices("cpu")
+    cuda = build.get("cuda") or ""
+    oldest = OLDEST_DRIVER.get(cuda.split(".")[0])
+    if parts or oldest is None or not driver or int(driver.split(".")[0]) < oldest:  # not sure: torch knows, in 2 seconds
+        usable, visible = _ask("import torch, json; print(json.dumps([torch.cuda.is_available(), torch.cuda.device_count()]))")
+        if not usable:
+            why = f"is built for CUDA {cuda}" + (f", which needs driver {oldest} or newer" if oldest else "") if cuda else "is built without CUDA"
+            raise UserError(
+                f"there {_are(count)} here (driver {driver or 'unknown'}), but torch {build.get('__version__')} cannot use {'it' if count == 1 else 'them'}: it {why}; "
+                "update the driver, or install the torch that fits it (https://pytorch.org/get-started), or set DS_ACCELERATOR=cpu to train on the CPU"
+            )
+        count = visible if parts else count
+    return _chosen("cuda", count, "CUDA_VISIBLE_DEVICES")
+
+
+def _are(count: int) -> str:
+    return f"is {count} GPU" if count == 1 else f"are {count} GPUs"
+
+
+def _hidden(value: str | None) -> bool:
+    """Whether CUDA_VISIBLE_DEVICES says that no GPU is to be used, as CUDA reads it."""
+    return value is not None and value.strip().split(",")[0] in ("", "-1", "NoDevFiles", "none", "void")
+
+
+def _chosen(accelerator: str, count: int, name: str) -> Devices:
+    """The devices that the environment variable chooses of so many, or all."""
+    value = os.environ.get(name, "").replace(" ", "").rstrip(",")
+    if not value:
+        return Devices(accelerator, tuple(range(count)))
+    if not re.fullmatch(r"\d+(,\d+)*", value):
+        raise UserError(
+            f"{name}={value}: DeepSpeed's launcher takes devices by number only (0 to {count - 1} here), no UUID and no part of one: write the numbers"
+        )
+    ids = tuple(map(int, value.split(",")))
+    if max(ids) >= count or len(set(ids)) < len(ids):
+        raise UserError(f"{name}={value}: there {_are(count)} here, numbered from 0; name each once, and no other")
+    return Devices(accelerator, ids, f"{name}={value}")
+
+
+def _torch_build() -> dict[str, str]:
+    """torch's own version and those of what it is built for, from its source: {"__version__": "2.13.0", "cuda": "13.0"}."""
+    spec = importlib.util.find_spec("torch")
+    file = Path(spec.origin or "").with_name("version.py") if spec else Path()
+    return dict(re.findall(r"^(\w+).* = '(.*)'$", file.read_text(encoding="utf-8"), re.MULTILINE)) if file.is_file() else {}
+
+
+def _nvidia() -> tuple[int, str, bool]:
+    """(number of GPUs, their driver, such as 580.65.06, or "" where it is not told, whether one is cut into parts: MIG)."""
+    told = _output("nvidia-smi", "--query-gpu=driver_version,mig.mode.current", "--format=csv,noheader").splitlines()
+    lines = [line for line in told if line[:1].isdigit()]  # or it says that there are none
+    count = len(lines) or sum(bool(re.fullmatch(r"nvidia\d+", node.name)) for node in Path("/dev").glob("nvidia*"))
+    module = Path("/proc/driver/nvidia/version")
+    driver = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", lines[0] if lines else module.read_text(encoding="utf-8") if module.is_file() else "")
+    return count, driver.group() if driver else "", any("Enabled" in line for line in lines)
+
+
+def _output(*command: str) -> str:
+    """What a command prints; nothing where it is not there or fails."""
+    if shutil.which(command[0]) is None:
+        return ""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def _ask(code: str) -> list[Any]:
+    """What Python code prints last, in a process of its own, for torch takes seconds and memory."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"the devices cannot be found: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+    answer: list[Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer

@@ -1,0 +1,1 @@
+"""Weights, architectures, tokenizers, token losses."""

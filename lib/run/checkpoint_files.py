@@ -1,0 +1,379 @@
+"""One checkpoint on disk: written beside, moved into place and flushed; found again, and read at any stage on any number of ranks.
+
+  step-00000120/
+    rank-00000-of-00002.safetensors   the pieces (lib/distributed/zero_state.py) that rank 0 answers for, as <kind>/<parameter>@<first element>
+    rank-00001-of-00002.safetensors   those of rank 1
+    checkpoint.json                   the manifest: step, settings, versions, size and checksum of each file, which pieces are where
+
+Each rank writes what it holds and reads what it needs; nothing is gathered. The manifest is written last and a folder gets its name
+only when all of it is written, so whatever kills a run leaves complete checkpoints, and perhaps one folder `.writing-...` that the next
+run removes. The disk itself takes longer, and training does not wait for it: a flush runs beside (`Flush`), and until it is done no
+older checkpoint may be deleted. A power cut before that can damage the newest one, which its checksums show; the older one is there.
+safetensors and JSON hold numbers and text alone: loading runs no code. Why a format of its own: docs/checkpoints.md.
+"""
+
+import errno
+import functools
+import json
+import math
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import xxhash
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lib.distributed import ranks
+from lib.distributed.zero_state import WEIGHT, buffers, make_optimizer_state, optimizer_state, owned_pieces, pieces, refresh_model, shapes
+from lib.errors import UserError, display_path
+from lib.progress import progress
+
+FORMAT = 1
+MANIFEST = "checkpoint.json"
+Manifest = dict[str, Any]
+
+
+def folder_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+# --- writing ------------------------------------------------------------------------------------------------------------
+
+
+class Flush(threading.Thread):
+    """Brings what this rank wrote of a checkpoint from the memory of the operating system to the disk, beside training."""
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        mine = [folder / file_name()]
+        self.paths = mine if ranks.rank() else [*mine, folder / MANIFEST, folder, folder.parent]
+        self.problem: str | None = None
+        self.start()
+
+    def run(self) -> None:
+        self.problem = _problem_of(self._flush)
+
+    def outcome(self) -> str | None:
+        """What went wrong, when it is done."""
+        self.join()
+        return self.problem
+
+    def _flush(self) -> None:
+        for path in self.paths:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():  # some file systems cannot flush a folder
+                    raise
+            finally:
+                os.close(descriptor)
+
+
+def file_name() -> str:
+    """Of this rank's file in a checkpoint that it writes."""
+    return f"rank-{ranks.rank():05d}-of-{ranks.world_size():05d}.safetensors"
+
+
+@progress("saving a checkpoint")
+def write(parent: Path, engine: Any, facts: Manifest) -> str | None:
+    """Write the checkpoint of the engine's present state. Every rank must call it. Returns what went wrong, the same on all ranks.
+
+    facts: what to keep beside the weights, as JSON; its "step" names the folder. A failure removes what was written of it, and
+    touches no other checkpoint. A Flush is still to be made.
+    """
+    unfinished = parent / f".writing-{folder_of(facts['step'])}"
+
+    def begin() -> None:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+
+    kinds, scalars = optimizer_state(engine)
+    written: list[Manifest] = []
+    problem = ranks.on_rank0(lambda: _problem_of(begin))
+    if problem is None:
+        problem = ranks.first_problem_of(lambda: _problem_of(lambda: written.append(_write_pieces(unfinished, engine, kinds))))
+    files = ranks.gather_on_rank0(written)
+
+    def publish() -> None:
+        manifest = facts | {"format": FORMAT, "world_size": ranks.world_size(), "shapes": shapes(engine), "kinds": kinds, "scalars": scalars}
+        manifest["files"] = {file.pop("name"): file for (file,) in files}
+        (unfinished / MANIFEST).write_text(json.dumps(manifest | {"checksum": _checksum_of(manifest)}), encoding="utf-8")
+        unfinished.rename(parent / folder_of(facts["step"]))
+
+    if problem is None:
+        problem = ranks.on_rank0(lambda: _problem_of(publish))
+    if problem is not None:
+        ranks.on_rank0(lambda: shutil.rmtree(unfinished, ignore_errors=True))
+    return problem
+
+
+def _problem_of(do: Callable[[], object]) -> str | None:
+    """What kept `do` from writing, or None: the caller tells all ranks."""
+    try:
+        do()
+    except OSError as error:
+        return f"{error.strerror or error}"
+    except SafetensorError as error:  # it wraps errors of the file system
+        found = re.search(r"(No space left on device|Disk quota exceeded|Read-only file system|Input/output error)", str(error))
+        return found.group(1) if found else " ".join(str(error).split())
+    return None
+
+
+def _write_pieces(folder: Path, engine: Any, kinds: list[str]) -> Manifest:
+    """Write this rank's file. Returns what the manifest says of it."""
+    owned = owned_pieces(engine)
+    tensors = {f"{kind}/{piece.name}@{piece.start}": piece.view(kind, engine.basic_optimizer) for piece in owned for kind in [WEIGHT, *kinds]}
+    if ranks.rank() == 0:
+        tensors |= {f"buffer/{name}": buffer.contiguous() for name, buffer in buffers(engine).items()}
+    file = folder / file_name()
+    save_file(tensors, file)
+    places = [[piece.name, piece.start, piece.size] for piece in owned]
+    return {"name": file.name, "bytes": file.stat().st_size, "xxh3_128": _checksum_of_file(file), "pieces": places}
+
+
+def _checksum_of_file(file: Path) -> str:
+    state, buffer = xxhash.xxh3_128(), memoryview(bytearray(2**24))
+    with file.open("rb", buffering=0) as data:
+        while count := data.readinto(buffer):
+            state.update(buffer[:count])
+    return state.hexdigest()
+
+
+def _checksum_of(manifest: Manifest) -> str:
+    kept = {key: value for key, value in manifest.items() if key != "checksum"}
+    return xxhash.xxh3_128_hexdigest(json.dumps(kept, sort_keys=True).encode())
+
+
+def remove(folder: Path) -> str | None:
+    """Delete a checkpoint. It loses its name first, so that a half deleted one is never taken for one. Returns what kept it from being deleted."""
+    doomed = folder.with_name(f".deleting-{folder.name}")
+
+    def delete() -> None:
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+    return _problem_of(delete)
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Delete what a run that was killed left half written or half deleted."""
+    for folder in [*parent.glob(".writing-*"), *parent.glob(".deleting-*")]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# --- finding ------------------------------------------------------------------------------------------------------------
+
+
+class _Facts(BaseModel):
+    """What a manifest of FORMAT must hold, whoever wrote it: no value of it may lead out of its folder, or to a traceback."""
+
+    model_config = ConfigDict(strict=True)
+    recipe: str
+    step: NonNegativeInt
+    samples: NonNegativeInt
+    rows: NonNegativeInt
+    data: str | None = None  # the rows' fingerprint, which the first checkpoints of this format lack
+    skipped_steps: NonNegativeInt
+    score: float | None
+    seconds: float
+    stage: int
+    world_size: int
+    schedule: dict[str, Any]
+    loss_scale: dict[str, float | None]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    shapes: dict[str, list[NonNegativeInt]]
+    kinds: list[Annotated[str, Field(pattern=r"^[a-z_0-9]+$")]]
+    scalars: dict[str, float]
+    files: dict[Annotated[str, Field(pattern=r"^rank-[0-9]+-of-[0-9]+\.safetensors$")], "_File"]
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(strict=True)
+    bytes: NonNegativeInt
+    xxh3_128: str
+    pieces: list[Annotated[list[str | NonNegativeInt], Field(min_length=3, max_length=3)]]
+
+
+def _check_facts(manifest: Manifest, folder: Path) -> None:
+    """Raise ValueError where a manifest does not hold what it must, or its pieces leave a part of a parameter out."""
+    try:
+        _Facts.model_validate(manifest)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise ValueError(f"{MANIFEST}: {'.'.join(map(str, problem['loc']))[:80]!r}: {problem['msg'][:80]}") from None
+    if folder_of(manifest["step"]) != folder.name:
+        raise ValueError(f"{MANIFEST} is of step {manifest['step']}")
+    end = dict.fromkeys(manifest["shapes"], 0)  # of what the pieces so far, in order, make up
+    try:
+        for name, start, size in sorted(piece for file in manifest["files"].values() for piece in file["pieces"]):
+            if start > end[name]:
+                raise ValueError
+            end[name] = max(end[name], start + size)
+        whole = all(end[name] == math.prod(shape) for name, shape in manifest["shapes"].items())
+    except (ValueError, TypeError, KeyError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{MANIFEST}: its pieces do not make up its parameters")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint. Raises ValueError with what is wrong with it, UserError where it is newer than this code."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"it has no {MANIFEST}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{MANIFEST} cannot be read ({type(error).__name__})") from None
+    if not isinstance(manifest, dict) or manifest.get("checksum") != _checksum_of(manifest) or not isinstance(manifest.get("format"), int):
+        raise ValueError(f"{MANIFEST} is damaged: its checksum differs")
+    if manifest["format"] > FORMAT:
+        raise UserError(
+            f"{display_path(folder)} has format {manifest['format']}, but this code reads up to {FORMAT}: resume it with the newer code that wrote it"
+        )
+    _check_facts(manifest, folder)
+    return manifest
+
+
+def list_complete(parent: Path) -> list[tuple[Path, Manifest]]:
+    """The checkpoints whose manifest is whole, newest first; their files are not read."""
+    complete = []
+    for folder in sorted(parent.glob("step-*"), reverse=True):
+        try:
+            complete.append((folder, read_manifest(folder)))
+        except ValueError:
+            continue
+    return complete
+
+
+def find_newest(parent: Path) -> tuple[Path | None, Manifest, list[str]]:
+    """(folder, manifest) of the newest checkpoint of which every byte is as it was written, the same on all ranks, and notes.
+
+    The ranks share the reading of its files. Each newer one that is incomplete or damaged is named in a note; nothing is changed
+    (put_newer_aside). Raises UserError where some are there but none is whole.
+    """
+    notes: list[str] = []
+    for folder in ranks.on_rank0(lambda: sorted(parent.glob("step-*"), reverse=True)):
+        problem, manifest = ranks.on_rank0(functools.partial(_whole_manifest, folder))
+        problem = problem or damage(folder, manifest)
+        if problem is None:
+            return folder, manifest, [f"{note}: passed over, and called damaged-... from here on" for note in notes]
+        notes.append(f"{folder.name} is damaged ({problem})")
+    if notes:
+        raise UserError(
+            f"no checkpoint in {display_path(parent)} is whole: {', '.join(notes)}; restore one from a backup, or start anew with another --run_dir"
+        )
+    return None, {}, []
+
+
+def put_newer_aside(newest: Path) -> None:
+    """Rename what find_newest passed over to damaged-..., so that it is not counted among the good ones from then on."""
+    for folder in newest.parent.glob("step-*"):
+        if folder.name > newest.name:
+            aside = folder.with_name(f"damaged-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)  # an earlier one of the same step
+            try:
+                folder.rename(aside)
+            except OSError as error:
+                raise UserError(f"{display_path(folder)} is damaged and cannot be renamed: {error.strerror or error}; move it away") from None
+
+
+@progress("checking the checkpoint")
+def damage(folder: Path, manifest: Manifest) -> str | None:
+    """What is wrong with a checkpoint's files, the same on all ranks, or None. The ranks share the reading of them."""
+    files = list(manifest["files"].items())[ranks.rank() :: ranks.world_size()]
+    return ranks.first_problem_of(lambda: next((found for name, facts in files if (found := _file_problem(folder / name, facts))), None))
+
+
+def _whole_manifest(folder: Path) -> tuple[str | None, Manifest]:
+    """(what is wrong, manifest)"""
+    try:
+        return None, read_manifest(folder)
+    except ValueError as error:
+        return str(error), {}
+
+
+def _file_problem(file: Path, facts: Manifest) -> str | None:
+    """What is wrong with a file of a checkpoint, given what the manifest says of it."""
+    try:
+        if not file.is_file():
+            return f"{file.name} is missing"
+        if file.stat().st_size != facts["bytes"]:
+            return f"{file.name} has {file.stat().st_size:,} bytes instead of {facts['bytes']:,}"
+        if _checksum_of_file(file) != facts["xxh3_128"]:
+            return f"the checksum of {file.name} differs"
+    except OSError as error:
+        return f"{file.name} cannot be read: {error.strerror or error}"
+    return None
+
+
+# --- reading ------------------------------------------------------------------------------------------------------------
+
+
+@progress("reading the checkpoint")
+def read(folder: Path, manifest: Manifest, engine: Any) -> None:
+    """Bring the engine's weights and optimizer states to those of a checkpoint, whatever stage and number of ranks wrote it.
+
+    Every rank must call it. Raises UserError, on all ranks, where the checkpoint is another model's or cannot be read.
+    """
+    here, there = shapes(engine), manifest["shapes"]
+    for name in [*here, *there]:
+        if here.get(name) != there.get(name):
+            raise UserError(
+                f"{display_path(folder)} is another model's: parameter {name} is {there.get(name, 'not')} there and {here.get(name, 'not')} here; "
+                "resume with the model and data that it was trained with, or start a new run"
+            )
+    make_optimizer_state(engine, manifest["kinds"], manifest["scalars"])
+    places: dict[str, list[tuple[int, int, str]]] = {}  # parameter -> (start, size, file)
+    for file, facts in manifest["files"].items():
+        for name, start, size in facts["pieces"]:
+            places.setdefault(name, []).append((start, size, file))
+
+    def attempt() -> str | None:
+        try:
+            _read_pieces(folder, manifest, places, engine)
+        except (OSError, ValueError, SafetensorError) as error:
+            return f"{display_path(folder)} cannot be read: {' '.join(str(error).split())}"
+        return None
+
+    problem = ranks.first_problem_of(attempt)
+    if problem is not None:
+        raise UserError(problem)
+    refresh_model(engine)
+
+
+def _read_pieces(folder: Path, manifest: Manifest, places: dict[str, list[tuple[int, int, str]]], engine: Any) -> None:
+    opened: dict[str, Any] = {}
+
+    def open_file(file: str) -> Any:
+        if file not in opened:
+            opened[file] = safe_open(folder / file, framework="pt")
+        return opened[file]
+
+    def copy(target: torch.Tensor, source: torch.Tensor, name: str) -> None:
+        if source.shape != target.shape:  # copy_ would repeat a single number
+            raise ValueError(f"{name} has {list(source.shape)} elements instead of {list(target.shape)}")
+        target.copy_(source)
+
+    with torch.no_grad():
+        for piece in pieces(engine):
+            for start, size, file in places[piece.name]:
+                begin, end = max(start, piece.start), min(start + size, piece.start + piece.size)
+                if begin >= end:
+                    continue
+                for kind in [WEIGHT, *manifest["kinds"]]:
+                    name = f"{kind}/{piece.name}@{start}"
+                    source = open_file(file).get_slice(name)[begin - start : end - start]
+                    copy(piece.view(kind, engine.basic_optimizer)[begin - piece.start : end - piece.start], source, name)
+        first = next(iter(manifest["files"]))  # rank 0's
+        for name, buffer in buffers(engine).items():
+            copy(buffer, open_file(first).get_tensor(f"buffer/{name}"), name)

@@ -1,0 +1,1 @@
+"""Numbers from predictions: passes over a split, metrics, baselines, generation, search."""

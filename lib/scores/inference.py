@@ -1,0 +1,45 @@
+"""Passes over all rows of a split, by all ranks together: each row counts once, and every rank gets the same result."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from lib.data.batches import IGNORED, Batch, evaluation_batches
+from lib.data.blocks import Blocks, collate_blocks
+from lib.distributed import ranks
+from lib.models.losses import token_losses
+from lib.progress import progress
+from lib.scores import evaluation
+
+
+def for_each_row(
+    engine: Any, rows: Any, collate: Callable[[dict[str, Any]], Batch], batch_size: int, answer: Callable[[Batch], torch.Tensor],
+    lengths: Sequence[int] | None = None, what: str = "evaluating",
+) -> torch.Tensor:  # fmt: skip
+    """What `answer(batch)`, [rows of the batch, ...], says of each row: [all rows, ...] in their order, on the engine's device.
+
+    lengths: of the rows, so that rows of nearly one length are in a batch. what: for the console, if it takes long. See lib.data.batches.evaluation_batches for the other arguments.
+    """
+    engine.eval()
+    answers, numbers = [], []
+    with torch.no_grad(), progress(what, len(rows)) as advance:
+        for batch, row_numbers in evaluation_batches(rows, collate, batch_size, engine.device, lengths):
+            answers.append(answer(batch))
+            numbers.append(row_numbers)
+            advance(batch_size * ranks.world_size())
+    engine.train()
+    return ranks.gather_rows(torch.cat(answers), torch.cat(numbers), len(rows))
+
+
+def language_model_scores(
+    engine: Any, blocks: Blocks, batch_size: int, logits_of: Callable[[Any, Batch], torch.Tensor], texts: Sequence[str]
+) -> dict[str, float]:  # fmt: skip
+    """Perplexity a token and bits a byte over all blocks, which are cut from these texts. logits_of(engine, batch): see token_losses."""
+
+    def nats_and_tokens(batch: Batch) -> torch.Tensor:
+        losses = token_losses(logits_of(engine, batch), batch["labels"])
+        return torch.stack([losses.sum(1), (batch["labels"] != IGNORED).sum(1)], dim=1).double()
+
+    nats, tokens = for_each_row(engine, blocks, collate_blocks, batch_size, nats_and_tokens).sum(0).tolist()
+    return evaluation.perplexity_and_bits(nats, int(tokens), sum(len(text.encode()) for text in texts))

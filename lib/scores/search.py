@@ -1,0 +1,90 @@
+"""Searching documents by vectors: what is relevant to which query, the index that a run leaves, and a command to try it by hand.
+
+./launch.sh search runs/semantic_search-... "sort the rows by a column" --top 5
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from lib.errors import UserError, did_you_mean, display_path
+from lib.scores import baselines, evaluation
+from lib.settings.config import Parser
+
+DEPTH = 100  # documents that a ranking has, as recall@100 asks for
+
+
+class Corpus:
+    """Pairs of a query and a document as a retrieval task: different queries, different documents, what is relevant to what."""
+
+    def __init__(self, queries: Sequence[str], documents: Sequence[str]):
+        query_rows, document_rows = ({text: row for row, text in reversed(list(enumerate(texts)))} for texts in (queries, documents))
+        self.query_rows, self.document_rows = sorted(query_rows.values()), sorted(document_rows.values())  # the first row with each
+        self.queries, self.documents = [queries[row] for row in self.query_rows], [documents[row] for row in self.document_rows]
+        number = {document: place for place, document in enumerate(self.documents)}
+        found: dict[str, set[int]] = {query: set() for query in self.queries}
+        for query, document in zip(queries, documents, strict=True):
+            found[query].add(number[document])
+        self.relevant = list(found.values())  # for each query, the numbers of its documents
+
+    def bm25_scores(self) -> dict[str, float]:
+        return evaluation.retrieval_scores(baselines.bm25(self.queries, self.documents, DEPTH), self.relevant)
+
+
+def save_sentence_transformer(folder: Path, max_length: int, trust_remote_code: bool) -> None:
+    """Make an exported encoder a model that SentenceTransformer(folder) loads: the mean over the tokens, scaled to length 1."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import modules
+
+    trust: dict[str, Any] = {name: {"trust_remote_code": trust_remote_code} for name in ("model_kwargs", "config_kwargs", "processor_kwargs")}
+    encoder = modules.Transformer(str(folder), max_seq_length=max_length, **trust)
+    pooling = modules.Pooling(encoder.get_embedding_dimension(), pooling_mode="mean")
+    SentenceTransformer(modules=[encoder, pooling, modules.Normalize()], device="cpu").save(str(folder), create_model_card=False)
+
+
+def save_index(folder: Path, documents: Sequence[str], vectors: np.ndarray) -> None:
+    """documents.json and vectors.safetensors, [documents, dims] of length 1."""
+    folder.mkdir(exist_ok=True)
+    (folder / "documents.json").write_text(json.dumps(documents, ensure_ascii=False), encoding="utf-8")
+    save_file({"vectors": np.ascontiguousarray(vectors)}, folder / "vectors.safetensors")
+
+
+def search(run: Path, query: str, top: int, trust_remote_code: bool) -> list[tuple[float, str]]:
+    """The `top` documents of a run's index with the largest cosine with the query, best first: (cosine, document)."""
+    from sentence_transformers import SentenceTransformer
+
+    if not (run / "index" / "vectors.safetensors").is_file():
+        there = [display_path(index.parents[1]) for index in Path("runs").glob("**/index/vectors.safetensors")]
+        known = f"; runs that have one: {', '.join(sorted(there)[:5])}" if there else ""
+        raise UserError(f"{display_path(run)} has no index{did_you_mean(display_path(run), there)}; it is left by a finished run of semantic_search{known}")
+    documents = json.loads((run / "index" / "documents.json").read_text(encoding="utf-8"))
+    model = SentenceTransformer(str(run / "model"), device="cpu", trust_remote_code=trust_remote_code)
+    cosines = load_file(run / "index" / "vectors.safetensors")["vectors"] @ model.encode(query)
+    return [(float(cosines[number]), documents[number]) for number in np.argsort(-cosines)[:top]]
+
+
+def main() -> None:
+    parser = Parser(prog="./launch.sh search", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="the folder of a finished run of semantic_search")
+    parser.add_argument("query", help="what to look for")
+    parser.add_argument("--top", type=int, default=5, help="how many documents to show (default: 5)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="let code that lies beside the model run, if you trust its source")
+    try:
+        options = parser.parse_args()
+        if options.top < 1:
+            raise UserError(f"--top is {options.top}; set 1 or more")
+        for cosine, document in search(options.run, options.query, options.top, options.trust_remote_code):
+            print(f"{cosine:.3f}  {' '.join(document.split())[:200]}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""The settings of every run, and which of them another start of the same run may change."""
+
+import dataclasses
+from typing import Literal
+
+from pydantic import PositiveInt
+
+from lib.settings.config import Minutes
+
+
+@dataclasses.dataclass
+class RunSettings:
+    """How a run is kept: the same in every recipe, and no part of what it trains. A recipe's Config adds the rest."""
+
+    run_dir: str | None  # where the run is written; null: runs/<recipe>-<config>-<time>
+    resume: bool  # whether to go on with the run in run_dir, from its newest checkpoint
+    overwrite: bool  # whether a run that is there already is deleted, once this one begins to train
+    monitor: Literal["tensorboard", "wandb"] | None  # DeepSpeed's monitor to log to; metrics.jsonl is always written
+    eval_every: PositiveInt | None  # steps between scores on the validation rows; null: none
+    log_every: PositiveInt  # steps between writes to metrics.jsonl, which has every step
+    save_every: PositiveInt | None  # steps between checkpoints; null: none by steps
+    save_minutes: Minutes | None  # minutes between checkpoints; null: none by time
+    keep_checkpoints: PositiveInt  # how many of the newest are kept
+    keep_best: bool  # whether the one with the best validation score is made, kept, and in the end exported and tested
+    time_limit: Minutes | None  # minutes from the start after which the run saves and stops; null: none
+    rank_timeout: Minutes  # minutes that a rank waits for another before the run ends
+    not_finite: Literal["stop", "skip"]  # what to do at a step whose loss or gradient is not finite
+
+
+# Settings that another start of the same run may change: none of them changes what a step does. (The rows of a dataset are compared themselves.)
+MAY_CHANGE = {field.name for field in dataclasses.fields(RunSettings)} | {"dataset", "max_steps", "epochs", "trust_remote_code"}
+
+# Settings that older checkpoints lack, and what they were trained with.
+NEWER = {"adam_betas": [0.9, 0.999], "adam_eps": 1e-8}

@@ -1,0 +1,70 @@
+"""Runs causal_lm's main() under lib/compare/measure.py's Meter for many configs in one launch, for tests/compare/test_compare.py. Arguments: folder, case ...
+
+A case is NAME:JSON:setting=value,... It leaves folder/NAME-WORLD_SIZE with a rank-<rank>.json each, and the run itself in run/.
+"""
+
+import contextlib
+import functools
+import importlib
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import deepspeed
+
+from lib.compare.measure import Meter
+from lib.compare.results import INSPECTED
+from lib.errors import ROOT, Stopped
+from lib.run.run import Run
+from lib.settings import config
+from lib.settings.ds_config import load_ds_config
+
+causal_lm: Any = importlib.import_module("recipes.causal_lm")
+collate_blocks = causal_lm.collate_blocks
+# Settings of a model whose matrices are above stage3_param_persistence_threshold and whose norms are below.
+WIDE = "hidden_size=384,intermediate_size=512,vocab_size=300"
+SLOW = {"data": 0.05, "forward": 0.1, "backward": 0.15, "optimizer": 0.2}  # seconds that each phase of a case named "slow..." takes longer
+
+
+def slowly(phase: str, real: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, but so many seconds slower."""
+
+    @functools.wraps(real)
+    def slow(*arguments: Any, **options: Any) -> Any:
+        time.sleep(SLOW[phase])
+        return real(*arguments, **options)
+
+    return slow
+
+
+def initialize_slowly(*arguments: Any, **options: Any) -> Any:
+    everything = deepspeed.initialize(*arguments, **options)
+    engine = everything[0]
+    engine.forward, engine.backward = slowly("forward", engine.forward), slowly("backward", engine.backward)
+    engine.step = slowly("optimizer", engine.step)
+    return everything
+
+
+def main(where: str, *cases: str) -> None:
+    folder = Path(where)
+    world_size, batches = int(os.environ["WORLD_SIZE"]), causal_lm.training_batches
+    for case in cases:
+        name, json_path, settings = case.split(":")
+        place = folder / f"{name}-{world_size}"
+        place.mkdir(exist_ok=True)
+        given = {"run_dir": str(place / "run"), "max_steps": str(INSPECTED + 2), "samples": "0"} | dict(setting.split("=") for setting in settings.split(","))
+        cfg: Any = config.load(causal_lm.Config, ROOT / "recipes" / "causal_lm.yaml", given, quick=True)
+        ds_config = load_ds_config(Path(json_path), cfg, world_size)
+        meter = Meter(place, INSPECTED + 2, goes_on=False)
+        slow = name.startswith("slow")
+        causal_lm.deepspeed = SimpleNamespace(initialize=meter.initialize(initialize_slowly if slow else deepspeed.initialize))
+        causal_lm.training_batches = meter.training_batches(batches)
+        causal_lm.collate_blocks = slowly("data", collate_blocks) if slow else collate_blocks
+        runs: list[Run] = []
+        causal_lm.Run = lambda *arguments, runs=runs: (runs.append(Run(*arguments)), runs[0])[1]
+        with contextlib.suppress(Stopped):
+            causal_lm.main(cfg, ds_config)
+        runs[0].close()

@@ -1,0 +1,157 @@
+"""What the recipes make of rows before a model sees them: a mistake there would train, in parity, at something else."""
+
+import importlib
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from transformers import AddedToken, AutoTokenizer
+
+from lib.data.batches import IGNORED
+from lib.models.encoder_decoder import SPECIAL_TOKENS, collate_pairs, pair_notes, tokenize_pairs
+from lib.models.hub import model_folder
+from lib.models.scratch import train_tokenizer
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+
+def recipe(name: str) -> Any:
+    return importlib.import_module(f"recipes.{name}")
+
+
+# --- encoder-decoders ---------------------------------------------------------------------------------------------------
+
+
+def test_the_decoder_reads_what_stands_before_each_label() -> None:
+    batch = collate_pairs({"input_ids": [[5, 6, 7], [8]], "labels": [[11, 12], [13, 14, 15]]}, source_pad=0, target_pad=1, decoder_start=2)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]] and batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[11, 12, IGNORED], [13, 14, 15]]
+    assert batch["decoder_input_ids"].tolist() == [[2, 11, 1], [2, 13, 14]]
+
+
+def test_only_a_whole_target_ends() -> None:
+    tokenizer = train_tokenizer(["many words " * 9], 270, SPECIAL_TOKENS, "$A </s>")
+    made = tokenize_pairs({"source": ["many words " * 9, "words"], "target": ["words", "many words " * 9]}, tokenizer, tokenizer, 7, 7)
+    assert (made["source_truncated"], made["target_truncated"]) == ([True, False], [False, True])
+    whole, cut = made["labels"]
+    assert whole == tokenizer("words")["input_ids"] and whole[-1] == tokenizer.eos_token_id
+    assert cut == tokenizer("many words " * 9)["input_ids"][:6] and tokenizer.eos_token_id not in cut
+    assert made["length"] == [7 + len(whole), len(made["input_ids"][1]) + 6]
+    assert made["target_altered"] == [False, False]
+
+
+def test_targets_that_the_tokenizer_cannot_write_are_counted() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_folder("minilm"))
+    targets = ["many words", "Many words", "été", "a_word", "word " * 9]
+    made = tokenize_pairs({"source": targets, "target": targets}, tokenizer, tokenizer, 12, 8)
+    assert made["target_altered"] == [False, True, True, True, False]
+    assert made["target_truncated"] == [False] * 4 + [True]
+    assert pair_notes(Dataset.from_dict(made))[1].startswith("3 of 5 training targets cannot be written")
+
+
+# --- masked_lm ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("whole_words", [False, True])
+def test_fifteen_percent_are_chosen_and_eighty_of_these_hidden(whole_words: bool) -> None:
+    mask = AddedToken("<mask>", lstrip=True, special=True)
+    special = {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>", "mask_token": mask}
+    text = " ".join(f"{word}{number}" for number in range(900) for word in ("some", "more"))
+    tokenizer = train_tokenizer([text], 400, special, "<s> $A </s>")
+    masked_lm = recipe("masked_lm")
+    blocks = masked_lm.tokenize({"text": [text, text]}, tokenizer, max_length=66)
+    assert [token for block in blocks["input_ids"] for token in block[1:-1]] == 2 * tokenizer(text, add_special_tokens=False)["input_ids"]
+    rows = blocks | {"draw": list(range(len(blocks["words"])))}
+    made = masked_lm.hide(rows, tokenizer, SimpleNamespace(mask_rate=0.15, whole_words=whole_words))
+    before, after, labels, words = (
+        np.concatenate(part) for part in (blocks["input_ids"], made["input_ids"], made["labels"], blocks["words"])
+    )  # fmt: skip
+    chosen = labels != IGNORED
+    assert (labels[chosen] == before[chosen]).all() and (after[~chosen] == before[~chosen]).all()
+    assert not chosen[words < 0].any(), "the ends of blocks are no text"
+    assert chosen.sum() / (words >= 0).sum() == pytest.approx(0.15, abs=0.02)
+    kinds = (after[chosen] == tokenizer.mask_token_id).mean(), (after[chosen] == before[chosen]).mean()
+    assert kinds == (pytest.approx(0.8, abs=0.03), pytest.approx(0.1, abs=0.03))
+    block = np.repeat(np.arange(len(blocks["words"])), [len(part) for part in blocks["words"]])
+    of_a_word: dict[tuple[int, int], set[bool]] = {}
+    for in_block, word, is_chosen in zip(block.tolist(), words.tolist(), chosen.tolist(), strict=True):
+        of_a_word.setdefault((in_block, word), set()).add(is_chosen)
+    assert any(len(found) == 2 for found in of_a_word.values()) != whole_words, "a word is chosen in part"
+
+
+# --- question_answering -------------------------------------------------------------------------------------------------
+
+
+def test_windows_hold_the_answer_where_it_is() -> None:
+    question_answering = recipe("question_answering")
+    tokenizer = AutoTokenizer.from_pretrained(model_folder("minilm"))
+    context = " ".join(f"Item {number} costs {number * 37} dollars." for number in range(40))
+    answer = "Item 25 costs 925 dollars"
+    rows: dict[str, list[Any]] = {
+        "question": ["What of item 25?", "What of item 99?"], "context": [context, context], "row": [0, 1],
+        "answers": [{"text": [answer], "answer_start": [context.index(answer)]}, {"text": [], "answer_start": []}],
+    }  # fmt: skip
+    windows = question_answering.tokenize(rows, tokenizer, max_length=48, stride=12)
+    assert len(windows["row"]) > 10 and set(windows["row"]) == {0, 1}
+    found = []
+    for row, ids, characters, first, last, start, end in zip(
+        *(windows[name] for name in ("row", "input_ids", "characters", "first", "last", "start", "end")), strict=True
+    ):
+        text = context[characters[first][0] : characters[last][1]]
+        assert tokenizer.decode(ids[first : last + 1]) == tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"])
+        whole = row == 0 and answer in text
+        assert (start, end) == (0, 0) or whole
+        if whole:
+            found.append(context[characters[start][0] : characters[end][1]])
+    assert found and set(found) == {answer}
+
+
+@pytest.mark.parametrize(
+    ("context", "answer"), [("It says \U0001f409 here.", "\U0001f409"), (" word.", " word"), ("one  two three", " two "), ("undoing it", "doing")]
+)
+def test_an_answer_is_all_the_tokens_that_share_a_character_with_it(context: str, answer: str) -> None:
+    """A character outside the learned words is several tokens of a byte-level BPE; tokens lack the spaces around them."""
+    special = {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>"}
+    tokenizer = train_tokenizer(["It says word here. one two three undoing it"] * 9, 300, special, "<s> $A </s>")
+    rows = {"question": ["it"], "context": [context], "row": [0], "answers": [{"text": [answer], "answer_start": [context.index(answer)]}]}
+    made = recipe("question_answering").tokenize(rows, tokenizer, max_length=64, stride=8)
+    (ids,), (start,), (end,) = made["input_ids"], made["start"], made["end"]
+    assert 0 < start <= end
+    assert answer.strip() in tokenizer.decode(ids[start : end + 1]) and answer.strip() not in tokenizer.decode(ids[start + 1 : end + 1])
+    assert answer.strip() not in tokenizer.decode(ids[start:end])
+
+
+# --- word_embeddings ----------------------------------------------------------------------------------------------------
+
+DOCUMENTS = [np.array([0, 1, 0, 2]), np.array([3, 0])]
+COUNTS = np.array([3, 1, 1, 1])
+
+
+def test_words_occur_together_within_a_document_and_less_the_further_apart() -> None:
+    rows = recipe("word_embeddings").Cooccurrences(DOCUMENTS, COUNTS, SimpleNamespace(window=2, x_max=2.0))
+    batch = rows.collate(rows[list(range(len(rows)))])
+    found = {
+        (word, other): (round(math.exp(target), 6), round(weight, 6))
+        for word, (other,), (target,), (weight,) in zip(*(batch[name].tolist() for name in ("words", "others", "target", "weight")), strict=True)
+    }
+    half, quarter = round(0.5**0.75, 6), round(0.25**0.75, 6)
+    once = {(0, 0): (1, half), (0, 1): (2, 1), (0, 2): (1, half), (0, 3): (1, half), (1, 2): (0.5, quarter)}
+    assert found == once | {(other, word): value for (word, other), value in once.items()}
+
+
+def test_a_word_predicts_its_neighbours_within_a_document() -> None:
+    cfg = SimpleNamespace(seed=0, subsample=100.0, window=3, negatives=4)  # which leaves no word out
+    rows = recipe("word_embeddings").SkipGrams(DOCUMENTS, COUNTS, cfg)
+    assert len(rows) == 6
+    for draw in range(50):
+        batch = {name: value.tolist() for name, value in rows.collate(rows[list(range(6))] | {"draw": np.full(6, draw, np.uint64)}).items()}
+        assert batch["words"] == [0, 1, 0, 2, 3, 0]
+        for row, (document, place) in enumerate([(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]):
+            words = DOCUMENTS[document].tolist()
+            beside = [other for other, weight in zip(batch["others"][row][:6], batch["weight"][row][:6], strict=True) if weight]
+            assert beside in [words[max(0, place - reach) : place] + words[place + 1 : place + 1 + reach] for reach in (1, 2, 3)]
+            assert batch["target"][row] == [1] * 6 + [0] * 4
+            assert batch["weight"][row][6:] == [len(beside)] * 4 and batch["pairs"][row] == [len(beside)]
