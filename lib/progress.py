@@ -42,7 +42,15 @@ class Work:
         done = min(self.done, self.total) if self.total else self.done
         layout = None if self.total else "{desc}: {elapsed} so far"
         return str(
-            tqdm.format_meter(done, self.total or None, time.monotonic() - self.started, ncols=columns, prefix=self.what, unit=self.unit, bar_format=layout)
+            tqdm.format_meter(
+                done,
+                self.total or None,
+                time.monotonic() - self.started,
+                ncols=columns,
+                prefix=self.what,
+                unit=self.unit,
+                bar_format=layout,
+            )
         )
 
 

@@ -51,8 +51,12 @@ SAMPLING = {"do_sample": True, "top_k": 50, "top_p": 1.0, "temperature": 0.8, "r
 
 @dataclass
 class Config(RunSettings):
-    model: str | None  # a folder or hub id to go on training; null: from scratch, as the settings from architecture to tie_embeddings say
-    trust_remote_code: bool  # whether code and pickled weights that come with the model may run; only for sources that you trust
+    model: (
+        str | None
+    )  # a folder or hub id to go on training; null: from scratch, as the settings from architecture to tie_embeddings say
+    trust_remote_code: (
+        bool  # whether code and pickled weights that come with the model may run; only for sources that you trust
+    )
     architecture: str  # transformers' name for it: llama, gpt2, qwen3, ...
     vocab_size: PositiveInt  # tokens of the byte-level BPE; at least 257
     hidden_size: PositiveInt  # width of the residual stream; a multiple of num_heads
@@ -74,7 +78,9 @@ class Config(RunSettings):
     warmup_steps: NonNegativeInt  # optimizer steps over which the learning rate rises from 0
     weight_decay: NonNegativeFloat  # of matrices and embeddings, not of biases and norms
     adam_betas: Betas  # of AdamW: how much each step keeps of the mean gradient and of the mean squared gradient
-    adam_eps: PositiveFloat  # of AdamW: added to the root of the mean squared gradient, by which the mean gradient is divided
+    adam_eps: (
+        PositiveFloat  # of AdamW: added to the root of the mean squared gradient, by which the mean gradient is divided
+    )
     gradient_clipping: NonNegativeFloat  # highest norm of the gradient; 0: no clipping
     prompt: Text  # what the samples begin with
     samples: NonNegativeInt  # texts to generate in the end
@@ -131,7 +137,10 @@ def generate(engine: Any, tokenizer: PreTrainedTokenizerBase, cfg: Config) -> li
 def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     device = ranks.init(cfg.rank_timeout)
     run = Run(cfg, ds_config, __file__)
-    micro_batch_size, accumulation_steps = ds_config["train_micro_batch_size_per_gpu"], ds_config["gradient_accumulation_steps"]
+    micro_batch_size, accumulation_steps = (
+        ds_config["train_micro_batch_size_per_gpu"],
+        ds_config["gradient_accumulation_steps"],
+    )
 
     # Data: documents to one stream of tokens a split, to blocks.
     splits = load_rows(cfg.dataset, cfg.max_rows, text={"text": cfg.text_column})
@@ -145,7 +154,11 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     run.plan(len(train), splits)
 
     # Model, optimizer, engine.
-    model: Any = load_model(lambda: check_model(cfg, build_model(cfg, len(tokenizer), tokenizer.eos_token_id), tokenizer), ds_config, cfg.seed)
+    model: Any = load_model(
+        lambda: check_model(cfg, build_model(cfg, len(tokenizer), tokenizer.eos_token_id), tokenizer),
+        ds_config,
+        cfg.seed,
+    )
     optimizer = make_adamw(cfg, model, ds_config)
     schedule = make_schedule(cfg, optimizer, run.total_steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
@@ -159,19 +172,27 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     for step in run.steps(done):
         micro_batches = next(batches)  # this rank's share of one optimizer step
         learning_rate = schedule.get_last_lr()[0]
-        labels = ranks.all_sum(torch.stack([(batch["labels"] != IGNORED).sum() for batch in micro_batches]).sum())  # over every rank and micro-batch
+        labels = ranks.all_sum(
+            torch.stack([(batch["labels"] != IGNORED).sum() for batch in micro_batches]).sum()
+        )  # over every rank and micro-batch
         step_loss = torch.zeros((), device=device)
         for batch in micro_batches:
             loss = token_losses(logits_of(engine, batch), batch["labels"]).sum() / labels
-            engine.backward(veto_if_not_finite(loss) * accumulation_steps * ranks.world_size())  # undoes DeepSpeed's two divisions
+            engine.backward(
+                veto_if_not_finite(loss) * accumulation_steps * ranks.world_size()
+            )  # undoes DeepSpeed's two divisions
             engine.step()  # changes the weights after the last micro-batch only
             step_loss += loss.detach()
         run.log_step(step, step_loss, labels, learning_rate, engine.get_global_grad_norm())
         if run.due(step, cfg.eval_every):
-            scores = language_model_scores(engine, validation, micro_batch_size, logits_of, splits["validation"]["text"])
+            scores = language_model_scores(
+                engine, validation, micro_batch_size, logits_of, splits["validation"]["text"]
+            )
             run.log_evaluation(step, "validation", scores)
             checkpoints.score(step, -scores["perplexity"])
-        checkpoints.end_step(step, micro_batches)  # saves when due, or asked to stop; a loss that is not finite has changed no weight
+        checkpoints.end_step(
+            step, micro_batches
+        )  # saves when due, or asked to stop; a loss that is not finite has changed no weight
 
     checkpoints.take_best()
     export(engine, tokenizer, run.folder / "model")

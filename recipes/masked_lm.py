@@ -47,13 +47,22 @@ from lib.scores import baselines, evaluation, inference
 from lib.settings.config import Betas, Seed
 from lib.settings.run_settings import RunSettings
 
-SPECIAL_TOKENS = {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>", "mask_token": AddedToken("<mask>", lstrip=True, special=True)}
+SPECIAL_TOKENS = {
+    "cls_token": "<s>",
+    "sep_token": "</s>",
+    "pad_token": "<pad>",
+    "mask_token": AddedToken("<mask>", lstrip=True, special=True),
+}
 
 
 @dataclass
 class Config(RunSettings):
-    model: str | None  # a folder or hub id to go on training; null: from scratch, as the settings from architecture to num_heads say
-    trust_remote_code: bool  # whether code and pickled weights that come with the model may run; only for sources that you trust
+    model: (
+        str | None
+    )  # a folder or hub id to go on training; null: from scratch, as the settings from architecture to num_heads say
+    trust_remote_code: (
+        bool  # whether code and pickled weights that come with the model may run; only for sources that you trust
+    )
     architecture: str  # transformers' name for it: modernbert, bert, electra, ...
     vocab_size: PositiveInt  # tokens of the byte-level BPE; at least 260
     hidden_size: PositiveInt  # width of the residual stream; a multiple of num_heads
@@ -76,7 +85,9 @@ class Config(RunSettings):
     warmup_steps: NonNegativeInt  # optimizer steps over which the learning rate rises from 0
     weight_decay: NonNegativeFloat  # of matrices and embeddings, not of biases and norms
     adam_betas: Betas  # of AdamW: how much each step keeps of the mean gradient and of the mean squared gradient
-    adam_eps: PositiveFloat  # of AdamW: added to the root of the mean squared gradient, by which the mean gradient is divided
+    adam_eps: (
+        PositiveFloat  # of AdamW: added to the root of the mean squared gradient, by which the mean gradient is divided
+    )
     gradient_clipping: NonNegativeFloat  # highest norm of the gradient; 0: no clipping
     scored_tokens: PositiveInt  # tokens of the validation and of the test documents, drawn at random, that are hidden one at a time for the scores
 
@@ -84,7 +95,9 @@ class Config(RunSettings):
 def build_model(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Module:
     """The encoder with its output layer, whole, in host memory: pre-trained, or at random."""
     if cfg.model is not None:
-        return load_weights(AutoModelForMaskedLM, cfg.model, load_config(cfg.model, 0.0, cfg.trust_remote_code), cfg.trust_remote_code)
+        return load_weights(
+            AutoModelForMaskedLM, cfg.model, load_config(cfg.model, 0.0, cfg.trust_remote_code), cfg.trust_remote_code
+        )
     config = new_config(
         cfg.architecture, AutoModelForMaskedLM, cfg.num_heads, cfg.hidden_size, vocab_size=len(tokenizer), intermediate_size=cfg.intermediate_size,
         num_hidden_layers=cfg.num_layers, max_position_embeddings=cfg.max_length + tokenizer.pad_token_id + 1,  # RoBERTa's positions begin there
@@ -107,7 +120,9 @@ def tokenize(rows: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, max
     inside = max_length - 2
     starts = range(0, len(tokens), inside)
     return {
-        "input_ids": [[tokenizer.cls_token_id, *tokens[start : start + inside], tokenizer.sep_token_id] for start in starts],
+        "input_ids": [
+            [tokenizer.cls_token_id, *tokens[start : start + inside], tokenizer.sep_token_id] for start in starts
+        ],
         "words": [[-1, *words[start : start + inside], -1] for start in starts],
     }
 
@@ -115,12 +130,18 @@ def tokenize(rows: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, max
 def hide(rows: dict[str, Any], tokenizer: PreTrainedTokenizerBase, cfg: Config) -> dict[str, list[np.ndarray]]:
     """Blocks -> input_ids with hidden tokens, and labels: what was there at the chosen ones. A row's draw alone decides."""
     changed: dict[str, list[np.ndarray]] = {"input_ids": [], "labels": []}
-    for ids, words, draw in zip(map(np.array, rows["input_ids"]), map(np.array, rows["words"]), rows["draw"], strict=True):
+    for ids, words, draw in zip(
+        map(np.array, rows["input_ids"]), map(np.array, rows["words"]), rows["draw"], strict=True
+    ):
         random = np.random.default_rng(draw)
-        _, unit = np.unique(words if cfg.whole_words else np.arange(len(ids)), return_inverse=True)  # what is chosen together
+        _, unit = np.unique(
+            words if cfg.whole_words else np.arange(len(ids)), return_inverse=True
+        )  # what is chosen together
         chosen = (random.random(len(ids))[unit] < cfg.mask_rate) & (words >= 0)
         how = random.random(len(ids))
-        masked = np.where(how < 0.8, tokenizer.mask_token_id, np.where(how < 0.9, random.integers(len(tokenizer), size=len(ids)), ids))
+        masked = np.where(
+            how < 0.8, tokenizer.mask_token_id, np.where(how < 0.9, random.integers(len(tokenizer), size=len(ids)), ids)
+        )
         changed["input_ids"].append(np.where(chosen, masked, ids))
         changed["labels"].append(np.where(chosen, ids, IGNORED))
     return changed
@@ -129,7 +150,9 @@ def hide(rows: dict[str, Any], tokenizer: PreTrainedTokenizerBase, cfg: Config) 
 def hide_one(blocks: Dataset, count: int, mask_token_id: int) -> dict[str, list[np.ndarray]]:
     """`count` rows, each a block in which one token, drawn from all, is hidden."""
     places_of = [np.flatnonzero(np.array(words) >= 0) for words in blocks["words"]]
-    places = np.stack([np.repeat(np.arange(len(places_of)), list(map(len, places_of))), np.concatenate(places_of)], axis=1)
+    places = np.stack(
+        [np.repeat(np.arange(len(places_of)), list(map(len, places_of))), np.concatenate(places_of)], axis=1
+    )
     changed: dict[str, list[np.ndarray]] = {"input_ids": [], "labels": []}
     for row, place in np.random.default_rng(0).permutation(places)[:count]:
         ids = np.array(blocks[int(row)]["input_ids"])
@@ -157,13 +180,19 @@ def evaluate(engine: Any, one_hidden: Dataset, collate_hidden: Any, batch_size: 
         return torch.stack([token_losses(logits, labels).sum(1), (logits.argmax(-1) == labels).sum(1)], dim=1).double()
 
     nats, right = inference.for_each_row(engine, one_hidden, collate_hidden, batch_size, sums).sum(0).tolist()
-    return {"pseudo_perplexity": evaluation.perplexity(nats, len(one_hidden)), "masked_accuracy": right / len(one_hidden)}
+    return {
+        "pseudo_perplexity": evaluation.perplexity(nats, len(one_hidden)),
+        "masked_accuracy": right / len(one_hidden),
+    }
 
 
 def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     device = ranks.init(cfg.rank_timeout)
     run = Run(cfg, ds_config, __file__)
-    micro_batch_size, accumulation_steps = ds_config["train_micro_batch_size_per_gpu"], ds_config["gradient_accumulation_steps"]
+    micro_batch_size, accumulation_steps = (
+        ds_config["train_micro_batch_size_per_gpu"],
+        ds_config["gradient_accumulation_steps"],
+    )
 
     # Data: documents to blocks of tokens.
     splits = load_rows(cfg.dataset, cfg.max_rows, text={"text": cfg.text_column})
@@ -172,9 +201,14 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     else:
         tokenizer = load_tokenizer(cfg.model, cfg.max_length, cfg.trust_remote_code)
         if None in (tokenizer.mask_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id):
-            raise UserError(f"model {cfg.model}: its tokenizer has no mask, or no tokens for the ends of a text; take a masked language model")
+            raise UserError(
+                f"model {cfg.model}: its tokenizer has no mask, or no tokens for the ends of a text; take a masked language model"
+            )
     blocks = map_rows(splits, tokenize, tokenizer=tokenizer, max_length=cfg.max_length)
-    one_hidden = {name: Dataset.from_dict(hide_one(blocks[name], cfg.scored_tokens, tokenizer.mask_token_id)) for name in ("validation", "test")}
+    one_hidden = {
+        name: Dataset.from_dict(hide_one(blocks[name], cfg.scored_tokens, tokenizer.mask_token_id))
+        for name in ("validation", "test")
+    }
     collate_hidden = functools.partial(collate, tokenizer=tokenizer)
 
     def hide_and_collate(rows: dict[str, Any]) -> Batch:
@@ -193,17 +227,28 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
 
     checkpoints = Checkpoints(run, engine, schedule)
     done = checkpoints.restore()  # optimizer steps: 0, or those of the checkpoint that --resume found
-    batches = training_batches(blocks["train"], hide_and_collate, cfg.batch_size, micro_batch_size, cfg.seed, device, start=done)
+    batches = training_batches(
+        blocks["train"], hide_and_collate, cfg.batch_size, micro_batch_size, cfg.seed, device, start=done
+    )
     for step in run.steps(done):
         micro_batches = next(batches)  # this rank's share of one optimizer step
         learning_rate = schedule.get_last_lr()[0]
         labels, tokens = ranks.all_sum(  # over every rank and micro-batch
-            torch.stack([torch.stack([(batch["labels"] != IGNORED).sum(), batch["attention_mask"].sum()]) for batch in micro_batches]).sum(0)
+            torch.stack(
+                [
+                    torch.stack([(batch["labels"] != IGNORED).sum(), batch["attention_mask"].sum()])
+                    for batch in micro_batches
+                ]
+            ).sum(0)
         )
         step_loss = torch.zeros((), device=device)
         for batch in micro_batches:
-            loss = token_losses(logits_of(engine, batch), batch["labels"]).sum() / labels.clamp(min=1)  # chance may choose none
-            engine.backward(veto_if_not_finite(loss) * accumulation_steps * ranks.world_size())  # undoes DeepSpeed's two divisions
+            loss = token_losses(logits_of(engine, batch), batch["labels"]).sum() / labels.clamp(
+                min=1
+            )  # chance may choose none
+            engine.backward(
+                veto_if_not_finite(loss) * accumulation_steps * ranks.world_size()
+            )  # undoes DeepSpeed's two divisions
             engine.step()  # changes the weights after the last micro-batch only
             step_loss += loss.detach()
         run.log_step(step, step_loss, tokens, learning_rate, engine.get_global_grad_norm())
@@ -211,14 +256,18 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
             scores = evaluate(engine, one_hidden["validation"], collate_hidden, micro_batch_size)
             run.log_evaluation(step, "validation", scores)
             checkpoints.score(step, -scores["pseudo_perplexity"])
-        checkpoints.end_step(step, micro_batches)  # saves when due, or asked to stop; a loss that is not finite has changed no weight
+        checkpoints.end_step(
+            step, micro_batches
+        )  # saves when due, or asked to stop; a loss that is not finite has changed no weight
 
     checkpoints.take_best()
     export(engine, tokenizer, run.folder / "model")
     scores = evaluate(engine, one_hidden["test"], collate_hidden, micro_batch_size)
     run.log_evaluation(run.total_steps, "test", scores)
     hidden = [next(label for label in labels if label != IGNORED) for labels in one_hidden["test"]["labels"]]
-    text = token_stream(blocks["train"])[token_stream(blocks["train"], "words") >= 0]  # without the marks of the blocks' ends
+    text = token_stream(blocks["train"])[
+        token_stream(blocks["train"], "words") >= 0
+    ]  # without the marks of the blocks' ends
     baseline = baselines.unigram_masked(text, hidden, len(tokenizer))
     run.finish({f"this model, {len(hidden):,} test tokens": scores, "unigram": baseline})
     return {"model": scores, "unigram": baseline}

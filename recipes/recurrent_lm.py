@@ -63,7 +63,9 @@ class Config(RunSettings):
     warmup_steps: NonNegativeInt  # optimizer steps over which the learning rate rises from 0
     weight_decay: NonNegativeFloat  # of matrices and embeddings, not of biases
     adam_betas: Betas  # of AdamW: how much each step keeps of the mean gradient and of the mean squared gradient
-    adam_eps: PositiveFloat  # of AdamW: added to the root of the mean squared gradient, by which the mean gradient is divided
+    adam_eps: (
+        PositiveFloat  # of AdamW: added to the root of the mean squared gradient, by which the mean gradient is divided
+    )
     gradient_clipping: NonNegativeFloat  # highest norm of the gradient; 0: no clipping
 
 
@@ -76,7 +78,9 @@ class RecurrentLM(torch.nn.Module):
         self.embedding = torch.nn.Embedding(config["vocab_size"], config["hidden_size"])
         self.lstm = torch.nn.LSTM(config["hidden_size"], config["hidden_size"], config["num_layers"], batch_first=True)
         self.output = torch.nn.Linear(config["hidden_size"], config["vocab_size"], bias=False)
-        torch.nn.init.normal_(self.embedding.weight, std=config["hidden_size"] ** -0.5)  # so that the first logits are of the order of 1
+        torch.nn.init.normal_(
+            self.embedding.weight, std=config["hidden_size"] ** -0.5
+        )  # so that the first logits are of the order of 1
         self.output.weight = self.embedding.weight
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -93,7 +97,10 @@ def logits_of(engine: Any, batch: Batch) -> torch.Tensor:
 def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     device = ranks.init(cfg.rank_timeout)
     run = Run(cfg, ds_config, __file__)
-    micro_batch_size, accumulation_steps = ds_config["train_micro_batch_size_per_gpu"], ds_config["gradient_accumulation_steps"]
+    micro_batch_size, accumulation_steps = (
+        ds_config["train_micro_batch_size_per_gpu"],
+        ds_config["gradient_accumulation_steps"],
+    )
 
     # Data: documents to one stream of tokens a split, to blocks.
     splits = load_rows(cfg.dataset, cfg.max_rows, text={"text": cfg.text_column})
@@ -119,19 +126,27 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     for step in run.steps(done):
         micro_batches = next(batches)  # this rank's share of one optimizer step
         learning_rate = schedule.get_last_lr()[0]
-        labels = ranks.all_sum(torch.stack([(batch["labels"] != IGNORED).sum() for batch in micro_batches]).sum())  # over every rank and micro-batch
+        labels = ranks.all_sum(
+            torch.stack([(batch["labels"] != IGNORED).sum() for batch in micro_batches]).sum()
+        )  # over every rank and micro-batch
         step_loss = torch.zeros((), device=device)
         for batch in micro_batches:
             loss = token_losses(logits_of(engine, batch), batch["labels"]).sum() / labels
-            engine.backward(veto_if_not_finite(loss) * accumulation_steps * ranks.world_size())  # undoes DeepSpeed's two divisions
+            engine.backward(
+                veto_if_not_finite(loss) * accumulation_steps * ranks.world_size()
+            )  # undoes DeepSpeed's two divisions
             engine.step()  # changes the weights after the last micro-batch only
             step_loss += loss.detach()
         run.log_step(step, step_loss, labels, learning_rate, engine.get_global_grad_norm())
         if run.due(step, cfg.eval_every):
-            scores = language_model_scores(engine, validation, micro_batch_size, logits_of, splits["validation"]["text"])
+            scores = language_model_scores(
+                engine, validation, micro_batch_size, logits_of, splits["validation"]["text"]
+            )
             run.log_evaluation(step, "validation", scores)
             checkpoints.score(step, -scores["perplexity"])
-        checkpoints.end_step(step, micro_batches)  # saves when due, or asked to stop; a loss that is not finite has changed no weight
+        checkpoints.end_step(
+            step, micro_batches
+        )  # saves when due, or asked to stop; a loss that is not finite has changed no weight
 
     checkpoints.take_best()
     export(engine, tokenizer, run.folder / "model")

@@ -54,14 +54,18 @@ from lib.settings.run_settings import RunSettings
 @dataclass
 class Config(RunSettings):
     model: str  # "minilm" (installed with the requirements), a folder, or a Hugging Face hub id
-    trust_remote_code: bool  # whether code and pickled weights that come with the model may run; only for sources that you trust
+    trust_remote_code: (
+        bool  # whether code and pickled weights that come with the model may run; only for sources that you trust
+    )
     dataset: str  # "docstring_pairs" (built in), a file (.jsonl, .csv, .parquet, ...), a folder of them, or a hub id
     query_column: str  # the column with the queries
     document_column: str  # the column with the document that each is to find
     max_rows: PositiveInt | None  # rows to take of each split, drawn at random; null: all
     seed: Seed  # of the order of the rows
     precision: Literal["fp32", "bf16", "fp16"]  # of the forward and backward pass; the optimizer's is always fp32
-    batch_size: PositiveInt  # pairs an optimizer step, over all ranks; a query has the documents of all others as negatives
+    batch_size: (
+        PositiveInt  # pairs an optimizer step, over all ranks; a query has the documents of all others as negatives
+    )
     max_steps: PositiveInt | None  # optimizer steps; null: epochs decide
     epochs: PositiveFloat | None  # passes over the training rows; null: max_steps decide
     max_length: PositiveInt  # tokens; longer texts are truncated and counted
@@ -71,7 +75,9 @@ class Config(RunSettings):
     warmup_steps: NonNegativeInt  # optimizer steps over which the learning rate rises from 0
     weight_decay: NonNegativeFloat  # of matrices and embeddings, not of biases and norms
     adam_betas: Betas  # of AdamW: how much each step keeps of the mean gradient and of the mean squared gradient
-    adam_eps: PositiveFloat  # of AdamW: added to the root of the mean squared gradient, by which the mean gradient is divided
+    adam_eps: (
+        PositiveFloat  # of AdamW: added to the root of the mean squared gradient, by which the mean gradient is divided
+    )
     gradient_clipping: NonNegativeFloat  # highest norm of the gradient; 0: no clipping
     score_before: bool  # whether the model is scored before training too, to compare with
 
@@ -86,7 +92,9 @@ def build_model(cfg: Config) -> torch.nn.Module:
 
 def tokenize(rows: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[Any]]:
     """Columns query and document -> their token ids, what tells texts apart, the length of each and of both together, and whether either was truncated."""
-    queries, documents = (tokenizer(rows[name], truncation=True, max_length=max_length) for name in ("query", "document"))
+    queries, documents = (
+        tokenizer(rows[name], truncation=True, max_length=max_length) for name in ("query", "document")
+    )
     pairs = list(zip(queries.encodings, documents.encodings, strict=True))
     return {
         "query": queries["input_ids"],
@@ -109,7 +117,9 @@ def collate(rows: dict[str, list[Any]], pad_token_id: int) -> Batch:
     """Pairs -> query_input_ids, query_attention_mask [rows, longest query], the same of the documents; identities [rows, 2] of both texts."""
     padded = {name: pad_tokens(rows[name], pad_token_id) for name in ("query", "document")}
     identities = torch.tensor([rows["query_identity"], rows["document_identity"]]).T
-    return {f"{name}_{key}": tensor for name, tensors in padded.items() for key, tensor in tensors.items()} | {"identities": identities}
+    return {f"{name}_{key}": tensor for name, tensors in padded.items() for key, tensor in tensors.items()} | {
+        "identities": identities
+    }
 
 
 def embed(engine: Any, batch: Batch, name: str) -> torch.Tensor:
@@ -125,7 +135,9 @@ def embed_pairs(engine: Any, batch: Batch) -> torch.Tensor:
     return torch.stack([embed(engine, batch, "query"), embed(engine, batch, "document")], dim=1)
 
 
-def contrastive_loss(queries: torch.Tensor, documents: torch.Tensor, identities: torch.Tensor, temperature: float) -> torch.Tensor:
+def contrastive_loss(
+    queries: torch.Tensor, documents: torch.Tensor, identities: torch.Tensor, temperature: float
+) -> torch.Tensor:
     """The mean cross entropy of each query's own document, the one in the same row, among it and those that are wrong answers.
 
     Both: [rows, dims]; identities: [rows, 2] of queries and documents.
@@ -137,26 +149,37 @@ def contrastive_loss(queries: torch.Tensor, documents: torch.Tensor, identities:
     return F.cross_entropy(scores, torch.arange(len(queries), device=queries.device))
 
 
-def evaluate(engine: Any, split: Dataset, tokenized: Dataset, collate_rows: Any, batch_size: int) -> tuple[dict[str, float], list[str], torch.Tensor]:
+def evaluate(
+    engine: Any, split: Dataset, tokenized: Dataset, collate_rows: Any, batch_size: int
+) -> tuple[dict[str, float], list[str], torch.Tensor]:
     """(scores of all queries of a split against all of its documents, those documents, their vectors)."""
 
     def vectors_of(name: str, rows: Dataset) -> torch.Tensor:
-        return inference.for_each_row(engine, rows, collate_rows, batch_size, lambda batch: embed(engine, batch, name), rows[f"{name}_length"])
+        return inference.for_each_row(
+            engine, rows, collate_rows, batch_size, lambda batch: embed(engine, batch, name), rows[f"{name}_length"]
+        )
 
     corpus = Corpus(split["query"], split["document"])
     queries = vectors_of("query", tokenized.select(corpus.query_rows))
     documents = vectors_of("document", tokenized.select(corpus.document_rows))
-    ranking = torch.cat([(part @ documents.T).topk(min(DEPTH, len(documents))).indices for part in torch.split(queries, 1024)])
+    ranking = torch.cat(
+        [(part @ documents.T).topk(min(DEPTH, len(documents))).indices for part in torch.split(queries, 1024)]
+    )
     return evaluation.retrieval_scores(ranking.cpu().numpy(), corpus.relevant), corpus.documents, documents
 
 
 def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     device = ranks.init(cfg.rank_timeout)
     run = Run(cfg, ds_config, __file__)
-    micro_batch_size, accumulation_steps = ds_config["train_micro_batch_size_per_gpu"], ds_config["gradient_accumulation_steps"]
+    micro_batch_size, accumulation_steps = (
+        ds_config["train_micro_batch_size_per_gpu"],
+        ds_config["gradient_accumulation_steps"],
+    )
 
     # Data: queries and documents to token ids.
-    splits = load_rows(cfg.dataset, cfg.max_rows, text={"document": cfg.document_column, "query": cfg.query_column})  # a document is in one split
+    splits = load_rows(
+        cfg.dataset, cfg.max_rows, text={"document": cfg.document_column, "query": cfg.query_column}
+    )  # a document is in one split
     tokenizer = load_tokenizer(cfg.model, cfg.max_length, cfg.trust_remote_code)
     tokenized = map_rows(splits, tokenize, tokenizer=tokenizer, max_length=cfg.max_length)
     train = tokenized["train"]
@@ -171,7 +194,11 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     repair_stage0(engine)
     run.attach(engine)
     truncated = sum(train["truncated"])
-    run.header(model, {name: len(rows) for name, rows in tokenized.items()}, [f"{truncated:,} training pairs truncated"] if truncated else [])
+    run.header(
+        model,
+        {name: len(rows) for name, rows in tokenized.items()},
+        [f"{truncated:,} training pairs truncated"] if truncated else [],
+    )
     test = splits["test"]
     beside = {"BM25": ranks.on_rank0(lambda: Corpus(test["query"], test["document"]).bm25_scores())}
     if cfg.score_before:
@@ -179,11 +206,15 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
 
     checkpoints = Checkpoints(run, engine, schedule)
     done = checkpoints.restore()  # optimizer steps: 0, or those of the checkpoint that --resume found
-    batches = training_batches(train, collate_rows, cfg.batch_size, micro_batch_size, cfg.seed, device, train["length"], start=done)
+    batches = training_batches(
+        train, collate_rows, cfg.batch_size, micro_batch_size, cfg.seed, device, train["length"], start=done
+    )
     for step in run.steps(done):
         micro_batches = next(batches)  # this rank's share of one optimizer step
         learning_rate = schedule.get_last_lr()[0]
-        masks = [batch[name].sum() for batch in micro_batches for name in ("query_attention_mask", "document_attention_mask")]
+        masks = [
+            batch[name].sum() for batch in micro_batches for name in ("query_attention_mask", "document_attention_mask")
+        ]
         tokens = ranks.all_sum(torch.stack(masks).sum())  # of all ranks
         # The vectors of the whole step, on every rank; the loss, and its gradient by each of them.
         with torch.set_grad_enabled(accumulation_steps == 1):
@@ -197,14 +228,20 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
         for batch, own_gradient in zip(micro_batches, own_gradients, strict=True):
             pairs = vectors[0] if accumulation_steps == 1 else embed_pairs(engine, batch)
             surrogate = (pairs * own_gradient).sum()  # whose gradient by the weights is the loss's
-            engine.backward(veto_if_not_finite(surrogate) * accumulation_steps * ranks.world_size())  # undoes DeepSpeed's two divisions
+            engine.backward(
+                veto_if_not_finite(surrogate) * accumulation_steps * ranks.world_size()
+            )  # undoes DeepSpeed's two divisions
             engine.step()  # changes the weights after the last micro-batch only
         run.log_step(step, loss.detach() / ranks.world_size(), tokens, learning_rate, engine.get_global_grad_norm())
         if run.due(step, cfg.eval_every):
-            scores, _, _ = evaluate(engine, splits["validation"], tokenized["validation"], collate_rows, micro_batch_size)
+            scores, _, _ = evaluate(
+                engine, splits["validation"], tokenized["validation"], collate_rows, micro_batch_size
+            )
             run.log_evaluation(step, "validation", scores)
             checkpoints.score(step, scores["ndcg_at_10"])
-        checkpoints.end_step(step, micro_batches)  # saves when due, or asked to stop; a loss that is not finite has changed no weight
+        checkpoints.end_step(
+            step, micro_batches
+        )  # saves when due, or asked to stop; a loss that is not finite has changed no weight
 
     checkpoints.take_best()
     export(engine, tokenizer, run.folder / "model")

@@ -47,7 +47,9 @@ from lib.settings.run_settings import RunSettings
 @dataclass
 class Config(RunSettings):
     model: str  # "minilm" (installed with the requirements), a folder, or a Hugging Face hub id
-    trust_remote_code: bool  # whether code and pickled weights that come with the model may run; only for sources that you trust
+    trust_remote_code: (
+        bool  # whether code and pickled weights that come with the model may run; only for sources that you trust
+    )
     dataset: str  # "docstrings" (built in), a file (.jsonl, .csv, .parquet, ...), a folder of them, or a hub id
     text_column: str  # the column to read
     label_column: str  # the column to predict; text, whole numbers, true or false
@@ -63,7 +65,9 @@ class Config(RunSettings):
     warmup_steps: NonNegativeInt  # optimizer steps over which the learning rate rises from 0
     weight_decay: NonNegativeFloat  # of matrices and embeddings, not of biases and norms
     adam_betas: Betas  # of AdamW: how much each step keeps of the mean gradient and of the mean squared gradient
-    adam_eps: PositiveFloat  # of AdamW: added to the root of the mean squared gradient, by which the mean gradient is divided
+    adam_eps: (
+        PositiveFloat  # of AdamW: added to the root of the mean squared gradient, by which the mean gradient is divided
+    )
     gradient_clipping: NonNegativeFloat  # highest norm of the gradient; 0: no clipping
     dropout: Probability  # of every dropout in the model; above 0, the losses depend on the number of ranks
     num_layers: PositiveInt | None  # keep only the first layers of the encoder; null: all
@@ -82,12 +86,20 @@ def build_model(cfg: Config, label_names: list[str], pad_token_id: int) -> torch
     )
     if cfg.num_layers is not None:
         if cfg.num_layers > config.num_hidden_layers:
-            raise UserError(f"num_layers is {cfg.num_layers}, but the model has {config.num_hidden_layers} layers; set --num_layers null to keep all")
+            raise UserError(
+                f"num_layers is {cfg.num_layers}, but the model has {config.num_hidden_layers} layers; set --num_layers null to keep all"
+            )
         config.num_hidden_layers = cfg.num_layers
-        for of_each in ("layer_types", "mlp_layer_types", "attention_window"):  # where an architecture has layers of several kinds
+        for of_each in (
+            "layer_types",
+            "mlp_layer_types",
+            "attention_window",
+        ):  # where an architecture has layers of several kinds
             if isinstance(getattr(config, of_each, None), list):
                 setattr(config, of_each, getattr(config, of_each)[: cfg.num_layers])
-    return load_weights(AutoModelForSequenceClassification, cfg.model, config, cfg.trust_remote_code, ignore_mismatched_sizes=True)
+    return load_weights(
+        AutoModelForSequenceClassification, cfg.model, config, cfg.trust_remote_code, ignore_mismatched_sizes=True
+    )
 
 
 def tokenize(rows: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[Any]]:
@@ -113,14 +125,19 @@ def logits_of(engine: Any, batch: Batch) -> torch.Tensor:
 
 def evaluate(engine: Any, rows: Dataset, collate_rows: Any, batch_size: int) -> dict[str, float]:
     """Accuracy and macro-F1 over all rows."""
-    predicted = inference.for_each_row(engine, rows, collate_rows, batch_size, lambda batch: logits_of(engine, batch).argmax(-1), rows["length"])
+    predicted = inference.for_each_row(
+        engine, rows, collate_rows, batch_size, lambda batch: logits_of(engine, batch).argmax(-1), rows["length"]
+    )
     return evaluation.classification_scores(rows["labels"], predicted.tolist())
 
 
 def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     device = ranks.init(cfg.rank_timeout)
     run = Run(cfg, ds_config, __file__)
-    micro_batch_size, accumulation_steps = ds_config["train_micro_batch_size_per_gpu"], ds_config["gradient_accumulation_steps"]
+    micro_batch_size, accumulation_steps = (
+        ds_config["train_micro_batch_size_per_gpu"],
+        ds_config["gradient_accumulation_steps"],
+    )
 
     # Data: texts and labels to token ids.
     splits = load_rows(cfg.dataset, cfg.max_rows, text={"text": cfg.text_column}, label={"label": cfg.label_column})
@@ -147,15 +164,21 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
 
     checkpoints = Checkpoints(run, engine, schedule)
     done = checkpoints.restore()  # optimizer steps: 0, or those of the checkpoint that --resume found
-    batches = training_batches(train, collate_rows, cfg.batch_size, micro_batch_size, cfg.seed, device, train["length"], start=done)
+    batches = training_batches(
+        train, collate_rows, cfg.batch_size, micro_batch_size, cfg.seed, device, train["length"], start=done
+    )
     for step in run.steps(done):
         micro_batches = next(batches)  # this rank's share of one optimizer step
         learning_rate = schedule.get_last_lr()[0]
-        tokens = ranks.all_sum(torch.stack([batch["attention_mask"].sum() for batch in micro_batches]).sum())  # of all ranks
+        tokens = ranks.all_sum(
+            torch.stack([batch["attention_mask"].sum() for batch in micro_batches]).sum()
+        )  # of all ranks
         step_loss = torch.zeros((), device=device)
         for batch in micro_batches:
             loss = F.cross_entropy(logits_of(engine, batch), batch["labels"], reduction="sum") / cfg.batch_size
-            engine.backward(veto_if_not_finite(loss) * accumulation_steps * ranks.world_size())  # undoes DeepSpeed's two divisions
+            engine.backward(
+                veto_if_not_finite(loss) * accumulation_steps * ranks.world_size()
+            )  # undoes DeepSpeed's two divisions
             engine.step()  # changes the weights after the last micro-batch only
             step_loss += loss.detach()
         run.log_step(step, step_loss, tokens, learning_rate, engine.get_global_grad_norm())
@@ -163,7 +186,9 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
             scores = evaluate(engine, validation, collate_rows, micro_batch_size)
             run.log_evaluation(step, "validation", scores)
             checkpoints.score(step, scores["macro_f1"])
-        checkpoints.end_step(step, micro_batches)  # saves when due, or asked to stop; a loss that is not finite has changed no weight
+        checkpoints.end_step(
+            step, micro_batches
+        )  # saves when due, or asked to stop; a loss that is not finite has changed no weight
 
     checkpoints.take_best()
     export(engine, tokenizer, run.folder / "model")

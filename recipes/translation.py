@@ -33,7 +33,15 @@ from lib.distributed.export import export
 from lib.distributed.loading import load_model
 from lib.distributed.optimizer import make_adamw, make_schedule
 from lib.distributed.repairs import repair_stage0, veto_if_not_finite
-from lib.models.encoder_decoder import build_model, collator, load_tokenizers, logits_of, pair_notes, pretrained_parameters, tokenize_pairs
+from lib.models.encoder_decoder import (
+    build_model,
+    collator,
+    load_tokenizers,
+    logits_of,
+    pair_notes,
+    pretrained_parameters,
+    tokenize_pairs,
+)
 from lib.models.losses import token_losses
 from lib.run.checkpoints import Checkpoints
 from lib.run.cli import cli
@@ -48,10 +56,16 @@ from lib.settings.run_settings import RunSettings
 @dataclass
 class Config(RunSettings):
     model: str | None  # "minilm", a folder or a hub id: an encoder or an encoder-decoder; null: from scratch
-    decoder: str | None  # with an encoder as the model: "minilm", a folder or a hub id, whose weights its decoder starts from; null: a new one
-    trust_remote_code: bool  # whether code and pickled weights that come with the model may run; only for sources that you trust
+    decoder: (
+        str | None
+    )  # with an encoder as the model: "minilm", a folder or a hub id, whose weights its decoder starts from; null: a new one
+    trust_remote_code: (
+        bool  # whether code and pickled weights that come with the model may run; only for sources that you trust
+    )
     vocab_size: PositiveInt  # tokens of the BPE that is learned, unless the model or the decoder has one for its output; at least 259
-    hidden_size: PositiveInt  # width of what starts from scratch; a multiple of num_heads, and of twice that if all does
+    hidden_size: (
+        PositiveInt  # width of what starts from scratch; a multiple of num_heads, and of twice that if all does
+    )
     intermediate_size: PositiveInt  # width inside its MLPs
     num_layers: PositiveInt  # its layers: of the decoder, and of the encoder if that starts from scratch, too
     num_heads: PositiveInt  # its attention heads
@@ -68,12 +82,16 @@ class Config(RunSettings):
     max_target_length: Annotated[int, Field(ge=2)]  # tokens, also of what is generated
     label_smoothing: Probability  # share of the probability that is spread over the vocabulary
     learning_rate: PositiveFloat  # of all but the weights that `model` brings; the highest, after the warm-up
-    pretrained_learning_rate: NonNegativeFloat  # of the weights that `model` brings; 0: they are frozen, which takes less time
+    pretrained_learning_rate: (
+        NonNegativeFloat  # of the weights that `model` brings; 0: they are frozen, which takes less time
+    )
     lr_schedule: Literal["linear", "cosine", "constant"]  # what the learning rate does after the warm-up
     warmup_steps: NonNegativeInt  # optimizer steps over which the learning rate rises from 0
     weight_decay: NonNegativeFloat  # of matrices and embeddings, not of biases and norms
     adam_betas: Betas  # of AdamW: how much each step keeps of the mean gradient and of the mean squared gradient
-    adam_eps: PositiveFloat  # of AdamW: added to the root of the mean squared gradient, by which the mean gradient is divided
+    adam_eps: (
+        PositiveFloat  # of AdamW: added to the root of the mean squared gradient, by which the mean gradient is divided
+    )
     gradient_clipping: NonNegativeFloat  # highest norm of the gradient; 0: no clipping
     beams: PositiveInt  # of the beam search; 1: greedy
     length_penalty: LengthPenalty  # of a beam search: the higher, the longer its texts; 1: those with the highest mean log probability of a token
@@ -83,7 +101,10 @@ class Config(RunSettings):
 def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     device = ranks.init(cfg.rank_timeout)
     run = Run(cfg, ds_config, __file__)
-    micro_batch_size, accumulation_steps = ds_config["train_micro_batch_size_per_gpu"], ds_config["gradient_accumulation_steps"]
+    micro_batch_size, accumulation_steps = (
+        ds_config["train_micro_batch_size_per_gpu"],
+        ds_config["gradient_accumulation_steps"],
+    )
 
     # Data: pairs of texts to token ids.
     splits = load_rows(cfg.dataset, cfg.max_rows, text={"source": cfg.source_column, "target": cfg.target_column})
@@ -91,7 +112,9 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     check_bleu_tokenizer(cfg.bleu_tokenizer, texts[1])
     source_tokenizer, target_tokenizer = load_tokenizers(cfg, *texts)
     lengths = {"max_source_length": cfg.max_source_length, "max_target_length": cfg.max_target_length}
-    tokenized = map_rows(splits, tokenize_pairs, source_tokenizer=source_tokenizer, target_tokenizer=target_tokenizer, **lengths)
+    tokenized = map_rows(
+        splits, tokenize_pairs, source_tokenizer=source_tokenizer, target_tokenizer=target_tokenizer, **lengths
+    )
     train = tokenized["train"]
     run.plan(len(train), splits)
 
@@ -108,22 +131,35 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
 
     def evaluate(split: str) -> tuple[dict[str, float], list[str]]:
         translations = generate_texts(
-            engine, tokenized[split], collate, micro_batch_size, target_tokenizer, cfg.max_target_length, cfg.beams, cfg.length_penalty
+            engine,
+            tokenized[split],
+            collate,
+            micro_batch_size,
+            target_tokenizer,
+            cfg.max_target_length,
+            cfg.beams,
+            cfg.length_penalty,
         )
         return translation_scores(translations, splits[split]["target"], cfg.bleu_tokenizer), translations
 
     checkpoints = Checkpoints(run, engine, schedule)
     done = checkpoints.restore()  # optimizer steps: 0, or those of the checkpoint that --resume found
-    batches = training_batches(train, collate, cfg.batch_size, micro_batch_size, cfg.seed, device, train["length"], start=done)
+    batches = training_batches(
+        train, collate, cfg.batch_size, micro_batch_size, cfg.seed, device, train["length"], start=done
+    )
     for step in run.steps(done):
         micro_batches = next(batches)  # this rank's share of one optimizer step
         learning_rate = schedule.get_last_lr()[0]
-        counts = [torch.stack([(batch["labels"] != IGNORED).sum(), batch["attention_mask"].sum()]) for batch in micro_batches]
+        counts = [
+            torch.stack([(batch["labels"] != IGNORED).sum(), batch["attention_mask"].sum()]) for batch in micro_batches
+        ]
         labels, sources = ranks.all_sum(torch.stack(counts).sum(0))  # tokens over every rank and micro-batch
         step_loss = torch.zeros((), device=device)
         for batch in micro_batches:
             loss = token_losses(logits_of(engine, batch), batch["labels"], cfg.label_smoothing).sum() / labels
-            engine.backward(veto_if_not_finite(loss) * accumulation_steps * ranks.world_size())  # undoes DeepSpeed's two divisions
+            engine.backward(
+                veto_if_not_finite(loss) * accumulation_steps * ranks.world_size()
+            )  # undoes DeepSpeed's two divisions
             engine.step()  # changes the weights after the last micro-batch only
             step_loss += loss.detach()
         run.log_step(step, step_loss, labels + sources, learning_rate, engine.get_global_grad_norm())
@@ -131,7 +167,9 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
             scores, _ = evaluate("validation")
             run.log_evaluation(step, "validation", scores)
             checkpoints.score(step, scores["bleu"])
-        checkpoints.end_step(step, micro_batches)  # saves when due, or asked to stop; a loss that is not finite has changed no weight
+        checkpoints.end_step(
+            step, micro_batches
+        )  # saves when due, or asked to stop; a loss that is not finite has changed no weight
 
     checkpoints.take_best()
     export(engine, source_tokenizer, run.folder / "model", target_tokenizer)

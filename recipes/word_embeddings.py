@@ -72,7 +72,9 @@ class Config(RunSettings):
     warmup_steps: NonNegativeInt  # optimizer steps over which the learning rate rises from 0
     weight_decay: NonNegativeFloat  # of all vectors
     adam_betas: Betas  # of AdamW: how much each step keeps of the mean gradient and of the mean squared gradient
-    adam_eps: PositiveFloat  # of AdamW: added to the root of the mean squared gradient, by which the mean gradient is divided
+    adam_eps: (
+        PositiveFloat  # of AdamW: added to the root of the mean squared gradient, by which the mean gradient is divided
+    )
     gradient_clipping: NonNegativeFloat  # highest norm of the gradient; 0: no clipping
     neighbours_of: str  # words, with spaces between them, whose nearest neighbours are shown in the end
 
@@ -92,7 +94,9 @@ class WordVectors(torch.nn.Module):
 
     def forward(self, words: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
         scores = torch.einsum("rd,rkd->rk", self.vectors(words), self.contexts(others))
-        return scores + self.biases(words) + self.context_biases(others).squeeze(-1) if self.config["biases"] else scores
+        return (
+            scores + self.biases(words) + self.context_biases(others).squeeze(-1) if self.config["biases"] else scores
+        )
 
 
 def words_of(text: str) -> list[str]:
@@ -129,10 +133,18 @@ class SkipGrams:
         beside = (np.abs(self.offsets) <= reach) & (rows["around"] >= 0)
         pairs = beside.sum(1, keepdims=True)
         others = np.concatenate([rows["around"].clip(min=0), np.searchsorted(self.noise, random[:, 1:])], axis=1)
-        weight = np.concatenate([beside, np.repeat(pairs, self.cfg.negatives, axis=1)], axis=1)  # random words stand for those of each pair
+        weight = np.concatenate(
+            [beside, np.repeat(pairs, self.cfg.negatives, axis=1)], axis=1
+        )  # random words stand for those of each pair
         target = np.zeros(others.shape, np.float32)
         target[:, : len(self.offsets)] = 1
-        arrays = {"words": rows["words"], "others": others, "target": target, "weight": weight.astype(np.float32), "pairs": pairs}
+        arrays = {
+            "words": rows["words"],
+            "others": others,
+            "target": target,
+            "weight": weight.astype(np.float32),
+            "pairs": pairs,
+        }
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def loss(self, scores: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -151,20 +163,34 @@ class Cooccurrences:
             first, second = stream[:-distance][both], stream[distance:][both]
             found += scipy.sparse.csr_array((np.full(len(first), 1 / distance), (first, second)), shape=found.shape)
         pairs = (found + found.T).tocoo()
-        self.words, self.others, self.together = pairs.row.astype(np.int64), pairs.col.astype(np.int64), pairs.data.astype(np.float32)
+        self.words, self.others, self.together = (
+            pairs.row.astype(np.int64),
+            pairs.col.astype(np.int64),
+            pairs.data.astype(np.float32),
+        )
         self.cfg = cfg
 
     def __len__(self) -> int:
         return len(self.words)
 
     def __getitem__(self, numbers: list[int]) -> dict[str, np.ndarray]:
-        return {"words": self.words[numbers], "others": self.others[numbers, None], "together": self.together[numbers, None]}
+        return {
+            "words": self.words[numbers],
+            "others": self.others[numbers, None],
+            "together": self.together[numbers, None],
+        }
 
     def collate(self, rows: dict[str, np.ndarray]) -> Batch:
         """words [rows], others [rows, 1], and of each pair the target log X, the weight f(X), and that it is one pair."""
         together = rows["together"]
         weight = np.minimum(1, (together / self.cfg.x_max) ** 0.75)
-        arrays = {"words": rows["words"], "others": rows["others"], "target": np.log(together), "weight": weight, "pairs": np.ones_like(rows["others"])}
+        arrays = {
+            "words": rows["words"],
+            "others": rows["others"],
+            "target": np.log(together),
+            "weight": weight,
+            "pairs": np.ones_like(rows["others"]),
+        }
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def loss(self, scores: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -187,20 +213,31 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     if cfg.keep_best:
         raise UserError("keep_best is true, but word vectors have no validation scores to choose by; set it to false")
     run = Run(cfg, ds_config, __file__)
-    micro_batch_size, accumulation_steps = ds_config["train_micro_batch_size_per_gpu"], ds_config["gradient_accumulation_steps"]
+    micro_batch_size, accumulation_steps = (
+        ds_config["train_micro_batch_size_per_gpu"],
+        ds_config["gradient_accumulation_steps"],
+    )
 
     # Data: documents of all splits (the ratings are the test) to numbers of words, the most frequent first.
     splits = load_rows(cfg.dataset, cfg.max_rows, text={"text": cfg.text_column})
     texts = [words_of(text) for rows in splits.values() for text in rows["text"]]
-    found = [(word, count) for word, count in Counter(word for text in texts for word in text).most_common() if count >= cfg.min_count]
+    found = [
+        (word, count)
+        for word, count in Counter(word for text in texts for word in text).most_common()
+        if count >= cfg.min_count
+    ]
     words, counts = [word for word, _ in found], np.array([count for _, count in found])
     number = {word: place for place, word in enumerate(words)}
     documents = [np.array([number[word] for word in text if word in number], dtype=np.int64) for text in texts]
     if len(words) < 2:
-        raise UserError(f"dataset {cfg.dataset}: {len(words)} words occur {cfg.min_count} times or more; set a smaller --min_count, or give more text")
+        raise UserError(
+            f"dataset {cfg.dataset}: {len(words)} words occur {cfg.min_count} times or more; set a smaller --min_count, or give more text"
+        )
     rows = (Cooccurrences if cfg.method == "glove" else SkipGrams)(documents, counts, cfg)
     if not len(rows):
-        raise UserError(f"dataset {cfg.dataset}: no words are left beside each other; set a larger --subsample or a smaller --min_count, or give more text")
+        raise UserError(
+            f"dataset {cfg.dataset}: no words are left beside each other; set a larger --subsample or a smaller --min_count, or give more text"
+        )
     run.plan(len(rows), splits)
 
     # Model, optimizer, engine.
@@ -220,19 +257,29 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     for step in run.steps(done):
         micro_batches = next(batches)  # this rank's share of one optimizer step
         learning_rate = schedule.get_last_lr()[0]
-        pairs = ranks.all_sum(torch.stack([batch["pairs"].sum() for batch in micro_batches]).sum())  # over every rank and micro-batch
+        pairs = ranks.all_sum(
+            torch.stack([batch["pairs"].sum() for batch in micro_batches]).sum()
+        )  # over every rank and micro-batch
         step_loss = torch.zeros((), device=device)
         for batch in micro_batches:
             loss = rows.loss(engine(words=batch["words"], others=batch["others"]).float(), batch) / pairs.clamp(min=1)
-            engine.backward(veto_if_not_finite(loss) * accumulation_steps * ranks.world_size())  # undoes DeepSpeed's two divisions
+            engine.backward(
+                veto_if_not_finite(loss) * accumulation_steps * ranks.world_size()
+            )  # undoes DeepSpeed's two divisions
             engine.step()  # changes the weights after the last micro-batch only
             step_loss += loss.detach()
         run.log_step(step, step_loss, pairs, learning_rate, engine.get_global_grad_norm())
         if run.due(step, cfg.eval_every):
-            run.log_evaluation(step, "ratings", evaluation.similarity_scores(words, trained_vectors(engine, cfg.method)))
-        checkpoints.end_step(step, micro_batches)  # saves when due, or asked to stop; a loss that is not finite has changed no weight
+            run.log_evaluation(
+                step, "ratings", evaluation.similarity_scores(words, trained_vectors(engine, cfg.method))
+            )
+        checkpoints.end_step(
+            step, micro_batches
+        )  # saves when due, or asked to stop; a loss that is not finite has changed no weight
 
-    words_per_second = sum(map(len, texts)) * (run.total_steps - done) * cfg.batch_size / len(rows) / max(run.step_seconds, 1e-9)  # resumed at its end: 0
+    words_per_second = (
+        sum(map(len, texts)) * (run.total_steps - done) * cfg.batch_size / len(rows) / max(run.step_seconds, 1e-9)
+    )  # resumed at its end: 0
     from gensim.models import KeyedVectors  # here: it takes a second, which the first step need not wait for
 
     export(engine, None, run.folder / "model")
@@ -245,10 +292,16 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     for word in cfg.neighbours_of.split():
         if word in number:
             run.say(f"nearest  {word}: {', '.join(near for near, _ in keyed.similar_by_word(word, 8))}")
-    gensim = functools.partial(baselines.gensim_word2vec, texts, cfg.dimensions, cfg.window, cfg.negatives, cfg.min_count)
-    passes = max(1, round(run.total_steps * cfg.batch_size / len(rows))) if cfg.method == "skip_gram" else 5  # GloVe's are not over the text
+    gensim = functools.partial(
+        baselines.gensim_word2vec, texts, cfg.dimensions, cfg.window, cfg.negatives, cfg.min_count
+    )
+    passes = (
+        max(1, round(run.total_steps * cfg.batch_size / len(rows))) if cfg.method == "skip_gram" else 5
+    )  # GloVe's are not over the text
     names, beside, speed = ranks.on_rank0(lambda: gensim(passes, cfg.subsample, cfg.seed))
-    run.say(f"speed    {words_per_second:,.0f} words/s on {ranks.world_size()} ranks; gensim {speed:,.0f} on one thread")
+    run.say(
+        f"speed    {words_per_second:,.0f} words/s on {ranks.world_size()} ranks; gensim {speed:,.0f} on one thread"
+    )
     baseline = evaluation.similarity_scores(names, beside)
     run.finish({f"this model, {len(words):,} words": scores, f"gensim's word2vec, {passes} epochs": baseline})
     return {"model": scores, "gensim": baseline}

@@ -24,7 +24,9 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ["PYTHONPATH"] = os.pathsep.join(map(str, [ROOT, ROOT / "tests", *(ROOT / "tests").iterdir()]))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # these tests run on the CPU, with or without a GPU
 os.environ["HF_HUB_OFFLINE"] = "1"  # and need no network
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes what it runs in the background, and all that this starts, ignore Ctrl-C
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell makes what it runs in the background, and all that this starts, ignore Ctrl-C
 
 ALL = "TEST_ALL" in os.environ  # ./launch.sh test --all
 CONFIGS = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]  # that every recipe has
@@ -34,7 +36,14 @@ MEASURED: list[str] = []  # figures that tests found, shown at the end
 
 
 # Seconds on 2 quiet cores. Of test_exports.py and test_recipes.py, the first one runs the contract for both.
-BUDGETS = {"test_exports.py": 330, "test_recipes.py": 330, "test_launch.py": 180, "test_compare.py": 160, "test_checkpoints.py": 100, "test_generation.py": 40}
+BUDGETS = {
+    "test_exports.py": 330,
+    "test_recipes.py": 330,
+    "test_launch.py": 180,
+    "test_compare.py": 160,
+    "test_checkpoints.py": 100,
+    "test_generation.py": 40,
+}
 BUDGET = 30  # of the other files
 SECONDS: dict[str, float] = {}  # of each file
 
@@ -51,7 +60,11 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             terminalreporter.line(line)
     terminalreporter.section("seconds of each file")
     for file, seconds in sorted(SECONDS.items(), key=lambda found: -found[1]):
-        over = "" if ALL or seconds <= BUDGETS.get(file, BUDGET) else f"  WARNING: above its budget of {BUDGETS.get(file, BUDGET)} s"
+        over = (
+            ""
+            if ALL or seconds <= BUDGETS.get(file, BUDGET)
+            else f"  WARNING: above its budget of {BUDGETS.get(file, BUDGET)} s"
+        )
         terminalreporter.line(f"{seconds:7.1f}  {file}{over}")
 
 
@@ -66,7 +79,9 @@ def one_rank() -> Iterator[None]:
     ranks._cpu_group.cache_clear()
 
 
-def execute(command: list[Any], cwd: Path = ROOT, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess[str]:
+def execute(
+    command: list[Any], cwd: Path = ROOT, timeout: float = 600, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run a command in a process group of its own, and end the whole group at the timeout."""
     process = subprocess.Popen(
         [str(part) for part in command], cwd=cwd, env=os.environ | environment, text=True, start_new_session=True, stdin=subprocess.DEVNULL,
@@ -90,7 +105,9 @@ def free_port() -> int:
 # Ranks are forked from one process that has imported what takes seconds. DeepSpeed's launcher, which starts each of them anew, is tested by
 # test_launch.py, test_compare.py and by hand.
 RANKS = multiprocessing.get_context("forkserver")
-RANKS.set_forkserver_preload(["deepspeed", "transformers", "datasets", "sklearn", "deepspeed.runtime.zero.stage3", "contract_worker"])
+RANKS.set_forkserver_preload(
+    ["deepspeed", "transformers", "datasets", "sklearn", "deepspeed.runtime.zero.stage3", "contract_worker"]
+)
 
 
 def _rank(worker: str, arguments: tuple[str, ...], log: Path, environment: dict[str, str]) -> None:
@@ -99,7 +116,10 @@ def _rank(worker: str, arguments: tuple[str, ...], log: Path, environment: dict[
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    sys.stdout, sys.stderr = os.fdopen(os.dup(1), "w", buffering=1), os.fdopen(os.dup(2), "w", buffering=1)  # a run sends fd 1 and 2 to its own log
+    sys.stdout, sys.stderr = (
+        os.fdopen(os.dup(1), "w", buffering=1),
+        os.fdopen(os.dup(2), "w", buffering=1),
+    )  # a run sends fd 1 and 2 to its own log
     errors = sys.stderr  # which a run replaces too
     from lib.run import cli
 
@@ -117,13 +137,23 @@ def run_ranks(world_size: int, worker: str, *arguments: Any, timeout: float = 60
     An AssertionError with what they printed where a rank fails.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")  # the ranks share the cores; and a process can be forked only before OpenMP has started threads
+        patch.setenv(
+            "OMP_NUM_THREADS", "1"
+        )  # the ranks share the cores; and a process can be forked only before OpenMP has started threads
         multiprocessing.forkserver.ensure_running()
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / str(rank) for rank in range(world_size)]
-        together = {"WORLD_SIZE": str(world_size), "LOCAL_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        together = {
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }
         processes = [
-            RANKS.Process(target=_rank, args=(worker, tuple(map(str, arguments)), log, together | {"RANK": str(rank), "LOCAL_RANK": str(rank)}))
+            RANKS.Process(
+                target=_rank,
+                args=(worker, tuple(map(str, arguments)), log, together | {"RANK": str(rank), "LOCAL_RANK": str(rank)}),
+            )
             for rank, log in enumerate(logs)
         ]
         for process in processes:
@@ -135,14 +165,32 @@ def run_ranks(world_size: int, worker: str, *arguments: Any, timeout: float = 60
                 for process in processes:
                     process.join(5 if failed else 0)  # the others notice it, and say what they see
                     process.kill()
-            multiprocessing.connection.wait([process.sentinel for process in processes if process.exitcode is None], timeout=1)
-        problems = [f"rank {rank}: {log.read_text()[-4000:]}" for rank, (process, log) in enumerate(zip(processes, logs, strict=True)) if process.exitcode]
+            multiprocessing.connection.wait(
+                [process.sentinel for process in processes if process.exitcode is None], timeout=1
+            )
+        problems = [
+            f"rank {rank}: {log.read_text()[-4000:]}"
+            for rank, (process, log) in enumerate(zip(processes, logs, strict=True))
+            if process.exitcode
+        ]
         assert not problems, "\n".join(problems)
         return logs[0].read_text()
 
 
 def deepspeed(world_size: int, script: str | Path, *arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
-    return execute([SCRIPTS / "deepspeed", "--quiet", "--num_accelerators", world_size, "--master_port", free_port(), script, *arguments], **options)
+    return execute(
+        [
+            SCRIPTS / "deepspeed",
+            "--quiet",
+            "--num_accelerators",
+            world_size,
+            "--master_port",
+            free_port(),
+            script,
+            *arguments,
+        ],
+        **options,
+    )
 
 
 def launch(*arguments: Any, cwd: Path = ROOT, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -162,7 +210,11 @@ def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     from test_recipes import cases_of
 
     folder = tmp_path_factory.mktemp("contract")
-    parameters = [item.callspec.params for item in request.session.items if isinstance(item, pytest.Function) and hasattr(item, "callspec")]
+    parameters = [
+        item.callspec.params
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+    ]
     recipes = sorted({str(of_test[name]) for of_test in parameters for name in ("runs", "learned") if name in of_test})
     cases = [cases_of(recipe, folder) for recipe in recipes]
     for world_size in (2, 1, 4):  # the last two go on from checkpoints of the first

@@ -43,14 +43,30 @@ def misspelt(draw: Draw, word: str, known: list[str]) -> str:
     """The word with a letter dropped, doubled or exchanged with the next one."""
     while True:
         at = draw.randrange(len(word) - 1)
-        found = draw.choice([word[:at] + word[at + 1 :], word[:at] + word[at] + word[at:], word[:at] + word[at + 1] + word[at] + word[at + 2 :]])
+        found = draw.choice(
+            [
+                word[:at] + word[at + 1 :],
+                word[:at] + word[at] + word[at:],
+                word[:at] + word[at + 1] + word[at] + word[at + 2 :],
+            ]
+        )
         if found not in known:
             return found
 
 
 # --- settings -----------------------------------------------------------------------------------------------------------
 
-NUMBERS = ["batch_size", "max_length", "learning_rate", "warmup_steps", "weight_decay", "gradient_clipping", "log_every", "rank_timeout", "keep_checkpoints"]
+NUMBERS = [
+    "batch_size",
+    "max_length",
+    "learning_rate",
+    "warmup_steps",
+    "weight_decay",
+    "gradient_clipping",
+    "log_every",
+    "rank_timeout",
+    "keep_checkpoints",
+]
 
 
 @pytest.mark.parametrize("seed", range(OF_EACH))
@@ -66,7 +82,21 @@ def test_faulty_settings(tmp_path: Path, seed: int) -> None:
     at_number = next(at for at, line in enumerate(lines) if line.startswith(f"{number}:"))
     path = tmp_path / "faulty.yaml"
     arguments: list[str] = ["--deepspeed_config", "x.json", "--config", str(path)]
-    fault = draw.choice(["misspelt", "missing", "twice", "word", "negative", "null", "list", "not yaml", "not utf-8", "misspelt argument", "argument"])
+    fault = draw.choice(
+        [
+            "misspelt",
+            "missing",
+            "twice",
+            "word",
+            "negative",
+            "null",
+            "list",
+            "not yaml",
+            "not utf-8",
+            "misspelt argument",
+            "argument",
+        ]
+    )
     if fault == "misspelt":
         lines[at] = misspelt(draw, key, list(settings)) + lines[at][len(key) :]
     elif fault == "missing":
@@ -74,7 +104,12 @@ def test_faulty_settings(tmp_path: Path, seed: int) -> None:
     elif fault == "twice":
         lines.append(lines[at])
     elif fault in ("word", "negative", "null", "list"):
-        value = {"word": draw.choice(["much", "1,5", "0x1g", "ten"]), "negative": "-1", "null": "null", "list": "[1, 2]"}[fault]
+        value = {
+            "word": draw.choice(["much", "1,5", "0x1g", "ten"]),
+            "negative": "-1",
+            "null": "null",
+            "list": "[1, 2]",
+        }[fault]
         lines[at_number] = f"{number}: {value}"
     elif fault == "not yaml":
         lines[at] = draw.choice(["{key", "key: [1", "  : : :", "key: 'x", "\tkey: 1", "just words"])
@@ -95,21 +130,49 @@ def json_fault(draw: Draw, whole: dict[str, Any]) -> str:
     """A DeepSpeed JSON with one fault in it, as text."""
     changed = copy.deepcopy(whole)
     zero = changed["zero_optimization"]
-    fault = draw.choice(["top", "inner", "type", "stage", "removed", "batch", "contradiction", "auto", "truncated", "no object", "refused"])
+    fault = draw.choice(
+        [
+            "top",
+            "inner",
+            "type",
+            "stage",
+            "removed",
+            "batch",
+            "contradiction",
+            "auto",
+            "truncated",
+            "no object",
+            "refused",
+        ]
+    )
     if fault == "top":
         key = draw.choice(list(changed))
         changed[misspelt(draw, key, list(changed))] = changed.pop(key)
     elif fault == "inner":
-        key = draw.choice(["overlap_comm", "reduce_bucket_size", "allgather_bucket_size", "contiguous_gradients", "offload_optimizer"])
+        key = draw.choice(
+            ["overlap_comm", "reduce_bucket_size", "allgather_bucket_size", "contiguous_gradients", "offload_optimizer"]
+        )
         zero[misspelt(draw, key, [])] = 1
     elif fault == "type":
-        zero[draw.choice(["overlap_comm", "reduce_bucket_size", "allgather_bucket_size"])] = draw.choice(["large", [], {}, "-5"])
+        zero[draw.choice(["overlap_comm", "reduce_bucket_size", "allgather_bucket_size"])] = draw.choice(
+            ["large", [], {}, "-5"]
+        )
     elif fault == "stage":
         zero["stage"] = draw.choice([4, -1, "2", True, 2.5, None, [2]])
     elif fault == "removed":
-        changed[draw.choice(["nebula", "compression_training", "amp", "sparse_attention", "elasticity", "curriculum_learning", "eigenvalue"])] = {
-            "enabled": False
-        }
+        changed[
+            draw.choice(
+                [
+                    "nebula",
+                    "compression_training",
+                    "amp",
+                    "sparse_attention",
+                    "elasticity",
+                    "curriculum_learning",
+                    "eigenvalue",
+                ]
+            )
+        ] = {"enabled": False}
     elif fault == "batch":
         changed["train_micro_batch_size_per_gpu"] = draw.choice([0, -2, 2.5, 7, 1000, "many", None, True, [4]])
     elif fault == "contradiction":
@@ -124,7 +187,9 @@ def json_fault(draw: Draw, whole: dict[str, Any]) -> str:
         )
         changed[key] = value
     elif fault == "auto":
-        key, value = draw.choice([("stage", "auto"), ("offload_optimizer", {"device": "auto"}), ("offload_param", "cpu")])
+        key, value = draw.choice(
+            [("stage", "auto"), ("offload_optimizer", {"device": "auto"}), ("offload_param", "cpu")]
+        )
         zero[key] = value
     elif fault == "truncated":
         text = json.dumps(changed)
@@ -132,7 +197,9 @@ def json_fault(draw: Draw, whole: dict[str, Any]) -> str:
     elif fault == "no object":
         return draw.choice(["", "[]", "3", "null", '"zero2"', "{{}}"])
     else:
-        key = draw.choice(["tensor_parallel", "autotp", "pipeline", "data_efficiency", "torch_autocast", "hybrid_engine"])
+        key = draw.choice(
+            ["tensor_parallel", "autotp", "pipeline", "data_efficiency", "torch_autocast", "hybrid_engine"]
+        )
         changed[key] = {"autotp_size": 2} if key == "tensor_parallel" else {"enabled": True}
     return json.dumps(changed)
 
@@ -151,7 +218,9 @@ def test_faulty_jsons(tmp_path: Path, seed: int) -> None:
 
 # --- data ---------------------------------------------------------------------------------------------------------------
 
-ROWS: list[dict[str, Any]] = [{"text": f"row number {i}, some words", "label": "even" if i % 2 == 0 else "odd"} for i in range(60)]
+ROWS: list[dict[str, Any]] = [
+    {"text": f"row number {i}, some words", "label": "even" if i % 2 == 0 else "odd"} for i in range(60)
+]
 
 
 def write_faulty_data(draw: Draw, folder: Path) -> Path:
@@ -180,14 +249,20 @@ def write_faulty_data(draw: Draw, folder: Path) -> Path:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     data = path.read_bytes()
     if fault == "bytes":
-        middle = data.index(b"words", len(data) // 3) if kind != ".parquet" else len(data) - draw.randrange(2, 9)  # in its footer
+        middle = (
+            data.index(b"words", len(data) // 3) if kind != ".parquet" else len(data) - draw.randrange(2, 9)
+        )  # in its footer
         data = data[:middle] + b"\xff\xfe" + data[middle + 2 :]
     elif fault == "cut":
         if kind == ".csv":  # a cut CSV may be a whole one: cut it after a quote instead
             data += b'"an open quote,even'
             data = data.replace(b"row number 3;", b'"row number 3;')
         else:
-            data = data[: draw.randrange(30, len(data) // 2) if kind == ".parquet" else data.index(b"\n", draw.randrange(10, 1000)) - draw.randrange(1, 20)]
+            data = data[
+                : draw.randrange(30, len(data) // 2)
+                if kind == ".parquet"
+                else data.index(b"\n", draw.randrange(10, 1000)) - draw.randrange(1, 20)
+            ]
     elif fault == "empty":
         data = b""
     elif fault == "no rows":
@@ -219,7 +294,9 @@ def damage(draw: Draw, last: Path, other: Path) -> None:
     """Do something to a checkpoint that makes it another one than was written."""
     file = draw.choice(sorted(last.iterdir()))
     data = bytearray(file.read_bytes())
-    fault = draw.choice(["flip", "flip", "flip", "cut", "longer", "zeros", "missing", "exchanged", "of another step", "empty"])
+    fault = draw.choice(
+        ["flip", "flip", "flip", "cut", "longer", "zeros", "missing", "exchanged", "of another step", "empty"]
+    )
     if fault == "flip":
         data[draw.randrange(len(data))] ^= 1 << draw.randrange(7)
     elif fault == "cut":

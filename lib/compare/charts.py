@@ -32,7 +32,13 @@ DARK = {
 CSS = {name: f"#ab00{number:02x}" for number, name in enumerate(LIGHT)}
 SERIES = ("a", "b", "c", "d", "e", "f")
 PART_NAMES = {"parameters": "parameters", "gradients": "gradients", "optimizer": "optimizer states"}
-PHASE_NAMES = {"forward": "forward, loss", "backward": "backward", "optimizer": "optimizer step", "data": "waiting for data", "other": "other"}
+PHASE_NAMES = {
+    "forward": "forward, loss",
+    "backward": "backward",
+    "optimizer": "optimizer step",
+    "data": "waiting for data",
+    "other": "other",
+}
 WIDTH = 4.7  # inches; a phone's width at a readable size, two of them beside each other on a screen
 
 STYLE: Any = {
@@ -69,7 +75,9 @@ def legend(figure: Figure, handles: dict[str, Any], palette: Palette, columns: i
     figure.legend(handles.values(), map(literal, handles), loc="outside lower left", ncols=columns, **options)
 
 
-def write_number(axes: Any, at: tuple[float, float], chart: str, row: Row, column: str, kind: str, palette: Palette) -> Any:
+def write_number(
+    axes: Any, at: tuple[float, float], chart: str, row: Row, column: str, kind: str, palette: Palette
+) -> Any:
     """Write a figure of a row beside a point, marked so that it can be traced."""
     box = {"facecolor": palette["paper"], "edgecolor": "none", "pad": 1}
     return axes.annotate(
@@ -99,7 +107,9 @@ def stacked_bars(figure: Figure, results: Results, palette: Palette, chart: str,
             for column, pale in columns:
                 value = (row[column] or 0) / size
                 if value > 0:
-                    axes.barh(at, value, left=left, height=0.62, color=palette[color], alpha=0.5 if pale else 1, linewidth=0)
+                    axes.barh(
+                        at, value, left=left, height=0.62, color=palette[color], alpha=0.5 if pale else 1, linewidth=0
+                    )
                     used[name] = Patch(color=palette[color])
                     if pale:
                         used["in host memory"] = Patch(color=palette["muted"], alpha=0.5)
@@ -107,12 +117,16 @@ def stacked_bars(figure: Figure, results: Results, palette: Palette, chart: str,
         end = left
         if theory_columns:
             styles: list[Any] = ["-", ":"]
-            for column, style, name in zip(theory_columns, styles, ("this config, by theory", "ZeRO paper"), strict=True):
+            for column, style, name in zip(
+                theory_columns, styles, ("this config, by theory", "ZeRO paper"), strict=True
+            ):
                 value = row[column] / size
                 axes.plot([value, value], [at - 0.42, at + 0.42], color=palette["ink"], linestyle=style, linewidth=1.6)
                 used[name] = Line2D([], [], color=palette["ink"], linestyle=style, linewidth=1.6)
                 end = max(end, value)
-        write_number(axes, (left, at), chart, row, label, kind, palette)  # at the end of the bar, not of the lines beyond it
+        write_number(
+            axes, (left, at), chart, row, label, kind, palette
+        )  # at the end of the bar, not of the lines beyond it
         ends.append(end)
     axes.set_yticks(range(len(rows)), [literal(case_name(row, results)) for row in rows], color=palette["ink"])
     axes.invert_yaxis()
@@ -125,21 +139,56 @@ def stacked_bars(figure: Figure, results: Results, palette: Palette, chart: str,
 
 def memory(figure: Figure, results: Results, palette: Palette) -> None:
     parts = [
-        (PART_NAMES[kind], color, [(f"{kind}_device_bytes", False), (f"{kind}_host_bytes", True)]) for kind, color in zip(theory.KINDS, SERIES, strict=False)
+        (PART_NAMES[kind], color, [(f"{kind}_device_bytes", False), (f"{kind}_host_bytes", True)])
+        for kind, color in zip(theory.KINDS, SERIES, strict=False)
     ]
-    stacked_bars(figure, results, palette, "memory", parts, "states_bytes", "bytes", ("states_theory_bytes", "states_paper_bytes"), "model states on a rank")
+    stacked_bars(
+        figure,
+        results,
+        palette,
+        "memory",
+        parts,
+        "states_bytes",
+        "bytes",
+        ("states_theory_bytes", "states_paper_bytes"),
+        "model states on a rank",
+    )
 
 
 def traffic(figure: Figure, results: Results, palette: Palette) -> None:
-    parts = [(name, color, [(f"{kind}_bytes", False)]) for (kind, name), color in zip(TRAFFIC.items(), ("d", "b", "f", "c", "e"), strict=True)]
+    parts = [
+        (name, color, [(f"{kind}_bytes", False)])
+        for (kind, name), color in zip(TRAFFIC.items(), ("d", "b", "f", "c", "e"), strict=True)
+    ]
     stacked_bars(
-        figure, results, palette, "traffic", parts, "traffic_bytes", "bytes", ("traffic_theory_bytes", "traffic_paper_bytes"), "sent by a rank in a step"
+        figure,
+        results,
+        palette,
+        "traffic",
+        parts,
+        "traffic_bytes",
+        "bytes",
+        ("traffic_theory_bytes", "traffic_paper_bytes"),
+        "sent by a rank in a step",
     )
 
 
 def step_time(figure: Figure, results: Results, palette: Palette) -> None:
-    parts = [(PHASE_NAMES[phase], color, [(f"{phase}_ms", False)]) for phase, color in zip(PHASES, ("a", "c", "b", "f", "e"), strict=True)]
-    stacked_bars(figure, results, palette, "step", parts, "step_ms", "ms", None, "mean of each phase; the number is the median step")
+    parts = [
+        (PHASE_NAMES[phase], color, [(f"{phase}_ms", False)])
+        for phase, color in zip(PHASES, ("a", "c", "b", "f", "e"), strict=True)
+    ]
+    stacked_bars(
+        figure,
+        results,
+        palette,
+        "step",
+        parts,
+        "step_ms",
+        "ms",
+        None,
+        "mean of each phase; the number is the median step",
+    )
 
 
 def speed(figure: Figure, results: Results, palette: Palette) -> None:
@@ -154,7 +203,13 @@ def speed(figure: Figure, results: Results, palette: Palette) -> None:
         color = palette[SERIES[at % len(SERIES)]]
         if rows:
             axes.plot(
-                [row[column] / size for row in rows], [row["tokens_per_second"] for row in rows], "o-", color=color, markersize=9, alpha=0.85, linewidth=1
+                [row[column] / size for row in rows],
+                [row["tokens_per_second"] for row in rows],
+                "o-",
+                color=color,
+                markersize=9,
+                alpha=0.85,
+                linewidth=1,
             )
             handles[config] = Line2D([], [], color=color, marker="o", linewidth=0)
     axes.set_xlim(0, 1.08 * max(row[column] for row in results.good()) / size)
@@ -179,15 +234,39 @@ def losses(figure: Figure, results: Results, palette: Palette) -> None:
         color = palette[SERIES[configs.index(row["config"]) % len(SERIES)]]
         style: Any = ("-", "--", ":", "-.")[counts.index(row["ranks"]) % 4]
         # The first is broad, and each one narrower than the one under it, so that all can be seen where they coincide.
-        above.plot(range(1, len(values) + 1), values, color=color, linestyle=style, linewidth=max(1.2, 6.5 - 5.3 * at / max(1, len(rows) - 1)))
+        above.plot(
+            range(1, len(values) + 1),
+            values,
+            color=color,
+            linestyle=style,
+            linewidth=max(1.2, 6.5 - 5.3 * at / max(1, len(rows) - 1)),
+        )
         if row is not first:
             floor = [max(value, 1e-9) for value in results.loss_differences(row, first)]
-            below.plot(range(1, len(values) + 1), floor, color=color, linestyle=style, linewidth=1.2, marker="." if len(values) < 60 else None, markersize=4)
+            below.plot(
+                range(1, len(values) + 1),
+                floor,
+                color=color,
+                linestyle=style,
+                linewidth=1.2,
+                marker="." if len(values) < 60 else None,
+                markersize=4,
+            )
         handles[case_name(row, results)] = Line2D([], [], color=color, linestyle=style, linewidth=2)
     below.axhline(tolerance, color=palette["f"], linestyle="--", linewidth=1)
-    below.annotate(f"rounding ends: {tolerance:.0e}", (1, tolerance), xytext=(2, 3), textcoords="offset points", color=palette["f"], fontsize=8)
+    below.annotate(
+        f"rounding ends: {tolerance:.0e}",
+        (1, tolerance),
+        xytext=(2, 3),
+        textcoords="offset points",
+        color=palette["f"],
+        fontsize=8,
+    )
     below.set_yscale("log")
-    below.set_ylim(7e-10, max(20 * tolerance, 2 * max([row["loss_difference"] for row in rows if math.isfinite(row["loss_difference"])])))
+    below.set_ylim(
+        7e-10,
+        max(20 * tolerance, 2 * max([row["loss_difference"] for row in rows if math.isfinite(row["loss_difference"])])),
+    )
     below.set_ylabel("rel. difference")
     below.set_xlabel("optimizer step")
     above.set_ylabel("training loss")
@@ -208,10 +287,23 @@ def scaling(figure: Figure, results: Results, palette: Palette) -> None:
         if len(rows) < 2:
             continue
         color = palette[SERIES[at % len(SERIES)]]
-        axes.plot([row["ranks"] for row in rows], [row["tokens_per_second"] for row in rows], "o-", color=color, linewidth=1.6, markersize=5)
+        axes.plot(
+            [row["ranks"] for row in rows],
+            [row["tokens_per_second"] for row in rows],
+            "o-",
+            color=color,
+            linewidth=1.6,
+            markersize=5,
+        )
         if not handles:
             each = rows[0]["tokens_per_second"] / rows[0]["ranks"]
-            axes.plot([counts[0], counts[-1]], [each * counts[0], each * counts[-1]], color=palette["muted"], linestyle=":", linewidth=1.4)
+            axes.plot(
+                [counts[0], counts[-1]],
+                [each * counts[0], each * counts[-1]],
+                color=palette["muted"],
+                linestyle=":",
+                linewidth=1.4,
+            )
             handles[f"{config}, if it scaled perfectly"] = Line2D([], [], color=palette["muted"], linestyle=":")
         handles[config] = Line2D([], [], color=color, linewidth=2.5)
     axes.set_xticks(counts)
@@ -248,7 +340,11 @@ def charts_of(results: Results) -> dict[str, Chart]:
 def draw(results: Results, chart: Chart, palette: Palette, titled: bool) -> Figure:
     title, into, height = chart
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, height + (0.3 if titled else 0)), layout="constrained", facecolor=palette["paper"] if titled else "none")
+        figure = Figure(
+            figsize=(WIDTH, height + (0.3 if titled else 0)),
+            layout="constrained",
+            facecolor=palette["paper"] if titled else "none",
+        )
         if titled:
             figure.suptitle(title, x=0.02, ha="left", color=palette["ink"], fontsize=11, fontweight="bold")
         into(figure, results, palette)
@@ -272,7 +368,11 @@ def inline_svg(results: Results, name: str, chart: Chart) -> str:
     text = re.sub(r'(xlink:href="#|url\(#)([^")]+)', rf"\g<1>{name}-\2", text)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    return text.replace("<svg", f'<svg role="img" aria-label="{chart[0]}"', 1).replace("'DejaVu Sans'", "inherit").replace("DejaVu Sans", "inherit")
+    return (
+        text.replace("<svg", f'<svg role="img" aria-label="{chart[0]}"', 1)
+        .replace("'DejaVu Sans'", "inherit")
+        .replace("DejaVu Sans", "inherit")
+    )
 
 
 def overview(results: Results, palette: Palette) -> Figure:

@@ -52,20 +52,49 @@ DECIDED = {
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """(options, recipe settings)."""
-    parser = Parser(prog="./launch.sh compare", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="./launch.sh compare",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("recipe", nargs="?", help="a recipe, or the folder of a comparison that is there")
-    parser.add_argument("--stages", metavar="LIST", help="such as 0,2,3_offload: takes ds_configs/<recipe>/zero0.json ... (default: all that are there)")
-    parser.add_argument("--ds_configs", metavar="FILES", help="DeepSpeed JSONs instead, separated by commas; the first is what the others are compared with")
-    parser.add_argument("--ranks", metavar="LIST", help="processes, one a GPU; several numbers show the scaling (default: all GPUs, or 2 on a CPU)")
-    parser.add_argument("--steps", type=int, help=f"optimizer steps of each config, at least {FEWEST_STEPS} (default: 30)")
-    parser.add_argument("--rounds", type=int, help="how often each config runs; all but the first time the first quarter of the steps, at least 8 (default: 2)")
-    parser.add_argument("--preset", choices=["paper"], help="paper: set ZeRO's knobs so that the paper's volumes of traffic appear")
-    parser.add_argument("--resume", action="store_true", help="go on with the newest comparison of this recipe, with its options")
+    parser.add_argument(
+        "--stages",
+        metavar="LIST",
+        help="such as 0,2,3_offload: takes ds_configs/<recipe>/zero0.json ... (default: all that are there)",
+    )
+    parser.add_argument(
+        "--ds_configs",
+        metavar="FILES",
+        help="DeepSpeed JSONs instead, separated by commas; the first is what the others are compared with",
+    )
+    parser.add_argument(
+        "--ranks",
+        metavar="LIST",
+        help="processes, one a GPU; several numbers show the scaling (default: all GPUs, or 2 on a CPU)",
+    )
+    parser.add_argument(
+        "--steps", type=int, help=f"optimizer steps of each config, at least {FEWEST_STEPS} (default: 30)"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        help="how often each config runs; all but the first time the first quarter of the steps, at least 8 (default: 2)",
+    )
+    parser.add_argument(
+        "--preset", choices=["paper"], help="paper: set ZeRO's knobs so that the paper's volumes of traffic appear"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the newest comparison of this recipe, with its options"
+    )
     parser.add_argument("--list", action="store_true", help="past comparisons")
     parser.add_argument("--with", dest="other", metavar="FOLDER", help="lay an older comparison beside")
     options, settings = parser.parse_known_args(arguments)
     if settings and options.recipe and arguments.index(settings[0]) < arguments.index(options.recipe):
-        raise UserError(f"the recipe comes first: ./launch.sh compare <recipe> [options] [recipe settings], not {settings[0]}")
+        raise UserError(
+            f"the recipe comes first: ./launch.sh compare <recipe> [options] [recipe settings], not {settings[0]}"
+        )
     return options, settings
 
 
@@ -86,7 +115,10 @@ def config_files(options: argparse.Namespace) -> dict[str, Path]:
         raise UserError("--stages and --ds_configs both choose the configs; give one of them")
     if options.ds_configs:
         names = [from_home(name) for name in options.ds_configs.split(",")]
-        files = [folder / f"{name}.json" if not Path(name).is_file() and "/" not in name and "." not in name else Path(name) for name in names]
+        files = [
+            folder / f"{name}.json" if not Path(name).is_file() and "/" not in name and "." not in name else Path(name)
+            for name in names
+        ]
     else:
         known = sorted(folder.glob("zero*.json"), key=lambda path: (len(path.stem), path.stem))
         if not known:
@@ -94,7 +126,9 @@ def config_files(options: argparse.Namespace) -> dict[str, Path]:
         files = [folder / f"zero{stage}.json" for stage in options.stages.split(",")] if options.stages else known
     for file in files:
         if not file.is_file():
-            raise UserError(f"there is no {display_path(file)}{did_you_mean(file.stem, [path.stem for path in folder.glob('*.json')])}")
+            raise UserError(
+                f"there is no {display_path(file)}{did_you_mean(file.stem, [path.stem for path in folder.glob('*.json')])}"
+            )
     named = {file.stem: file for file in files}
     if len(named) < len(files):
         raise UserError("two of the configs have the same name, and the report could not tell them apart; rename one")
@@ -104,7 +138,11 @@ def config_files(options: argparse.Namespace) -> dict[str, Path]:
 def configs_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """{name: DeepSpeed config} to compare, with the preset's changes."""
     configs = {name: read_json(file) for name, file in config_files(options).items()}
-    return {name: theory.with_paper_preset(config) for name, config in configs.items()} if options.preset == "paper" else configs
+    return (
+        {name: theory.with_paper_preset(config) for name, config in configs.items()}
+        if options.preset == "paper"
+        else configs
+    )
 
 
 def check(recipe: str, settings: list[str], configs: dict[str, str], ranks: list[int], steps: int) -> dict[str, Any]:
@@ -117,14 +155,26 @@ def check(recipe: str, settings: list[str], configs: dict[str, str], ranks: list
     for setting in settings:
         name = setting.split("=")[0].lstrip("-")
         if setting.startswith("--deepspeed"):
-            raise UserError(f"{setting.split('=')[0]} chooses one config; give the configs to compare with --ds_configs")
+            raise UserError(
+                f"{setting.split('=')[0]} chooses one config; give the configs to compare with --ds_configs"
+            )
         if setting.startswith("--") and name in DECIDED:
-            instead = {"max_steps": "; use --steps", "epochs": "; use --steps", "run_dir": " and writes to runs/"}.get(name, "")
+            instead = {"max_steps": "; use --steps", "epochs": "; use --steps", "run_dir": " and writes to runs/"}.get(
+                name, ""
+            )
             raise UserError(f"a comparison decides --{name} itself{instead}; leave it out")
-    decided = [f"--{name}={value}" for name, value in (DECIDED | {"max_steps": str(steps)}).items() if name in fields and value is not None]
+    decided = [
+        f"--{name}={value}"
+        for name, value in (DECIDED | {"max_steps": str(steps)}).items()
+        if name in fields and value is not None
+    ]
     for file in configs.values():
         for count in ranks:
-            cfg, path = parse_settings(module.Config, str(ROOT / "recipes" / f"{recipe}.py"), [f"--deepspeed_config={file}", *settings, *decided])
+            cfg, path = parse_settings(
+                module.Config,
+                str(ROOT / "recipes" / f"{recipe}.py"),
+                [f"--deepspeed_config={file}", *settings, *decided],
+            )
             load_ds_config(path, cfg, count)
     if "max_steps" not in fields or "run_dir" not in fields:
         raise UserError(f"recipes/{recipe}.py has no settings max_steps and run_dir, which a comparison decides")
@@ -189,11 +239,17 @@ def plan(options: argparse.Namespace, settings: list[str]) -> Path:
 def code_version(recipe: str, settings: list[str]) -> tuple[str, str]:
     """(the commit of this checkout, a hash of what a comparison runs: lib/, the recipe, its YAML, and files that settings name)."""
     try:
-        found = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+        found = subprocess.run(
+            ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        )
         commit = found.stdout.strip() or "no commit"
     except OSError:
         commit = "no commit"
-    files = [file for file in sorted((ROOT / "lib").rglob("*.py")) if file.parent.name != "compare" or file.name == "measure.py"]  # the rest only reports
+    files = [
+        file
+        for file in sorted((ROOT / "lib").rglob("*.py"))
+        if file.parent.name != "compare" or file.name == "measure.py"
+    ]  # the rest only reports
     files += [ROOT / "recipes" / f"{recipe}.py", ROOT / "recipes" / f"{recipe}.yaml"]
     named = [part.partition("=")[2] or part for part in settings]  # a setting may name a file, of the data say
     files += [Path(name) for name in named if os.path.isfile(name)]  # noqa: PTH113  (Path.is_file raises an error where a name is too long)
@@ -232,7 +288,9 @@ def resumed(options: argparse.Namespace, settings: list[str]) -> Path:
 
 
 def versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in ("deepspeed", "torch", "transformers")}
+    return {"python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in ("deepspeed", "torch", "transformers")
+    }
 
 
 def past() -> list[tuple[Path, dict[str, Any]]]:
@@ -246,8 +304,16 @@ def past() -> list[tuple[Path, dict[str, Any]]]:
 
 def run_all(folder: Path, spec: dict[str, Any]) -> None:
     """Run what has not ended yet, round by round."""
-    cases = [(number, ranks, config) for number in range(1, spec["rounds"] + 1) for ranks in spec["ranks"] for config in spec["configs"]]
-    seconds: dict[bool, list[float]] = {True: [], False: []}  # of the runs that have ended: of the first round, of others
+    cases = [
+        (number, ranks, config)
+        for number in range(1, spec["rounds"] + 1)
+        for ranks in spec["ranks"]
+        for config in spec["configs"]
+    ]
+    seconds: dict[bool, list[float]] = {
+        True: [],
+        False: [],
+    }  # of the runs that have ended: of the first round, of others
     left = ""
     for at, (number, ranks, config) in enumerate(cases, 1):
         run = case_folder(folder, config, ranks, number)
@@ -257,11 +323,16 @@ def run_all(folder: Path, spec: dict[str, Any]) -> None:
             first = read_outcome(case_folder(folder, config, ranks, 1))
             if number > 1 and first is not None and first["failed"]:
                 continue  # it would fail again
-            with live_progress(f"{name}{left}", run / "steps_done", spec["steps"] if number == 1 else spec["repeat_steps"]):
+            with live_progress(
+                f"{name}{left}", run / "steps_done", spec["steps"] if number == 1 else spec["repeat_steps"]
+            ):
                 outcome = run_one(run, spec, number, ranks, config)
         seconds[number == 1].append(outcome["seconds"])
         ahead = cases[at:]
-        means = {first: statistics.fmean(seconds[first] or [0.5 * statistics.fmean(seconds[True])]) for first in (True, False)}
+        means = {
+            first: statistics.fmean(seconds[first] or [0.5 * statistics.fmean(seconds[True])])
+            for first in (True, False)
+        }
         seconds_left = int(sum(means[other == 1] for other, _, _ in ahead))
         left = f"; about {seconds_left // 60}:{seconds_left % 60:02d} left" if ahead else ""
         print(f"{name}: {'failed: ' + outcome['failed'] if outcome['failed'] else outcome['said']}{left}", flush=True)
@@ -297,7 +368,11 @@ def run_one(run: Path, spec: dict[str, Any], number: int, ranks: int, config: st
     shutil.rmtree(run, ignore_errors=True)
     run.mkdir(parents=True)
     steps = spec["steps"] if number == 1 else spec["repeat_steps"]
-    decided = DECIDED | {"run_dir": str(run / "run"), "max_steps": str(spec["steps"]), "save_every": str(steps) if number == 1 else "null"}
+    decided = DECIDED | {
+        "run_dir": str(run / "run"),
+        "max_steps": str(spec["steps"]),
+        "save_every": str(steps) if number == 1 else "null",
+    }
     settings = [*spec["settings"], *(f"--{name}={value}" for name, value in decided.items() if name in spec["fields"])]
     command = [
         str(Path(sys.executable).parent / "deepspeed"), "--log_level", "critical", "--master_port", str(supervise.free_port()), *devices.find().launcher_options(ranks),
@@ -324,7 +399,12 @@ def run_one(run: Path, spec: dict[str, Any], number: int, ranks: int, config: st
         outcome["said"] = f"{results.written(statistics.median(steps_ms), 'ms')} a step, {seconds:.0f} s in all"
         for name in ("steps_done", *(f"ended-{rank}" for rank in range(ranks))):
             (run / name).unlink(missing_ok=True)
-    for name in ("metrics.jsonl", "config.yaml", "ds_config.json", "log.txt"):  # the rest, model and checkpoint, was measured and is large
+    for name in (
+        "metrics.jsonl",
+        "config.yaml",
+        "ds_config.json",
+        "log.txt",
+    ):  # the rest, model and checkpoint, was measured and is large
         if (run / "run" / name).is_file():
             shutil.move(run / "run" / name, run / (f"run-{name}" if name == "log.txt" else name))
     shutil.rmtree(run / "run", ignore_errors=True)
@@ -348,9 +428,13 @@ def why_failed(log: str, status: int) -> str:
     own = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     lost = [line for line in own if "lost contact with another rank" in line]
     found = memory or [line for line in own if line not in lost]
-    if not found and (status in (137, 247) or lost):  # 247 is the launcher's own exit code where a rank ended by signal 9
+    if not found and (
+        status in (137, 247) or lost
+    ):  # 247 is the launcher's own exit code where a rank ended by signal 9
         return "a rank was killed, as the kernel does when host memory runs out"
-    return (found or exceptions or [f"exit code {status}; the end of its log: {lines[-1] if lines else 'empty'}"])[0][:300]
+    return (found or exceptions or [f"exit code {status}; the end of its log: {lines[-1] if lines else 'empty'}"])[0][
+        :300
+    ]
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -383,14 +467,22 @@ def main(arguments: list[str]) -> int:
     other = results.collect(Path(from_home(options.other))) if options.other else None  # before anything expensive
     if (Path(options.recipe) / "comparison.json").is_file():
         folder = Path(options.recipe)
-        given = [name for name in ("stages", "ds_configs", "ranks", "steps", "rounds", "preset", "resume") if getattr(options, name)]
+        given = [
+            name
+            for name in ("stages", "ds_configs", "ranks", "steps", "rounds", "preset", "resume")
+            if getattr(options, name)
+        ]
         if given or settings:
-            raise UserError(f"{display_path(folder)} has been run; only --with goes with it, not {' '.join([f'--{name}' for name in given] + settings)}")
+            raise UserError(
+                f"{display_path(folder)} has been run; only --with goes with it, not {' '.join([f'--{name}' for name in given] + settings)}"
+            )
     else:
         options.recipe = options.recipe.removeprefix("recipes/").removesuffix(".py")
         recipes = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
         if options.recipe not in recipes:
-            raise UserError(f"there is neither a recipe nor a comparison {options.recipe}{did_you_mean(options.recipe, recipes)}; recipes: {' '.join(recipes)}")
+            raise UserError(
+                f"there is neither a recipe nor a comparison {options.recipe}{did_you_mean(options.recipe, recipes)}; recipes: {' '.join(recipes)}"
+            )
         parser = parser_from_source(ROOT / "recipes" / f"{options.recipe}.py")
         if parser is not None:
             known_arguments(parser, settings, also=(name if name != "other" else "with" for name in vars(options)))
@@ -400,7 +492,9 @@ def main(arguments: list[str]) -> int:
         try:
             run_all(folder, spec)
         except KeyboardInterrupt:
-            print(f"\nstopped; ./launch.sh compare {spec['recipe']} --resume goes on, and runs nothing again that has succeeded")
+            print(
+                f"\nstopped; ./launch.sh compare {spec['recipe']} --resume goes on, and runs nothing again that has succeeded"
+            )
             return 130
     found = results.collect(folder)
     apart = report.nothing_in_common(found, other) if other is not None else None

@@ -35,7 +35,9 @@ from lib.run import checkpoint_files, checkpoints, run
 from lib.run.cli import leave
 from lib.settings.ds_config import stage_of
 
-ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which torch 2.13 does not count of itself
+ATTENTION_ON_CPU = (
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+)  # which torch 2.13 does not count of itself
 
 
 def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -115,7 +117,9 @@ class Meter:
                 comm.comms_logger.reset_data()
                 comm.configure(enabled=True, prof_all=True, verbose=False, debug=False)
             self.mark("forward")  # and the loss, until backward begins
-            if self.step != INSPECTED or not torch.is_grad_enabled():  # a pass without gradients is followed by the same one with them
+            if (
+                self.step != INSPECTED or not torch.is_grad_enabled()
+            ):  # a pass without gradients is followed by the same one with them
                 return real(*arguments, **options)
             with FlopCounterMode(display=False, custom_mapping={ATTENTION_ON_CPU: attention_flops}) as counter:
                 output = real(*arguments, **options)
@@ -144,7 +148,9 @@ class Meter:
         @functools.wraps(real)
         def watched_allreduce(*arguments: Any, **options: Any) -> Any:
             if self.step == INSPECTED:
-                self.note_held({"gradients": held_bytes(engine)["gradients"]})  # stage 3 has not released all parameters yet
+                self.note_held(
+                    {"gradients": held_bytes(engine)["gradients"]}
+                )  # stage 3 has not released all parameters yet
             return real(*arguments, **options)
 
         return watched_allreduce
@@ -186,7 +192,10 @@ class Meter:
     def inspect(self, engine: Any) -> None:
         """At the end of the inspected step: what was counted in it, and the facts that theory needs."""
         comm.configure(enabled=False)
-        logged = {op: {int(size): calls[0] for size, calls in sizes.items()} for op, sizes in comm.comms_logger.get_raw_data().items()}
+        logged = {
+            op: {int(size): calls[0] for size, calls in sizes.items()}
+            for op, sizes in comm.comms_logger.get_raw_data().items()
+        }
         self.result |= {"held": self.held, "logged": logged, "forward_flops": self.flops, "facts": facts(engine)}
         restart_host_peak()
 
@@ -226,7 +235,9 @@ class Meter:
             if saved:
                 folder = of.folder / checkpoint_files.folder_of(step)
                 self.result["checkpoint_seconds"] = time.perf_counter() - started
-                self.result["checkpoint_bytes"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+                self.result["checkpoint_bytes"] = sum(
+                    path.stat().st_size for path in folder.rglob("*") if path.is_file()
+                )
                 self.write()
             return saved
 
@@ -257,9 +268,18 @@ class Meter:
 def facts(engine: Any) -> dict[str, Any]:
     """What theory needs to know about the model and how this rank trains it. Numbers of elements, unless they say otherwise."""
     zero, stage = engine.optimizer, stage_of(engine.config)
-    parameters = {parameter: getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters()}
-    kept_whole = {parameter for parameter in parameters if getattr(parameter, "ds_persist", False)}  # stage 3's small ones
-    uses = [parameter for module in engine.module.modules() for parameter in module.parameters(recurse=False) if parameter not in kept_whole]
+    parameters = {
+        parameter: getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters()
+    }
+    kept_whole = {
+        parameter for parameter in parameters if getattr(parameter, "ds_persist", False)
+    }  # stage 3's small ones
+    uses = [
+        parameter
+        for module in engine.module.modules()
+        for parameter in module.parameters(recurse=False)
+        if parameter not in kept_whole
+    ]
     in_partition = getattr(zero, "params_in_partition", None)
     accelerator = get_accelerator()
     return {
@@ -267,10 +287,14 @@ def facts(engine: Any) -> dict[str, Any]:
         "parameters": sum(parameters.values()),
         "trained": sum(count for parameter, count in parameters.items() if parameter.requires_grad),
         "kept_whole": sum(parameters[parameter] for parameter in kept_whole),
-        "in_modules": sum(parameters[parameter] for parameter in uses),  # a tied parameter is gathered for each module that has it
+        "in_modules": sum(
+            parameters[parameter] for parameter in uses
+        ),  # a tied parameter is gathered for each module that has it
         "frozen_in_modules": sum(parameters[parameter] for parameter in uses if not parameter.requires_grad),
         # At stages 1 and 2, the parameters that lie at least in part in this rank's share.
-        "touching_share": sum(parameter.numel() for group in in_partition for parameter in group) if in_partition is not None else None,
+        "touching_share": sum(parameter.numel() for group in in_partition for parameter in group)
+        if in_partition is not None
+        else None,
         "stage": stage,
         "element_bytes": next(iter(parameters)).element_size(),
         "accumulation_steps": engine.gradient_accumulation_steps(),

@@ -37,13 +37,25 @@ CAPTIONS = {
     "losses": "All curves should be one. Below, each one's distance from the first config on as many ranks.",
     "scaling": "Dotted: if each rank added as much as the first. On a CPU all ranks share its cores.",
 }
-LAID_BESIDE = ("step_ms", "tokens_per_second", "states_bytes", "peak_device_bytes", "peak_host_bytes", "traffic_bytes", "checkpoint_seconds")
+LAID_BESIDE = (
+    "step_ms",
+    "tokens_per_second",
+    "states_bytes",
+    "peak_device_bytes",
+    "peak_host_bytes",
+    "traffic_bytes",
+    "checkpoint_seconds",
+)
 
 
 def table_of(results: Results) -> dict[str, tuple[str, ...]]:
     """TABLE without the columns that say nothing here, and with the recipe's scores."""
     silent = {"mfu": None, "peak_device_bytes": None, "loss_difference_over_ranks": None, "states_host_bytes": 0}
-    shown_here = {heading: names for heading, names in TABLE.items() if any(row[names[0]] != silent.get(names[0], "") for row in results.good())}
+    shown_here = {
+        heading: names
+        for heading, names in TABLE.items()
+        if any(row[names[0]] != silent.get(names[0], "") for row in results.good())
+    }
     scores = [column.name for column in results.columns() if column.name.startswith("score_")]
     return shown_here | {name.removeprefix("score_"): (name,) for name in scores}
 
@@ -74,16 +86,32 @@ def beside(results: Results, other: Results) -> list[dict[str, Any]]:
     """One entry for each figure of a config and number of ranks that both have: config, ranks, column, old, new, ratio."""
     entries = []
     for row in results.good():
-        old = next((old for old in other.good() if (old["config"], old["ranks"]) == (row["config"], row["ranks"])), None)
+        old = next(
+            (old for old in other.good() if (old["config"], old["ranks"]) == (row["config"], row["ranks"])), None
+        )
         if old is None:
             continue
         case = {"config": row["config"], "ranks": row["ranks"]}
         for column in LAID_BESIDE:
             if row[column] and old[column]:
-                entries.append(case | {"column": column, "old": old[column], "new": row[column], "ratio": row[column] / old[column]})
-        pairs = zip(results.losses[row["config"], row["ranks"]], other.losses[row["config"], row["ranks"]], strict=False)
+                entries.append(
+                    case
+                    | {"column": column, "old": old[column], "new": row[column], "ratio": row[column] / old[column]}
+                )
+        pairs = zip(
+            results.losses[row["config"], row["ranks"]], other.losses[row["config"], row["ranks"]], strict=False
+        )
         largest = max(relative(new, before) for new, before in pairs)
-        entries.append(case | {"column": "loss_last", "old": old["loss_last"], "new": row["loss_last"], "ratio": None, "loss_difference": largest})
+        entries.append(
+            case
+            | {
+                "column": "loss_last",
+                "old": old["loss_last"],
+                "new": row["loss_last"],
+                "ratio": None,
+                "loss_difference": largest,
+            }
+        )
     return entries
 
 
@@ -104,7 +132,11 @@ def what_differs(results: Results, other: Results) -> list[str]:
             "recipe": spec["recipe"], "settings": " ".join(spec["settings"]) or "none", "steps": spec["steps"], "precision": spec["precision"],
             "preset": spec["preset"] or "none", "device": found.device, "cores": spec["cores"], "commit": spec["commit"], "code": spec["code"], **spec["versions"],
         })  # fmt: skip
-        facts[-1] |= {f"ds_configs/{name}.json": "changed" for name, config in spec["configs"].items() if results.spec["configs"].get(name, config) != config}
+        facts[-1] |= {
+            f"ds_configs/{name}.json": "changed"
+            for name, config in spec["configs"].items()
+            if results.spec["configs"].get(name, config) != config
+        }
     old, new = facts
     return [f"{name}: {old.get(name)} -> {new.get(name, 'as here')}" for name in old if old[name] != new.get(name)]
 
@@ -116,20 +148,40 @@ def as_text(results: Results, other: Results | None) -> str:
     """The table and the three sentences, for the terminal."""
     # A terminal is narrow: the spread of steps and rounds is in the report.
     table = {
-        heading if "theory" in heading else heading.split(" (")[0]: names if "theory" in heading else names[:1] for heading, names in table_of(results).items()
+        heading if "theory" in heading else heading.split(" (")[0]: names if "theory" in heading else names[:1]
+        for heading, names in table_of(results).items()
     }
-    text = ["", *aligned([["config", "ranks", *table], *([row["config"], str(row["ranks"]), *cells(results, row, table)] for row in results.good())])]
+    text = [
+        "",
+        *aligned(
+            [
+                ["config", "ranks", *table],
+                *([row["config"], str(row["ranks"]), *cells(results, row, table)] for row in results.good()),
+            ]
+        ),
+    ]
     text += [f"{case_name(row, results)}: failed: {row['failed']}" for row in results.rows if row["failed"]]
     if other is not None:
-        text += ["", f"Beside {display_path(other.folder)} ({other.spec['created']}):", *(f"  {line}" for line in what_differs(results, other)), ""]
+        text += [
+            "",
+            f"Beside {display_path(other.folder)} ({other.spec['created']}):",
+            *(f"  {line}" for line in what_differs(results, other)),
+            "",
+        ]
         text += aligned([["config", "ranks", "", "then", "now", "ratio"], *beside_cells(results, other)])
-    return "\n".join([*text, "", *(f"{number}. {plain(sentence, results)}" for number, sentence in enumerate(sentences(results), 1))])
+    return "\n".join(
+        [*text, "", *(f"{number}. {plain(sentence, results)}" for number, sentence in enumerate(sentences(results), 1))]
+    )
 
 
 def aligned(lines: list[list[str]]) -> list[str]:
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     return [
-        "  ".join(cell.rjust(width) if at else cell.ljust(width) for at, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip() for line in lines
+        "  ".join(
+            cell.rjust(width) if at else cell.ljust(width)
+            for at, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
     ]
 
 
@@ -138,8 +190,21 @@ def beside_cells(results: Results, other: Results) -> list[list[str]]:
     lines = []
     for entry in beside(results, other):
         kind = kinds[entry["column"]]
-        change = written(entry["ratio"], "ratio") if entry["ratio"] is not None else f"differs by {written(entry['loss_difference'], 'small')}"
-        lines.append([entry["config"], str(entry["ranks"]), abouts[entry["column"]], written(entry["old"], kind), written(entry["new"], kind), change])
+        change = (
+            written(entry["ratio"], "ratio")
+            if entry["ratio"] is not None
+            else f"differs by {written(entry['loss_difference'], 'small')}"
+        )
+        lines.append(
+            [
+                entry["config"],
+                str(entry["ranks"]),
+                abouts[entry["column"]],
+                written(entry["old"], kind),
+                written(entry["new"], kind),
+                change,
+            ]
+        )
     return lines
 
 
@@ -150,7 +215,9 @@ def setting(results: Results) -> dict[str, str]:
     left = missing_runs(results.folder, spec)
     missing = f"; missing or failed runs: {left}" if left else ""
     repeats = f", repeated in turn ({spec['rounds'] - 1} x {spec['repeat_steps']} steps)" if spec["rounds"] > 1 else ""
-    machine = f"{results.device}s" if results.on_gpu else f"CPU, {spec['cores']} cores" if good else f"{spec['cores']} cores"
+    machine = (
+        f"{results.device}s" if results.on_gpu else f"CPU, {spec['cores']} cores" if good else f"{spec['cores']} cores"
+    )
     return {
         "recipe": spec["recipe"] + (f", {results.model} with {good[0]['parameters']:,} parameters, {spec['precision']}" if good else ""),
         "machine": f"{machine}, {written(spec['memory_bytes'], 'bytes')} of memory; ranks: {', '.join(map(str, spec['ranks']))}",
@@ -178,15 +245,31 @@ def as_markdown(results: Results, other: Results | None) -> str:
     lines = [f"# {marked(title_of(results))}", ""]
     lines += [f"{number}. {marked(plain(sentence, results))}" for number, sentence in enumerate(sentences(results), 1)]
     lines += ["", table_line(headings), "|" + "---|" * len(headings)]
-    lines += [table_line([row["config"], str(row["ranks"]), *cells(results, row, table_of(results))]) for row in results.good()]
-    lines += ["", *(f"- **{marked(case_name(row, results))} failed**: {marked(row['failed'])}" for row in results.rows if row["failed"])]
+    lines += [
+        table_line([row["config"], str(row["ranks"]), *cells(results, row, table_of(results))])
+        for row in results.good()
+    ]
+    lines += [
+        "",
+        *(
+            f"- **{marked(case_name(row, results))} failed**: {marked(row['failed'])}"
+            for row in results.rows
+            if row["failed"]
+        ),
+    ]
     lines += [
         f"- **{marked(case_name(row, results))} left the path of the losses** at step {row['loss_left_at_step']}"
         for row in results.good()
         if row["loss_left_at_step"]
     ]
     if other is not None:
-        lines += ["", f"## Beside {marked(display_path(other.folder))}", "", *(f"- {marked(line)}" for line in what_differs(results, other)), ""]
+        lines += [
+            "",
+            f"## Beside {marked(display_path(other.folder))}",
+            "",
+            *(f"- {marked(line)}" for line in what_differs(results, other)),
+            "",
+        ]
         lines += [
             "| config | ranks | | then | now | ratio |",
             "|---|---|---|---|---|---|",
@@ -195,12 +278,20 @@ def as_markdown(results: Results, other: Results | None) -> str:
     for name, (title, _, _) in charts.charts_of(results).items():
         lines += ["", f"## {title}", "", f"![{title}](charts/{name}.png)", "", CAPTIONS[name]]
     if results.notes:
-        lines += ["", "## Where it differs from the ZeRO paper", "", *(f"- {marked(what)}: {marked(why)}" for what, why in note_lines(results))]
+        lines += [
+            "",
+            "## Where it differs from the ZeRO paper",
+            "",
+            *(f"- {marked(what)}: {marked(why)}" for what, why in note_lines(results)),
+        ]
     lines += [
         "",
         "## How it was made",
         "",
-        *(f"- {name}: `{value}`" if name == "command" and "`" not in value else f"- {name}: {marked(value)}" for name, value in setting(results).items()),
+        *(
+            f"- {name}: `{value}`" if name == "command" and "`" not in value else f"- {name}: {marked(value)}"
+            for name, value in setting(results).items()
+        ),
     ]
     return "\n".join(lines) + "\n"
 
@@ -261,7 +352,8 @@ def escaped(value: Any) -> str:
 def page_style() -> str:
     extra = ({"ground": "#f5f5f3", "alarm": "#b3261e"}, {"ground": "#121316", "alarm": "#ff8a80"})
     light, dark = (
-        "; ".join(f"--{name}: {value}" for name, value in (palette | more).items()) for palette, more in zip((charts.LIGHT, charts.DARK), extra, strict=True)
+        "; ".join(f"--{name}: {value}" for name, value in (palette | more).items())
+        for palette, more in zip((charts.LIGHT, charts.DARK), extra, strict=True)
     )
     return PAGE_STYLE.replace("LIGHT", light).replace("DARK", dark)
 
@@ -286,9 +378,15 @@ def row_html(results: Results, row: Row) -> str:
         parts.append(f'<td class="bad" colspan="{len(table_of(results))}">failed: {escaped(row["failed"])}</td>')
     else:
         for heading, (name, *others) in table_of(results).items():
-            more = f"<small>({' - '.join(figure_of(row, other, kinds[other]) for other in others)})</small>" if others else ""
+            more = (
+                f"<small>({' - '.join(figure_of(row, other, kinds[other]) for other in others)})</small>"
+                if others
+                else ""
+            )
             css = "bad" if name == "loss_difference" and row["loss_left_at_step"] is not None else ""
-            parts.append(f'<td data-heading="{escaped(heading)}" class="{css}"><span>{figure_of(row, name, kinds[name])} {more}</span></td>')
+            parts.append(
+                f'<td data-heading="{escaped(heading)}" class="{css}"><span>{figure_of(row, name, kinds[name])} {more}</span></td>'
+            )
     return "".join([*parts, "</tr>"])
 
 
@@ -310,11 +408,19 @@ def beside_html(results: Results, other: Results) -> str:
     rows = []
     for entry in beside(results, other):
         key, kind = escaped(f"{entry['config']}:{entry['ranks']}:{entry['column']}"), kinds[entry["column"]]
-        old, new = (f'<data data-with="{key}:{which}">{escaped(written(entry[which], kind))}</data>' for which in ("old", "new"))
+        old, new = (
+            f'<data data-with="{key}:{which}">{escaped(written(entry[which], kind))}</data>' for which in ("old", "new")
+        )
         which, kind = ("ratio", "ratio") if entry["ratio"] is not None else ("loss_difference", "small")
         change = f'<data data-with="{key}:{which}">{escaped(written(entry[which], kind))}</data>'
-        name = escaped(f"{entry['config']}, {entry['ranks']}") if len(results.spec["ranks"]) > 1 else escaped(entry["config"])
-        rows.append(f"<tr><th>{name}</th><td>{escaped(abouts[entry['column']])}</td><td>{old}</td><td>{new}</td><td>{change}</td></tr>")
+        name = (
+            escaped(f"{entry['config']}, {entry['ranks']}")
+            if len(results.spec["ranks"]) > 1
+            else escaped(entry["config"])
+        )
+        rows.append(
+            f"<tr><th>{name}</th><td>{escaped(abouts[entry['column']])}</td><td>{old}</td><td>{new}</td><td>{change}</td></tr>"
+        )
     differs = "".join(f"<li>{escaped(line)}</li>" for line in what_differs(results, other))
     return (
         f'<section class="card"><h2>Beside {escaped(other.folder.name)}</h2><ul class="small">{differs}</ul><div class="scroll"><table><thead><tr><th>config</th><th></th>'
@@ -346,10 +452,14 @@ def as_html(results: Results, other: Results | None) -> str:
         f'<figure class="card" id="chart-{name}"><h2>{escaped(chart[0])}</h2>{charts.inline_svg(results, name, chart)}<figcaption>{escaped(CAPTIONS[name])}</figcaption></figure>'
         for name, chart in charts.charts_of(results).items()
     )
-    headings = "".join(f"<th>{escaped(heading)}</th>" for heading in [*(["ranks"] if len(results.spec["ranks"]) > 1 else []), *table_of(results)])
+    headings = "".join(
+        f"<th>{escaped(heading)}</th>"
+        for heading in [*(["ranks"] if len(results.spec["ranks"]) > 1 else []), *table_of(results)]
+    )
     notes = "".join(f"<li>{escaped(what)}: {escaped(why)}</li>" for what, why in note_lines(results))
     made = "".join(
-        f"<dt>{escaped(name)}</dt><dd>{f'<code>{escaped(value)}</code>' if name == 'command' else escaped(value)}</dd>" for name, value in facts.items()
+        f"<dt>{escaped(name)}</dt><dd>{f'<code>{escaped(value)}</code>' if name == 'command' else escaped(value)}</dd>"
+        for name, value in facts.items()
     )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -387,7 +497,11 @@ def to_csv(header: list[str], rows: list[list[Any]]) -> str:
 def write(results: Results, other: Results | None) -> None:
     """Write the report into the comparison's folder."""
     folder = results.folder
-    files = {"results.csv": as_csv(results), "report.md": as_markdown(results, other), "report.html": as_html(results, other)}
+    files = {
+        "results.csv": as_csv(results),
+        "report.md": as_markdown(results, other),
+        "report.html": as_html(results, other),
+    }
     if other is not None:
         names = ["config", "ranks", "column", "old", "new", "ratio", "loss_difference"]
         files["with.csv"] = to_csv(names, [[entry.get(name) for name in names] for entry in beside(results, other)])

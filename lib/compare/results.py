@@ -22,7 +22,13 @@ STATES_OFF, TRAFFIC_OFF = 0.01, 0.05  # what differs from theory by more, theory
 NOTED = 0.01  # part of the paper's figure from which on a difference from it is noted
 INSPECTED = 3  # the step that lib/compare/measure.py takes apart: the optimizer's states are there, and stage 3 knows the order of the modules
 PHASES = ("forward", "backward", "optimizer", "data", "other")  # of a step's time
-TRAFFIC = {"all_reduce": "all-reduce", "reduce_scatter": "reduce-scatter", "reduce": "reduce", "all_gather": "all-gather", "other_traffic": "other"}
+TRAFFIC = {
+    "all_reduce": "all-reduce",
+    "reduce_scatter": "reduce-scatter",
+    "reduce": "reduce",
+    "all_gather": "all-gather",
+    "other_traffic": "other",
+}
 BYTE_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
 FLOP_UNITS = ((1e15, "PFLOP/s"), (1e12, "TFLOP/s"), (1e9, "GFLOP/s"), (1e6, "MFLOP/s"), (1, "FLOP/s"))
 
@@ -96,7 +102,9 @@ class Results:
     spec: dict[str, Any]  # comparison.json
     rows: list[Row]
     losses: dict[tuple[str, int], list[float]] = field(default_factory=dict)  # (config, ranks) -> one a step
-    notes: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # (more or less of what than in the paper, why) -> configs
+    notes: dict[tuple[str, str], list[str]] = field(
+        default_factory=dict
+    )  # (more or less of what than in the paper, why) -> configs
     on_gpu: bool = False
     device: str = ""
     model: str = ""
@@ -115,7 +123,9 @@ class Results:
 
     def loss_differences(self, row: Row, other: Row) -> list[float]:
         """The relative difference of two rows' losses, one a step."""
-        pairs = zip(self.losses[row["config"], row["ranks"]], self.losses[other["config"], other["ranks"]], strict=False)
+        pairs = zip(
+            self.losses[row["config"], row["ranks"]], self.losses[other["config"], other["ranks"]], strict=False
+        )
         return [relative(loss, reference) for loss, reference in pairs]
 
     def note(self, row: Row, what: str, why: str) -> None:
@@ -125,13 +135,18 @@ class Results:
 
     def not_described(self, row: Row, what: str) -> None:
         self.note(
-            row, f"other {what} than by theory", "this config does something that lib/compare/theory.py does not know; the measured figure is what counts"
+            row,
+            f"other {what} than by theory",
+            "this config does something that lib/compare/theory.py does not know; the measured figure is what counts",
         )
 
     def columns(self) -> list[Column]:
         """COLUMNS, and the recipe's own scores."""
         scores = sorted({name for row in self.rows for name in row if name.startswith("score_")})
-        return COLUMNS + [Column(name, "score", f"{name.removeprefix('score_')} on the test rows after the last step") for name in scores]
+        return COLUMNS + [
+            Column(name, "score", f"{name.removeprefix('score_')} on the test rows after the last step")
+            for name in scores
+        ]
 
 
 def read_spec(folder: Path) -> dict[str, Any]:
@@ -139,7 +154,9 @@ def read_spec(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise UserError(f"{display_path(folder)} is not the folder of a comparison: it has no comparison.json that can be read") from None
+        raise UserError(
+            f"{display_path(folder)} is not the folder of a comparison: it has no comparison.json that can be read"
+        ) from None
 
 
 def collect(folder: Path) -> Results:
@@ -180,19 +197,27 @@ def missing_runs(folder: Path, spec: dict[str, Any]) -> int:
     missing = 0
     for config in spec["configs"]:
         for ranks in spec["ranks"]:
-            outcomes = [read_outcome(case_folder(folder, config, ranks, number)) for number in range(1, spec["rounds"] + 1)]
+            outcomes = [
+                read_outcome(case_folder(folder, config, ranks, number)) for number in range(1, spec["rounds"] + 1)
+            ]
             if outcomes[0] is None or not outcomes[0]["failed"]:
                 missing += sum(outcome is None or bool(outcome["failed"]) for outcome in outcomes)
     return missing
 
 
-def _row(folder: Path, spec: dict[str, Any], config: str, ranks: int, results: Results) -> tuple[Row | None, list[float], dict[tuple[int, int], float]]:
+def _row(
+    folder: Path, spec: dict[str, Any], config: str, ranks: int, results: Results
+) -> tuple[Row | None, list[float], dict[tuple[int, int], float]]:
     """The row of a config on so many ranks, its losses, and {(round, step): seconds}; no row where its first run has not ended."""
     runs = [(number, case_folder(folder, config, ranks, number)) for number in range(1, spec["rounds"] + 1)]
     outcomes = [read_outcome(run) for _, run in runs]
     if outcomes[0] is None:
         return None, [], {}
-    row: Row = {column.name: None for column in COLUMNS} | {"config": config, "ranks": ranks, "precision": spec["precision"]}
+    row: Row = {column.name: None for column in COLUMNS} | {
+        "config": config,
+        "ranks": ranks,
+        "precision": spec["precision"],
+    }
     if outcomes[0]["failed"]:
         return row | {"failed": outcomes[0]["failed"]}, [], {}
     measured = [json.loads((runs[0][1] / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
@@ -214,14 +239,18 @@ def _row(folder: Path, spec: dict[str, Any], config: str, ranks: int, results: R
     if results.on_gpu:
         row["peak_device_bytes"] = max(rank["peak_device_bytes"] for rank in measured)
 
-    phases: dict[tuple[int, int], dict[str, float]] = {}  # (round, step) -> seconds of each phase, of the steps that are timed
+    phases: dict[
+        tuple[int, int], dict[str, float]
+    ] = {}  # (round, step) -> seconds of each phase, of the steps that are timed
     for (number, run), outcome in zip(runs, outcomes, strict=True):
         if outcome is not None and not outcome["failed"]:
             seconds = json.loads((run / "rank-0.json").read_text(encoding="utf-8"))["seconds"]
             phases |= {(number, step): seconds[step - 1] for step in range(INSPECTED + 1, len(seconds) + 1)}
     totals = {at: sum(split.values()) for at, split in phases.items()}
     row["timed_steps"] = len(totals)
-    row["step_p10_ms"], row["step_ms"], row["step_p90_ms"] = (1000 * float(value) for value in np.quantile(list(totals.values()), (0.1, 0.5, 0.9)))
+    row["step_p10_ms"], row["step_ms"], row["step_p90_ms"] = (
+        1000 * float(value) for value in np.quantile(list(totals.values()), (0.1, 0.5, 0.9))
+    )
     row |= {f"{phase}_ms": 1000 * statistics.fmean(split[phase] for split in phases.values()) for phase in PHASES}
     row["tokens_per_second"] = sum(tokens[step] for _, step in totals) / sum(totals.values())
     flops_per_token = 3 * sum(rank["forward_flops"] for rank in measured) / max(1, tokens[INSPECTED])
@@ -236,7 +265,10 @@ def _add_states(row: Row, ds_config: dict[str, Any], measured: list[dict[str, An
     rank = max(measured, key=lambda rank: sum(sum(places.values()) for places in rank["held"].values()))
     expected = theory.states(ds_config, rank["facts"])
     for kind in theory.KINDS:
-        row[f"{kind}_device_bytes"], row[f"{kind}_host_bytes"] = rank["held"][kind]["device"], rank["held"][kind]["host"]
+        row[f"{kind}_device_bytes"], row[f"{kind}_host_bytes"] = (
+            rank["held"][kind]["device"],
+            rank["held"][kind]["host"],
+        )
         row[f"{kind}_theory_bytes"], row[f"{kind}_paper_bytes"] = expected[kind].total, expected[kind].paper
     for place in ("device", "host", "theory", "paper"):
         row[f"states_{place}_bytes"] = sum(row[f"{kind}_{place}_bytes"] for kind in theory.KINDS)
@@ -245,7 +277,11 @@ def _add_states(row: Row, ds_config: dict[str, Any], measured: list[dict[str, An
     for kind in theory.KINDS:
         for amount, why in expected[kind].differences:
             if abs(amount) > NOTED * row["states_paper_bytes"]:
-                results.note(row, f"{'more' if amount > 0 else 'less'} memory for {'optimizer states' if kind == 'optimizer' else kind}", why)
+                results.note(
+                    row,
+                    f"{'more' if amount > 0 else 'less'} memory for {'optimizer states' if kind == 'optimizer' else kind}",
+                    why,
+                )
     if abs(row["states_bytes"] - row["states_theory_bytes"]) > STATES_OFF * row["states_theory_bytes"]:
         results.not_described(row, "memory")
 
@@ -254,7 +290,12 @@ def _add_traffic(row: Row, ds_config: dict[str, Any], measured: list[dict[str, A
     facts = measured[0]["facts"]
     ranks = facts["world_size"]
     sent = [theory.wire_bytes(rank["logged"], ranks) for rank in measured]
-    kinds = {"all_reduce": "all_reduce", "reduce_scatter_tensor": "reduce_scatter", "reduce_scatter": "reduce_scatter", "reduce": "reduce"}
+    kinds = {
+        "all_reduce": "all_reduce",
+        "reduce_scatter_tensor": "reduce_scatter",
+        "reduce_scatter": "reduce_scatter",
+        "reduce": "reduce",
+    }
     kinds |= {"all_gather_into_tensor": "all_gather", "all_gather": "all_gather"}
     row |= {f"{kind}_bytes": 0.0 for kind in TRAFFIC}
     for rank in sent:  # the mean over ranks
@@ -282,15 +323,23 @@ def _compare_with_first(results: Results, timings: dict[tuple[str, int], dict[tu
         alone = next(other for other in results.good() if other["config"] == row["config"])
         differences = results.loss_differences(row, first)
         row["loss_difference"] = max(differences)
-        row["loss_left_at_step"] = next((step for step, value in enumerate(differences, 1) if not value <= tolerance), None)
-        row["loss_difference_over_ranks"] = max(results.loss_differences(row, alone)) if len(results.spec["ranks"]) > 1 else None
+        row["loss_left_at_step"] = next(
+            (step for step, value in enumerate(differences, 1) if not value <= tolerance), None
+        )
+        row["loss_difference_over_ranks"] = (
+            max(results.loss_differences(row, alone)) if len(results.spec["ranks"]) > 1 else None
+        )
         base = timings[first["config"], first["ranks"]]
         ratios: dict[int, list[float]] = {}  # of each round, which all count alike
         for at, seconds in timings[key].items():
             if at in base:
                 ratios.setdefault(at[0], []).append(seconds / base[at])
         medians = [statistics.median(values) for values in ratios.values()]
-        row |= {"step_ratio": statistics.fmean(medians), "step_ratio_low": min(medians), "step_ratio_high": max(medians)}
+        row |= {
+            "step_ratio": statistics.fmean(medians),
+            "step_ratio_low": min(medians),
+            "step_ratio_high": max(medians),
+        }
         row["states_share"] = row["states_bytes"] / first["states_bytes"]
 
 

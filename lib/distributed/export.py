@@ -26,7 +26,11 @@ def full_state_dict(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor
     parameters = dict(engine.module.named_parameters(remove_duplicate=False))
     state: dict[str, torch.Tensor] = {}
     for name, tensor in engine.module.state_dict(keep_vars=True).items():
-        with deepspeed.zero.GatheredParameters(parameters[name]) if partitioned and name in parameters else contextlib.nullcontext():
+        with (
+            deepspeed.zero.GatheredParameters(parameters[name])
+            if partitioned and name in parameters
+            else contextlib.nullcontext()
+        ):
             if ranks.rank() == 0:
                 state[name] = tensor.detach().cpu().clone()
     return state

@@ -58,7 +58,9 @@ def load_model(build: Callable[[], torch.nn.Module], ds_config: dict[str, Any], 
             tensor.data = right[name].to(tensor.device)
     if "activation_checkpointing" in ds_config:
         if not (isinstance(model, PreTrainedModel) and model.supports_gradient_checkpointing):
-            raise UserError(f"activation_checkpointing is in the DeepSpeed JSON, but {type(model).__name__} has none; leave the section out")
+            raise UserError(
+                f"activation_checkpointing is in the DeepSpeed JSON, but {type(model).__name__} has none; leave the section out"
+            )
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()  # from_pretrained leaves a model in evaluation mode, without dropout and activation checkpointing
     return model

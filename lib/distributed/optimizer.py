@@ -20,7 +20,9 @@ from lib.progress import progress
 from lib.settings.ds_config import offload_device
 
 
-def make_adamw(cfg: Any, model: torch.nn.Module, ds_config: dict[str, Any], pretrained: Iterable[torch.nn.Parameter] = ()) -> torch.optim.Optimizer:
+def make_adamw(
+    cfg: Any, model: torch.nn.Module, ds_config: dict[str, Any], pretrained: Iterable[torch.nn.Parameter] = ()
+) -> torch.optim.Optimizer:
     """AdamW, with weight decay on matrices and embeddings but not on biases and norms.
 
     `cfg` has learning_rate, weight_decay, adam_betas and adam_eps, and pretrained_learning_rate where there are pretrained parameters, which have
@@ -36,7 +38,10 @@ def make_adamw(cfg: Any, model: torch.nn.Module, ds_config: dict[str, Any], pret
             parameter.requires_grad_(False)
         if parameter.requires_grad:
             is_vector = len(getattr(parameter, "ds_shape", parameter.shape)) < 2  # ds_shape: before partitioning
-            options = {"lr": cfg.pretrained_learning_rate if is_pretrained else cfg.learning_rate, "weight_decay": 0.0 if is_vector else cfg.weight_decay}
+            options = {
+                "lr": cfg.pretrained_learning_rate if is_pretrained else cfg.learning_rate,
+                "weight_decay": 0.0 if is_vector else cfg.weight_decay,
+            }
             groups.setdefault((is_pretrained, is_vector), {"params": [], **options})["params"].append(parameter)
     common = {"lr": cfg.learning_rate, "betas": tuple(cfg.adam_betas), "eps": cfg.adam_eps}
     in_order = [groups[key] for key in sorted(groups)]  # the learning rate of the first one is what a run logs
@@ -49,7 +54,9 @@ def make_adamw(cfg: Any, model: torch.nn.Module, ds_config: dict[str, Any], pret
 
 def make_schedule(cfg: Any, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
     """A LambdaLR with the learning rate of each of `total_steps` steps: from 0 up over `warmup_steps` of them, then as `lr_schedule` says."""
-    name = "constant_with_warmup" if cfg.lr_schedule == "constant" else cfg.lr_schedule  # transformers' "constant" has no warm-up
+    name = (
+        "constant_with_warmup" if cfg.lr_schedule == "constant" else cfg.lr_schedule
+    )  # transformers' "constant" has no warm-up
     return get_scheduler(name, optimizer, cfg.warmup_steps, total_steps)
 
 
@@ -60,7 +67,11 @@ def check_compilation(operator: str) -> None:
     """
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     for lock in root.glob(f"**/{operator}/lock"):
-        if lock.exists() and time.time() - lock.stat().st_mtime > 60 and not any(_works_in(process, lock.parent) for process in psutil.process_iter()):
+        if (
+            lock.exists()
+            and time.time() - lock.stat().st_mtime > 60
+            and not any(_works_in(process, lock.parent) for process in psutil.process_iter())
+        ):
             raise UserError(
                 f"{lock} was left by a compilation of {operator} that was killed, and this run would wait for it for ever: delete the file "
                 "(unless another machine that shares it is compiling now)"

@@ -28,21 +28,33 @@ def init(timeout_minutes: float) -> torch.device:
     timeout_minutes: how long a rank waits for another one before it gives up and ends the run. DeepSpeed makes groups of its own
     later, with torch's 30 minutes: call set_timeout once more after deepspeed.initialize.
     """
-    for key, alone in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+    for key, alone in {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }.items():
         os.environ.setdefault(key, alone)
     # DeepSpeed's CPU collectives serve inference only, take half a minute to compile and leave 69 MB per rank in /dev/shm.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _import_muon_without_the_compiler()
     accelerator = get_accelerator()
-    if accelerator.device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:  # ranks that share cores slow each other down
+    if (
+        accelerator.device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ
+    ):  # ranks that share cores slow each other down
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1"))))
     if not dist.is_initialized():
         if accelerator.device_name() != "cpu":
             wanted, there = int(os.environ.get("LOCAL_SIZE", "1")), accelerator.device_count()
             if wanted > there:
-                raise UserError(f"{wanted} ranks want a device each, but there are {there} on this machine; use --ranks {there}")
+                raise UserError(
+                    f"{wanted} ranks want a device each, but there are {there} on this machine; use --ranks {there}"
+                )
             accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-        deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(minutes=max(timeout_minutes, 10)))  # until all have started
+        deepspeed.init_distributed(
+            verbose=False, timeout=datetime.timedelta(minutes=max(timeout_minutes, 10))
+        )  # until all have started
         threading.Thread(target=_leave_with_the_launcher, daemon=True).start()
     _cpu_group()
     set_timeout(timeout_minutes)
@@ -85,7 +97,10 @@ def _leave_with_the_launcher() -> None:
 
     def is_launcher(process: psutil.Process) -> bool:
         try:
-            return any(part.endswith(("start_ranks.py", "deepspeed", "deepspeed.launcher.launch")) for part in process.cmdline())
+            return any(
+                part.endswith(("start_ranks.py", "deepspeed", "deepspeed.launcher.launch"))
+                for part in process.cmdline()
+            )
         except psutil.Error:  # another user's, or ended
             return False
 
@@ -96,7 +111,9 @@ def _leave_with_the_launcher() -> None:
             launchers.append(psutil.Process(int(supervisor)))
         while all(map(_is_alive, launchers)):
             time.sleep(1)
-    if asked_to_stop.wait(GRACE_SECONDS):  # with its launcher, by Ctrl-C or a terminal that closes: what it saves now is worth waiting for
+    if asked_to_stop.wait(
+        GRACE_SECONDS
+    ):  # with its launcher, by Ctrl-C or a terminal that closes: what it saves now is worth waiting for
         time.sleep(_timeout_seconds[-1])
     os._exit(1)
 
@@ -157,7 +174,9 @@ def together(do: Callable[[], T]) -> T:
         try:
             while busy:
                 done.wait(_timeout_seconds[-1] / 4)
-                busy = largest([float(not done.is_set())])[0] > 0  # the same on all ranks, so that all of them end here together
+                busy = (
+                    largest([float(not done.is_set())])[0] > 0
+                )  # the same on all ranks, so that all of them end here together
         except RuntimeError as error:  # a rank has ended
             lost.append(error)
 

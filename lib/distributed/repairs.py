@@ -34,7 +34,9 @@ def repair_stage0(engine: deepspeed.DeepSpeedEngine) -> None:
 
     @functools.wraps(step)  # by which the learning-rate schedule recognises it
     def clip_and_step() -> None:
-        optimizer._global_grad_norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping() or math.inf)
+        optimizer._global_grad_norm = torch.nn.utils.clip_grad_norm_(
+            engine.module.parameters(), engine.gradient_clipping() or math.inf
+        )
         optimizer.overflow = not math.isfinite(optimizer._global_grad_norm)
         if not optimizer.overflow:
             step()

@@ -68,7 +68,13 @@ def pieces(engine: Any) -> list[Piece]:
             if fragment is None:  # it lies on other ranks
                 continue
             flat = engine.basic_optimizer.param_groups[fragment.param_group_index]["params"][0]
-            piece = Piece(name, fragment.lp_fragment_address.start, fragment.hp_fragment_address.numel, flat, fragment.hp_fragment_address.start)
+            piece = Piece(
+                name,
+                fragment.lp_fragment_address.start,
+                fragment.hp_fragment_address.numel,
+                flat,
+                fragment.hp_fragment_address.start,
+            )
         else:
             piece = Piece(name, 0, parameter.numel(), masters.get(id(parameter), parameter), 0)
         if piece.size > 0:
@@ -101,7 +107,11 @@ def owned_pieces(engine: Any) -> list[Piece]:
 def shapes(engine: Any) -> dict[str, list[int]]:
     """Name -> shape of each trained parameter, before partitioning."""
     named = engine.module.named_parameters()
-    return {name: list(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in named if parameter.requires_grad}
+    return {
+        name: list(getattr(parameter, "ds_shape", parameter.shape))
+        for name, parameter in named
+        if parameter.requires_grad
+    }
 
 
 def buffers(engine: Any) -> dict[str, torch.Tensor]:
@@ -174,11 +184,26 @@ def held_bytes(engine: Any) -> dict[str, dict[str, int]]:
     model = list(engine.module.parameters())
     flats = list(_flats(engine)) + [copy for group in getattr(zero, "fp32_groups", []) for copy in group]
     buckets = [getattr(bucket, "buffer", None) for bucket in getattr(zero, "ipg_buckets", {}).values()]
-    lists = [group for name in ("averaged_gradients", "all_grad_tensors") for group in getattr(zero, name, {}).values() if group is not None]
+    lists = [
+        group
+        for name in ("averaged_gradients", "all_grad_tensors")
+        for group in getattr(zero, name, {}).values()
+        if group is not None
+    ]
     tensors = {  # in this order, each storage counts for the first kind that has it
         "buffers": [tensor for bucket in buckets for tensor in (bucket if isinstance(bucket, list) else [bucket])],
-        "parameters": [tensor for p in model for tensor in (p.data, getattr(p, "ds_tensor", None), getattr(p, "ds_secondary_tensor", None))],
-        "optimizer": flats + [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value) and value.dim()],
+        "parameters": [
+            tensor
+            for p in model
+            for tensor in (p.data, getattr(p, "ds_tensor", None), getattr(p, "ds_secondary_tensor", None))
+        ],
+        "optimizer": flats
+        + [
+            value
+            for state in optimizer.state.values()
+            for value in state.values()
+            if torch.is_tensor(value) and value.dim()
+        ],
         "gradients": [
             *(gradient for parameter in model for gradient in (parameter.grad, getattr(parameter, "grad_accum", None))),
             *(flat.grad for flat in flats),
@@ -205,7 +230,13 @@ def _on_host(engine: Any, kind: str, tensor: torch.Tensor) -> bool:
     if engine.device.type != "cpu":
         return tensor.device.type == "cpu"
     if kind == "parameters":  # what is gathered is on the device
-        return offload_device(engine.config, "param") != "none" and any(tensor is getattr(p, "ds_tensor", None) for p in engine.module.parameters())
-    if kind == "gradients" and tensor.dim() and any(tensor is parameter.grad for parameter in engine.module.parameters()):
+        return offload_device(engine.config, "param") != "none" and any(
+            tensor is getattr(p, "ds_tensor", None) for p in engine.module.parameters()
+        )
+    if (
+        kind == "gradients"
+        and tensor.dim()
+        and any(tensor is parameter.grad for parameter in engine.module.parameters())
+    ):
         return False
     return offload_device(engine.config, "optimizer") != "none"

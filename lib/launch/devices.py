@@ -43,8 +43,12 @@ class Devices:
     def launcher_options(self, ranks: int) -> list[str]:
         """The options of the `deepspeed` command for so many ranks on this machine. Raises UserError where there are fewer devices."""
         if self.ids and ranks > len(self.ids):
-            raise UserError(f"--ranks is {ranks}, but there {_are(len(self.ids))}{f' in {self.variable}' if self.variable else ''}")
-        hostfile = ["--hostfile", os.devnull] if HOSTFILE.is_file() else []  # it would start as many ranks on each of its machines
+            raise UserError(
+                f"--ranks is {ranks}, but there {_are(len(self.ids))}{f' in {self.variable}' if self.variable else ''}"
+            )
+        hostfile = (
+            ["--hostfile", os.devnull] if HOSTFILE.is_file() else []
+        )  # it would start as many ranks on each of its machines
         if self.variable:
             return [*hostfile, "--include", f"localhost:{','.join(map(str, sorted(self.ids[:ranks])))}"]
         return [*hostfile, "--num_accelerators", str(ranks)]
@@ -58,7 +62,10 @@ def find() -> Devices:
     """
     found = _find()
     if HOSTFILE.is_file():
-        print(f"note: {HOSTFILE} is not used: this machine alone; for all of its machines, run the printed command without --hostfile", file=sys.stderr)
+        print(
+            f"note: {HOSTFILE} is not used: this machine alone; for all of its machines, run the printed command without --hostfile",
+            file=sys.stderr,
+        )
     if found.accelerator != "cuda":
         os.environ.setdefault("DS_ACCELERATOR", found.accelerator)
     return found
@@ -69,7 +76,12 @@ def _find() -> Devices:
     if asked == "cpu":
         return Devices("cpu")
     build = _torch_build()
-    if asked not in ("", "cuda") or build.get("hip") or build.get("xpu") or any(map(importlib.util.find_spec, OTHER_ACCELERATORS)):
+    if (
+        asked not in ("", "cuda")
+        or build.get("hip")
+        or build.get("xpu")
+        or any(map(importlib.util.find_spec, OTHER_ACCELERATORS))
+    ):
         name, count, variable = _ask(
             "from deepspeed.accelerator import get_accelerator; import json, os; a = get_accelerator(); v = a.visible_devices_envs()[0]; "
             "os.environ.pop(v, None); print(json.dumps([a._name, a.device_count(), v]))"
@@ -78,16 +90,29 @@ def _find() -> Devices:
     count, driver, parts = (0, "", False) if _hidden(os.environ.get("CUDA_VISIBLE_DEVICES")) else _nvidia()
     if count == 0:
         if asked:
-            raise UserError(f"DS_ACCELERATOR={asked}, but there is no NVIDIA GPU to use; leave it out, or set DS_ACCELERATOR=cpu")
+            raise UserError(
+                f"DS_ACCELERATOR={asked}, but there is no NVIDIA GPU to use; leave it out, or set DS_ACCELERATOR=cpu"
+            )
         if Path("/dev/kfd").exists():
-            print(f"note: there is an AMD GPU here, but torch {build.get('__version__')} is not built for ROCm; training on the CPU", file=sys.stderr)
+            print(
+                f"note: there is an AMD GPU here, but torch {build.get('__version__')} is not built for ROCm; training on the CPU",
+                file=sys.stderr,
+            )
         return Devices("cpu")
     cuda = build.get("cuda") or ""
     oldest = OLDEST_DRIVER.get(cuda.split(".")[0])
-    if parts or oldest is None or not driver or int(driver.split(".")[0]) < oldest:  # not sure: torch knows, in 2 seconds
-        usable, visible = _ask("import torch, json; print(json.dumps([torch.cuda.is_available(), torch.cuda.device_count()]))")
+    if (
+        parts or oldest is None or not driver or int(driver.split(".")[0]) < oldest
+    ):  # not sure: torch knows, in 2 seconds
+        usable, visible = _ask(
+            "import torch, json; print(json.dumps([torch.cuda.is_available(), torch.cuda.device_count()]))"
+        )
         if not usable:
-            why = f"is built for CUDA {cuda}" + (f", which needs driver {oldest} or newer" if oldest else "") if cuda else "is built without CUDA"
+            why = (
+                f"is built for CUDA {cuda}" + (f", which needs driver {oldest} or newer" if oldest else "")
+                if cuda
+                else "is built without CUDA"
+            )
             raise UserError(
                 f"there {_are(count)} here (driver {driver or 'unknown'}), but torch {build.get('__version__')} cannot use {'it' if count == 1 else 'them'}: it {why}; "
                 "update the driver, or install the torch that fits it (https://pytorch.org/get-started), or set DS_ACCELERATOR=cpu to train on the CPU"
@@ -124,7 +149,11 @@ def _torch_build() -> dict[str, str]:
     """torch's own version and those of what it is built for, from its source: {"__version__": "2.13.0", "cuda": "13.0"}."""
     spec = importlib.util.find_spec("torch")
     file = Path(spec.origin or "").with_name("version.py") if spec else Path()
-    return dict(re.findall(r"^(\w+).* = '(.*)'$", file.read_text(encoding="utf-8"), re.MULTILINE)) if file.is_file() else {}
+    return (
+        dict(re.findall(r"^(\w+).* = '(.*)'$", file.read_text(encoding="utf-8"), re.MULTILINE))
+        if file.is_file()
+        else {}
+    )
 
 
 def _nvidia() -> tuple[int, str, bool]:
@@ -133,7 +162,9 @@ def _nvidia() -> tuple[int, str, bool]:
     lines = [line for line in told if line[:1].isdigit()]  # or it says that there are none
     count = len(lines) or sum(bool(re.fullmatch(r"nvidia\d+", node.name)) for node in Path("/dev").glob("nvidia*"))
     module = Path("/proc/driver/nvidia/version")
-    driver = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", lines[0] if lines else module.read_text(encoding="utf-8") if module.is_file() else "")
+    driver = re.search(
+        r"\b\d{3}\.\d+(\.\d+)?\b", lines[0] if lines else module.read_text(encoding="utf-8") if module.is_file() else ""
+    )
     return count, driver.group() if driver else "", any("Enabled" in line for line in lines)
 
 

@@ -14,7 +14,13 @@ from lib.errors import UserError
 from lib.launch import devices
 from lib.settings import config
 
-OF_LAUNCH = ("stage", "ds_config", "ranks", "restarts", "dry_run")  # launch.sh takes them out; a misspelt one arrives here
+OF_LAUNCH = (
+    "stage",
+    "ds_config",
+    "ranks",
+    "restarts",
+    "dry_run",
+)  # launch.sh takes them out; a misspelt one arrives here
 
 
 def main(recipe: str, ranks: str, *settings: str) -> None:

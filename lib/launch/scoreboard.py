@@ -47,7 +47,11 @@ def is_current(recipe: str, run: Path, quick: bool) -> bool:
         return False
     before = yaml.safe_load(path.read_text(encoding="utf-8"))
     now: Any = load(importlib.import_module(f"recipes.{recipe}").Config, ROOT / "recipes" / f"{recipe}.yaml", {}, quick)
-    decides = {name: value for name, value in dataclasses.asdict(now).items() if name not in MAY_CHANGE or name in ("dataset", "max_steps", "epochs")}
+    decides = {
+        name: value
+        for name, value in dataclasses.asdict(now).items()
+        if name not in MAY_CHANGE or name in ("dataset", "max_steps", "epochs")
+    }
     return decides == {name: before.get(name) for name in decides}
 
 
@@ -68,7 +72,10 @@ def train(recipe: str, run: Path, quick: bool) -> None:
 
 def row(recipe: str, run: Path) -> list[str]:
     """recipe, task, data, metric, score, baselines, minutes."""
-    result, settings = json.loads((run / "result.json").read_text(encoding="utf-8")), yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    result, settings = (
+        json.loads((run / "result.json").read_text(encoding="utf-8")),
+        yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")),
+    )
     (_, scores), *baselines = result["scores"].items()
     metric, score = next(iter(scores.items()))
     beside = "; ".join(f"{name} {shown_score(values[metric])}" for name, values in baselines)
@@ -89,14 +96,19 @@ def table(runs: dict[str, Path]) -> str:
     versions = json.loads((next(iter(runs.values())) / "versions.json").read_text(encoding="utf-8"))
     newest = max((run / "result.json").stat().st_mtime for run in runs.values())
     header = ["recipe", "task", "data", "metric", "score", "baselines", "minutes"]
-    lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *(row(*run) for run in runs.items()))]
+    lines = [
+        "| " + " | ".join(cells) + " |"
+        for cells in (header, ["---"] * len(header), *(row(*run) for run in runs.items()))
+    ]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     made = f"deepspeed {versions['deepspeed']}, torch {versions['torch']}, {datetime.date.fromtimestamp(newest)}"
     return "\n".join(lines) + f"\n\n*Test scores; minutes from start to end, with the baseline. {device}, {made}.*"
 
 
 def main() -> None:
-    parser = Parser(prog="./launch.sh results", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="./launch.sh results", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipes", nargs="*", help="which (default: all)")
     parser.add_argument("--readme", action="store_true", help="put the table into README.md")
     parser.add_argument("--quick", action="store_true", help="with the settings of --quick")
@@ -105,7 +117,9 @@ def main() -> None:
         if options.quick and options.readme:
             raise UserError("--quick and --readme: the scores of quick runs say nothing; leave one of them out")
         if options.recipes and options.readme:
-            raise UserError("--readme writes the whole table; leave the names of recipes out (what has finished is not run again)")
+            raise UserError(
+                "--readme writes the whole table; leave the names of recipes out (what has finished is not run again)"
+            )
         folder = ROOT / "runs" / ("results-quick" if options.quick else "results")
         runs = {name: folder / name for name in recipes(options.recipes)}
         for name, run in runs.items():

@@ -35,7 +35,11 @@ def main() -> int:
     parser.add_argument("script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     options = parser.parse_args()
-    ids = options.include.removeprefix("localhost:").split(",") if options.include else [str(number) for number in range(options.num_accelerators)]
+    ids = (
+        options.include.removeprefix("localhost:").split(",")
+        if options.include
+        else [str(number) for number in range(options.num_accelerators)]
+    )
 
     ranks: list[subprocess.Popen[bytes]] = []
 
@@ -50,13 +54,22 @@ def main() -> int:
         "WORLD_SIZE": str(len(ids)), "LOCAL_SIZE": str(len(ids)), "CROSS_RANK": "0", "CROSS_SIZE": "1",
     }  # fmt: skip
     for rank in map(str, range(len(ids))):
-        command = [sys.executable, "-u", *(["-m"] if options.module else []), options.script, f"--local_rank={rank}", *options.arguments]
+        command = [
+            sys.executable,
+            "-u",
+            *(["-m"] if options.module else []),
+            options.script,
+            f"--local_rank={rank}",
+            *options.arguments,
+        ]
         ranks.append(subprocess.Popen(command, env=environment | {"RANK": rank, "LOCAL_RANK": rank}))
     while None in (codes := [rank.poll() for rank in ranks]) and not any(codes):
         time.sleep(0.05)
     failed = next(filter(None, codes), 0)
     if failed:
-        wait(ranks, EXIT_SECONDS + 10 if failed == STOPPED else OWN_WORDS_SECONDS)  # a monitor of rank 0 may still be uploading
+        wait(
+            ranks, EXIT_SECONDS + 10 if failed == STOPPED else OWN_WORDS_SECONDS
+        )  # a monitor of rank 0 may still be uploading
         end(ranks)
     return failed
 

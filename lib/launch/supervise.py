@@ -29,7 +29,12 @@ import yaml
 from lib.errors import FAULT, MISTAKE, STOPPED, from_home, new_folder
 from lib.run.console import Console
 
-START_RANKS = [sys.executable, "-P", "-m", "lib.launch.start_ranks"]  # in the place of `deepspeed`; launch.sh has put lib on PYTHONPATH
+START_RANKS = [
+    sys.executable,
+    "-P",
+    "-m",
+    "lib.launch.start_ranks",
+]  # in the place of `deepspeed`; launch.sh has put lib on PYTHONPATH
 UNKILLABLE_SECONDS = 60  # after which a process that was killed and is still there is left to itself
 FALSE = ("0", "off", "f", "false", "n", "no")  # what a setting of a recipe takes for it
 stop_signals: list[tuple[int, float]] = []  # (number, when), of those that came
@@ -76,7 +81,9 @@ def run_once(command: list[str], output: IO[str] | None = None, ended: Callable[
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL if again else signal.SIGTERM)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)}
+    before = {
+        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    }
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:  # as nohup has it
             signal.signal(number, pass_on)
@@ -85,7 +92,9 @@ def run_once(command: list[str], output: IO[str] | None = None, ended: Callable[
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
     environment = os.environ | {"SUPERVISED_BY": str(os.getpid())}  # the ranks leave when this process is gone
-    launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=ignore_warning_signal, stdout=output, stderr=output)
+    launcher = subprocess.Popen(
+        command, env=environment, start_new_session=True, preexec_fn=ignore_warning_signal, stdout=output, stderr=output
+    )
     if stop_signals:  # it came before there was anything to pass it on to
         launcher.terminate()
     while ended is not None and launcher.poll() is None and not ended():
@@ -145,8 +154,13 @@ def resolve(arguments: list[str], yaml_path: str) -> tuple[str | None, bool]:
         values |= values.pop("quick", {}) if given.quick else {}
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError):  # likewise
         values = {}
-    run_dir, resume = (values.get(name) if getattr(given, name) is None else getattr(given, name) for name in ("run_dir", "resume"))
-    return None if str(run_dir).lower() in ("none", "null") else from_home(str(run_dir)), str(resume).lower() not in ("none", *FALSE)
+    run_dir, resume = (
+        values.get(name) if getattr(given, name) is None else getattr(given, name) for name in ("run_dir", "resume")
+    )
+    return None if str(run_dir).lower() in ("none", "null") else from_home(str(run_dir)), str(resume).lower() not in (
+        "none",
+        *FALSE,
+    )
 
 
 def free_port() -> int:
@@ -164,7 +178,9 @@ def main() -> int:
     run_dir, resume = resolve(arguments, yaml_path)
     own_name = run_dir is None and not resume
     if own_name:
-        run_dir = f"runs/{run_name}-{time.strftime('%Y%m%d-%H%M%S')}" if dry_run else str(new_folder(f"runs/{run_name}"))
+        run_dir = (
+            f"runs/{run_name}-{time.strftime('%Y%m%d-%H%M%S')}" if dry_run else str(new_folder(f"runs/{run_name}"))
+        )
         arguments += ["--run_dir", str(run_dir)]
     try:
         return run_until_it_ends(launcher, arguments, run_dir, int(restarts), bool(dry_run))
@@ -197,9 +213,14 @@ def run_until_it_ends(launcher: str, arguments: list[str], run_dir: str | None, 
         status = status % 256 or FAULT  # a launcher whose child was killed ends with 0
         left = restarts - attempt
         if left:
-            print(f"restart  exit code {status}; starting again from the newest checkpoint ({left} restart{'s' if left > 1 else ''} left)")
+            print(
+                f"restart  exit code {status}; starting again from the newest checkpoint ({left} restart{'s' if left > 1 else ''} left)"
+            )
         elif run_dir and (Path(run_dir) / "checkpoints").is_dir():
-            print(f"error: the run ended with exit code {status}; the same command with --run_dir {run_dir} --resume goes on", file=sys.stderr)
+            print(
+                f"error: the run ended with exit code {status}; the same command with --run_dir {run_dir} --resume goes on",
+                file=sys.stderr,
+            )
     return status
 
 

@@ -22,7 +22,9 @@ def is_causal(model: PreTrainedModel) -> bool:
 def check_causal(model: PreTrainedModel) -> None:
     """Raise a UserError where a model sees the tokens that it is to predict."""
     if not is_causal(model):
-        raise UserError(f"{type(model).__name__} sees the tokens that it is to predict; take an architecture that is a decoder")
+        raise UserError(
+            f"{type(model).__name__} sees the tokens that it is to predict; take an architecture that is a decoder"
+        )
 
 
 def check_generates(model: Any, remedy: str, **options: Any) -> None:
@@ -39,4 +41,6 @@ def check_generates(model: Any, remedy: str, **options: Any) -> None:
     except Exception as error:  # whatever an architecture stumbles over
         traceback.print_exc()  # for the log of the run
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UserError(f"{type(model).__name__}: this transformers cannot generate with it; {remedy} ({why})") from None
+        raise UserError(
+            f"{type(model).__name__}: this transformers cannot generate with it; {remedy} ({why})"
+        ) from None

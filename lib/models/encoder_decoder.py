@@ -33,7 +33,15 @@ from lib.data.batches import IGNORED, Batch, pad, pad_tokens
 from lib.distributed import ranks
 from lib.errors import UserError
 from lib.models.checks import check_generates, is_causal
-from lib.models.hub import check_length, check_tokens, hub_errors, load_config, load_tokenizer, load_weights, set_dropout
+from lib.models.hub import (
+    check_length,
+    check_tokens,
+    hub_errors,
+    load_config,
+    load_tokenizer,
+    load_weights,
+    set_dropout,
+)
 from lib.models.scratch import train_tokenizer
 
 # For generate: one text a source, decided by these recipes' settings and not by a hub model's own generation config, perhaps made for longer texts.
@@ -44,7 +52,9 @@ ONE_TEXT: dict[str, Any] = {
 SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
 
-def load_tokenizers(cfg: Any, sources: Sequence[str], targets: Sequence[str]) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+def load_tokenizers(
+    cfg: Any, sources: Sequence[str], targets: Sequence[str]
+) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
     """(of the sources, of the targets). Every rank must call it.
 
     From scratch (model null) one byte-level BPE is learned from both; for a pre-trained encoder, one from the targets, unless its decoder
@@ -52,13 +62,17 @@ def load_tokenizers(cfg: Any, sources: Sequence[str], targets: Sequence[str]) ->
     another one for the targets in target_tokenizer.
     """
     if cfg.decoder is not None and (cfg.model is None or _brings_decoder(cfg)):
-        raise UserError(f"decoder {cfg.decoder} needs an encoder as the model, and {cfg.model or 'null'} is none; set --decoder null, or another --model")
+        raise UserError(
+            f"decoder {cfg.decoder} needs an encoder as the model, and {cfg.model or 'null'} is none; set --decoder null, or another --model"
+        )
     if cfg.model is None:
         joint = train_tokenizer([*sources, *targets], cfg.vocab_size, SPECIAL_TOKENS, "$A </s>")
         return joint, joint
     if _brings_decoder(cfg):
         if cfg.pretrained_learning_rate == 0:
-            raise UserError(f"model {cfg.model} is pre-trained as a whole, and with pretrained_learning_rate 0 nothing is trained; set it, to 3e-5 perhaps")
+            raise UserError(
+                f"model {cfg.model} is pre-trained as a whole, and with pretrained_learning_rate 0 nothing is trained; set it, to 3e-5 perhaps"
+            )
         config = load_config(cfg.model, 0.0, cfg.trust_remote_code)
         check_length(getattr(config, "decoder", config), cfg.max_target_length, "max_target_length")
         tokenizer = load_tokenizer(cfg.model, cfg.max_source_length, cfg.trust_remote_code, "max_source_length")
@@ -79,18 +93,30 @@ def _tokenizer_of_decoder(cfg: Any) -> PreTrainedTokenizerBase:
     """That of cfg.decoder, but a text gets its end-of-text token and nothing before: what a decoder is to write. Raises UserError before weights are read."""
     ranks.rank0_first(lambda: _config_of_decoder(cfg))  # refuses what cannot attend to an encoder
     tokenizer = load_tokenizer(cfg.decoder, cfg.max_target_length, cfg.trust_remote_code, "max_target_length")
-    special = {"bos_token": tokenizer.bos_token or tokenizer.cls_token, "eos_token": tokenizer.eos_token or tokenizer.sep_token}
+    special = {
+        "bos_token": tokenizer.bos_token or tokenizer.cls_token,
+        "eos_token": tokenizer.eos_token or tokenizer.sep_token,
+    }
     if None in special.values():
-        raise UserError(f"decoder {cfg.decoder}: its tokenizer has no tokens that begin and end a text (bos and eos, or cls and sep); set them, and save it")
+        raise UserError(
+            f"decoder {cfg.decoder}: its tokenizer has no tokens that begin and end a text (bos and eos, or cls and sep); set them, and save it"
+        )
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     end = special["eos_token"]
-    backend.post_processor = TemplateProcessing(single=f"$A {end}", special_tokens=[(end, tokenizer.convert_tokens_to_ids(end))])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **special, pad_token=tokenizer.pad_token, unk_token=tokenizer.unk_token)
+    backend.post_processor = TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, tokenizer.convert_tokens_to_ids(end))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, **special, pad_token=tokenizer.pad_token, unk_token=tokenizer.unk_token
+    )
 
 
 def _brings_decoder(cfg: Any) -> bool:
     """Whether cfg.model is a pre-trained encoder-decoder. Every rank must call it."""
-    return cfg.model is not None and ranks.rank0_first(lambda: load_config(cfg.model, 0.0, cfg.trust_remote_code)).is_encoder_decoder
+    return (
+        cfg.model is not None
+        and ranks.rank0_first(lambda: load_config(cfg.model, 0.0, cfg.trust_remote_code)).is_encoder_decoder
+    )
 
 
 def pretrained_parameters(cfg: Any, model: PreTrainedModel) -> list[torch.nn.Parameter]:
@@ -123,7 +149,9 @@ def _deviation(cfg: Any) -> float:
 def _from_scratch(cfg: Any, special: dict[str, int], vocab_size: int) -> PreTrainedModel:
     head_dim = cfg.hidden_size // cfg.num_heads
     if cfg.hidden_size % cfg.num_heads or head_dim % 2:
-        raise UserError(f"hidden_size {cfg.hidden_size} is no multiple of twice num_heads {cfg.num_heads}, as rotary positions need")
+        raise UserError(
+            f"hidden_size {cfg.hidden_size} is no multiple of twice num_heads {cfg.num_heads}, as rotary positions need"
+        )
     half: Any = T5GemmaModuleConfig(
         vocab_size=vocab_size, hidden_size=cfg.hidden_size, intermediate_size=cfg.intermediate_size, num_hidden_layers=cfg.num_layers,
         num_attention_heads=cfg.num_heads, num_key_value_heads=cfg.num_heads, head_dim=head_dim, query_pre_attn_scalar=head_dim,
@@ -147,9 +175,13 @@ def _from_pretrained(cfg: Any, special: dict[str, int], vocab_size: int) -> Any:
         return load_weights(AutoModelForSeq2SeqLM, cfg.model, config, cfg.trust_remote_code)
     encoder = load_weights(AutoModel, cfg.model, config, cfg.trust_remote_code)
     if is_causal(encoder):
-        raise UserError(f"model {cfg.model} is a decoder; take an encoder, which gets a new decoder, or an encoder-decoder")
+        raise UserError(
+            f"model {cfg.model} is a decoder; take an encoder, which gets a new decoder, or an encoder-decoder"
+        )
     decoder = _new_decoder(cfg, special, vocab_size) if cfg.decoder is None else _pretrained_decoder(cfg)
-    both = EncoderDecoderConfig.from_encoder_decoder_configs(encoder.config, decoder.config, **special, decoder_start_token_id=special["bos_token_id"])
+    both = EncoderDecoderConfig.from_encoder_decoder_configs(
+        encoder.config, decoder.config, **special, decoder_start_token_id=special["bos_token_id"]
+    )
     return _generates_at_most(EncoderDecoderModel(both, encoder, decoder), cfg.max_target_length)
 
 
@@ -173,7 +205,9 @@ def _config_of_decoder(cfg: Any) -> PretrainedConfig:
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     attends = model_class is not None and "encoder_hidden_states" in inspect.signature(model_class.forward).parameters
     if config.is_encoder_decoder or not attends:
-        raise UserError(f"decoder {cfg.decoder}: its architecture, {config.model_type}, cannot attend to an encoder; take a BERT, a RoBERTa or a GPT-2, say")
+        raise UserError(
+            f"decoder {cfg.decoder}: its architecture, {config.model_type}, cannot attend to an encoder; take a BERT, a RoBERTa or a GPT-2, say"
+        )
     return config
 
 
@@ -195,7 +229,9 @@ def tokenize_pairs(
     targets = target_tokenizer(text_target=rows["target"], truncation=True, max_length=max_target_length)
     truncated = [bool(target.overflowing) for target in targets.encodings]
     end = target_tokenizer.eos_token_id
-    labels = [ids[:-1] if cut and ids[-1] == end else ids for ids, cut in zip(targets["input_ids"], truncated, strict=True)]
+    labels = [
+        ids[:-1] if cut and ids[-1] == end else ids for ids, cut in zip(targets["input_ids"], truncated, strict=True)
+    ]
     written = target_tokenizer.batch_decode(labels, skip_special_tokens=True)
     return {
         "input_ids": sources["input_ids"],
@@ -203,33 +239,56 @@ def tokenize_pairs(
         "length": [len(source) + len(target) for source, target in zip(sources["input_ids"], labels, strict=True)],
         "source_truncated": [bool(source.overflowing) for source in sources.encodings],
         "target_truncated": truncated,
-        "target_altered": [not cut and text.strip() != back.strip() for cut, text, back in zip(truncated, rows["target"], written, strict=True)],
+        "target_altered": [
+            not cut and text.strip() != back.strip()
+            for cut, text, back in zip(truncated, rows["target"], written, strict=True)
+        ],
     }
 
 
 def pair_notes(train: Dataset) -> list[str]:
     """What the header says of the training rows that tokenize_pairs made."""
-    sources, targets, altered = (sum(train[name]) for name in ("source_truncated", "target_truncated", "target_altered"))
-    notes = [f"truncated: {sources:,} sources and {targets:,} targets of {len(train):,} training pairs"] if sources or targets else []
+    sources, targets, altered = (
+        sum(train[name]) for name in ("source_truncated", "target_truncated", "target_altered")
+    )
+    notes = (
+        [f"truncated: {sources:,} sources and {targets:,} targets of {len(train):,} training pairs"]
+        if sources or targets
+        else []
+    )
     if altered:
-        notes.append(f"{altered:,} of {len(train):,} training targets cannot be written as they are by the model's tokenizer (letter case, accents, spaces)")
+        notes.append(
+            f"{altered:,} of {len(train):,} training targets cannot be written as they are by the model's tokenizer (letter case, accents, spaces)"
+        )
     return notes
 
 
-def collator(model: PreTrainedModel, source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase) -> Callable[[dict[str, Any]], Batch]:
+def collator(
+    model: PreTrainedModel, source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase
+) -> Callable[[dict[str, Any]], Batch]:
     """collate_pairs for this model and its tokenizers."""
     start = getattr(model.config, "decoder_start_token_id", None)
     if start is None:
         start = model.generation_config.decoder_start_token_id
     if start is None:
-        raise UserError(f"{type(model).__name__}: neither its config nor its generation config says the decoder_start_token_id; add it there")
-    return functools.partial(collate_pairs, source_pad=source_tokenizer.pad_token_id, target_pad=target_tokenizer.pad_token_id, decoder_start=start)
+        raise UserError(
+            f"{type(model).__name__}: neither its config nor its generation config says the decoder_start_token_id; add it there"
+        )
+    return functools.partial(
+        collate_pairs,
+        source_pad=source_tokenizer.pad_token_id,
+        target_pad=target_tokenizer.pad_token_id,
+        decoder_start=start,
+    )
 
 
 def collate_pairs(rows: dict[str, list[Any]], source_pad: int, target_pad: int, decoder_start: int) -> Batch:
     """Pairs -> input_ids, attention_mask [rows, longest source]; decoder_input_ids, labels (the token after each) [rows, longest target]."""
     shifted = [[decoder_start, *labels[:-1]] for labels in rows["labels"]]
-    return pad_tokens(rows["input_ids"], source_pad) | {"decoder_input_ids": pad(shifted, target_pad), "labels": pad(rows["labels"], IGNORED)}
+    return pad_tokens(rows["input_ids"], source_pad) | {
+        "decoder_input_ids": pad(shifted, target_pad),
+        "labels": pad(rows["labels"], IGNORED),
+    }
 
 
 def logits_of(engine: Any, batch: Batch) -> torch.Tensor:

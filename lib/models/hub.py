@@ -36,32 +36,49 @@ def hub_errors(name: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError, SafetensorError) as error:
         if "for this kind of AutoModel" in str(error):
-            raise UserError(f"model {name} is of another kind than this recipe trains: {' '.join(str(error).split())[:200]}") from None
+            raise UserError(
+                f"model {name} is of another kind than this recipe trains: {' '.join(str(error).split())[:200]}"
+            ) from None
         if Path(name).is_dir():
             where = "a local folder, but it cannot be read"
         elif isinstance(error, RuntimeError | SafetensorError):
             where = "its weights cannot be read"
         else:
             where = "neither a local folder nor to be had from the Hugging Face hub"
-        why = "its weights have other sizes than its config" if "mismatched_sizes" in str(error) else " ".join(str(error).split())[:200]
+        why = (
+            "its weights have other sizes than its config"
+            if "mismatched_sizes" in str(error)
+            else " ".join(str(error).split())[:200]
+        )
         raise UserError(f"model {name}: {where} ({type(error).__name__}: {why})") from None
 
 
 def load_config(name: str, dropout: float, trust_remote_code: bool, **changes: Any) -> PretrainedConfig:
     """The architecture of a model folder or hub id, without its weights, with this probability for each dropout in it."""
     with hub_errors(name):
-        config = set_dropout(AutoConfig.from_pretrained(model_folder(name), trust_remote_code=trust_remote_code, **changes), dropout)
-    if getattr(config, "attention_type", None) == "block_sparse":  # a BigBird would go over to full attention for good, each rank at its first short batch
+        config = set_dropout(
+            AutoConfig.from_pretrained(model_folder(name), trust_remote_code=trust_remote_code, **changes), dropout
+        )
+    if (
+        getattr(config, "attention_type", None) == "block_sparse"
+    ):  # a BigBird would go over to full attention for good, each rank at its first short batch
         config.attention_type = "original_full"
     return config
 
 
-def load_weights(auto_class: Any, name: str, config: PretrainedConfig, trust_remote_code: bool, **options: Any) -> PreTrainedModel:
+def load_weights(
+    auto_class: Any, name: str, config: PretrainedConfig, trust_remote_code: bool, **options: Any
+) -> PreTrainedModel:
     """The whole model of a folder or hub id, in fp32 and in host memory. auto_class: one of transformers' AutoModelFor... classes.
 
     Weights are read from safetensors, which hold numbers alone. Pickles, which can run code, are read only with trust_remote_code.
     """
-    if not trust_remote_code and Path(name).is_dir() and not any(Path(name).glob("*.safetensors")) and any(Path(name).glob("*.bin")):
+    if (
+        not trust_remote_code
+        and Path(name).is_dir()
+        and not any(Path(name).glob("*.safetensors"))
+        and any(Path(name).glob("*.bin"))
+    ):
         raise UserError(
             f"model {name}: its weights are pickles (.bin), which can run code; convert them to safetensors, or set --trust_remote_code if you trust their source"
         )
@@ -91,7 +108,9 @@ def set_dropout(config: PretrainedConfig, dropout: float) -> PretrainedConfig:
 
 
 @progress("loading the tokenizer")
-def load_tokenizer(name: str, max_length: int, trust_remote_code: bool, setting: str = "max_length") -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str, max_length: int, trust_remote_code: bool, setting: str = "max_length"
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or hub id. Every rank must call it. Raises UserError where the model cannot read max_length tokens.
 
     setting: the name of the setting that max_length comes from. Its end-of-text token stands in for a padding token that it lacks.
@@ -104,12 +123,16 @@ def _load_tokenizer(name: str, max_length: int, trust_remote_code: bool, setting
     check_length(getattr(config, "encoder", config), max_length, setting)
     with hub_errors(name):
         tokenizer = AutoTokenizer.from_pretrained(model_folder(name), trust_remote_code=trust_remote_code)
-    if not tokenizer.is_fast or len(tokenizer) < 16:  # transformers makes an empty one where there are no tokenizer files
+    if (
+        not tokenizer.is_fast or len(tokenizer) < 16
+    ):  # transformers makes an empty one where there are no tokenizer files
         raise UserError(f"model {name}: it has no fast tokenizer beside it (tokenizer.json); save one there")
     check_tokens(f"model {name}: it", getattr(config, "encoder", config), tokenizer)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise UserError(f"model {name}: its tokenizer has neither a padding nor an end-of-text token; add one and save it")
+            raise UserError(
+                f"model {name}: its tokenizer has neither a padding nor an end-of-text token; add one and save it"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -128,7 +151,9 @@ def check_length(config: PretrainedConfig, max_length: int, setting: str) -> Non
     """Raise a UserError where a model of this config cannot read max_length tokens. setting: the name of the setting that max_length comes from."""
     limit = longest_text(config)
     if limit and max_length > limit:
-        raise UserError(f"{setting} is {max_length}, but the model takes at most {limit} tokens; set --{setting} {limit} or less")
+        raise UserError(
+            f"{setting} is {max_length}, but the model takes at most {limit} tokens; set --{setting} {limit} or less"
+        )
 
 
 def longest_text(config: PretrainedConfig) -> int | None:

@@ -8,5 +8,7 @@ from lib.data.batches import IGNORED
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
     """The cross entropy of each label, 0 where it is IGNORED: [rows, length], in nats. logits: [rows, length, tokens of the vocabulary]."""
-    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none", label_smoothing=label_smoothing)
+    losses = F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none", label_smoothing=label_smoothing
+    )
     return losses.view_as(labels)

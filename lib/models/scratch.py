@@ -26,7 +26,9 @@ def new_config(architecture: str, auto_class: Any, num_heads: int, hidden_size: 
     auto_class: the one of transformers' AutoModelFor... classes that will make the model.
     """
     if architecture not in CONFIG_MAPPING:
-        raise UserError(f"architecture '{architecture}' is none of transformers'{did_you_mean(architecture, CONFIG_MAPPING)}")
+        raise UserError(
+            f"architecture '{architecture}' is none of transformers'{did_you_mean(architecture, CONFIG_MAPPING)}"
+        )
     if CONFIG_MAPPING[architecture] not in auto_class._model_mapping:
         fitting = [kind.model_type for kind in auto_class._model_mapping]
         raise UserError(
@@ -35,16 +37,28 @@ def new_config(architecture: str, auto_class: Any, num_heads: int, hidden_size: 
     if hidden_size % num_heads:
         raise UserError(f"hidden_size {hidden_size} is no multiple of num_heads {num_heads}")
     try:
-        return set_dropout(AutoConfig.for_model(architecture, hidden_size=hidden_size, num_attention_heads=num_heads, **sizes), 0.0)
-    except (StrictDataclassError, AttributeError, NotImplementedError, TypeError, ValueError) as error:  # an odd width of a head with rotary positions, say
-        raise UserError(f"architecture '{architecture}' cannot be made with these sizes: {' '.join(str(error.__cause__ or error).split())[:200]}") from None
+        return set_dropout(
+            AutoConfig.for_model(architecture, hidden_size=hidden_size, num_attention_heads=num_heads, **sizes), 0.0
+        )
+    except (
+        StrictDataclassError,
+        AttributeError,
+        NotImplementedError,
+        TypeError,
+        ValueError,
+    ) as error:  # an odd width of a head with rotary positions, say
+        raise UserError(
+            f"architecture '{architecture}' cannot be made with these sizes: {' '.join(str(error.__cause__ or error).split())[:200]}"
+        ) from None
 
 
 END_OF_TEXT = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}  # the special tokens of a language model
 
 
 @progress("training the tokenizer")
-def train_tokenizer(texts: Iterable[str], vocab_size: int, special_tokens: Mapping[str, str | AddedToken], template: str = "$A") -> PreTrainedTokenizerBase:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, special_tokens: Mapping[str, str | AddedToken], template: str = "$A"
+) -> PreTrainedTokenizerBase:
     """Learn a byte-level BPE from texts: any text encodes to it and back without loss. Every rank must call it; rank 0 learns.
 
     A special token's name in a text, such as <s> in HTML, is text, unless there is a mask token: whoever uses such a model writes <mask>.
@@ -52,7 +66,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, special_tokens: Mappi
     """
     names = list(dict.fromkeys(map(str, special_tokens.values())))
     if vocab_size < 256 + len(names):
-        raise UserError(f"vocab_size is {vocab_size}; it must hold 256 bytes and {len(names)} special tokens: {256 + len(names)} or more")
+        raise UserError(
+            f"vocab_size is {vocab_size}; it must hold 256 bytes and {len(names)} special tokens: {256 + len(names)} or more"
+        )
 
     def learn() -> PreTrainedTokenizerBase:
         bpe = ByteLevelBPETokenizer()
@@ -61,6 +77,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, special_tokens: Mappi
             pair = f"{template} $B{template.partition('$A')[2]}"  # as BERT joins a question and a text
             ids = [(name, bpe.token_to_id(name)) for name in names]
             bpe._tokenizer.post_processor = TemplateProcessing(single=template, pair=pair, special_tokens=ids)
-        return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, split_special_tokens="mask_token" not in special_tokens, **special_tokens)
+        return PreTrainedTokenizerFast(
+            tokenizer_object=bpe._tokenizer, split_special_tokens="mask_token" not in special_tokens, **special_tokens
+        )
 
     return ranks.on_rank0(learn)

@@ -31,7 +31,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lib.distributed import ranks
-from lib.distributed.zero_state import WEIGHT, buffers, make_optimizer_state, optimizer_state, owned_pieces, pieces, refresh_model, shapes
+from lib.distributed.zero_state import (
+    WEIGHT,
+    buffers,
+    make_optimizer_state,
+    optimizer_state,
+    owned_pieces,
+    pieces,
+    refresh_model,
+    shapes,
+)
 from lib.errors import UserError, display_path
 from lib.progress import progress
 
@@ -71,7 +80,9 @@ class Flush(threading.Thread):
             try:
                 os.fsync(descriptor)
             except OSError as error:
-                if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():  # some file systems cannot flush a folder
+                if (
+                    error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir()
+                ):  # some file systems cannot flush a folder
                     raise
             finally:
                 os.close(descriptor)
@@ -99,13 +110,23 @@ def write(parent: Path, engine: Any, facts: Manifest) -> str | None:
     written: list[Manifest] = []
     problem = ranks.on_rank0(lambda: _problem_of(begin))
     if problem is None:
-        problem = ranks.first_problem_of(lambda: _problem_of(lambda: written.append(_write_pieces(unfinished, engine, kinds))))
+        problem = ranks.first_problem_of(
+            lambda: _problem_of(lambda: written.append(_write_pieces(unfinished, engine, kinds)))
+        )
     files = ranks.gather_on_rank0(written)
 
     def publish() -> None:
-        manifest = facts | {"format": FORMAT, "world_size": ranks.world_size(), "shapes": shapes(engine), "kinds": kinds, "scalars": scalars}
+        manifest = facts | {
+            "format": FORMAT,
+            "world_size": ranks.world_size(),
+            "shapes": shapes(engine),
+            "kinds": kinds,
+            "scalars": scalars,
+        }
         manifest["files"] = {file.pop("name"): file for (file,) in files}
-        (unfinished / MANIFEST).write_text(json.dumps(manifest | {"checksum": _checksum_of(manifest)}), encoding="utf-8")
+        (unfinished / MANIFEST).write_text(
+            json.dumps(manifest | {"checksum": _checksum_of(manifest)}), encoding="utf-8"
+        )
         unfinished.rename(parent / folder_of(facts["step"]))
 
     if problem is None:
@@ -122,7 +143,9 @@ def _problem_of(do: Callable[[], object]) -> str | None:
     except OSError as error:
         return f"{error.strerror or error}"
     except SafetensorError as error:  # it wraps errors of the file system
-        found = re.search(r"(No space left on device|Disk quota exceeded|Read-only file system|Input/output error)", str(error))
+        found = re.search(
+            r"(No space left on device|Disk quota exceeded|Read-only file system|Input/output error)", str(error)
+        )
         return found.group(1) if found else " ".join(str(error).split())
     return None
 
@@ -130,7 +153,11 @@ def _problem_of(do: Callable[[], object]) -> str | None:
 def _write_pieces(folder: Path, engine: Any, kinds: list[str]) -> Manifest:
     """Write this rank's file. Returns what the manifest says of it."""
     owned = owned_pieces(engine)
-    tensors = {f"{kind}/{piece.name}@{piece.start}": piece.view(kind, engine.basic_optimizer) for piece in owned for kind in [WEIGHT, *kinds]}
+    tensors = {
+        f"{kind}/{piece.name}@{piece.start}": piece.view(kind, engine.basic_optimizer)
+        for piece in owned
+        for kind in [WEIGHT, *kinds]
+    }
     if ranks.rank() == 0:
         tensors |= {f"buffer/{name}": buffer.contiguous() for name, buffer in buffers(engine).items()}
     file = folder / file_name()
@@ -234,7 +261,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise ValueError(f"it has no {MANIFEST}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{MANIFEST} cannot be read ({type(error).__name__})") from None
-    if not isinstance(manifest, dict) or manifest.get("checksum") != _checksum_of(manifest) or not isinstance(manifest.get("format"), int):
+    if (
+        not isinstance(manifest, dict)
+        or manifest.get("checksum") != _checksum_of(manifest)
+        or not isinstance(manifest.get("format"), int)
+    ):
         raise ValueError(f"{MANIFEST} is damaged: its checksum differs")
     if manifest["format"] > FORMAT:
         raise UserError(
@@ -284,14 +315,18 @@ def put_newer_aside(newest: Path) -> None:
             try:
                 folder.rename(aside)
             except OSError as error:
-                raise UserError(f"{display_path(folder)} is damaged and cannot be renamed: {error.strerror or error}; move it away") from None
+                raise UserError(
+                    f"{display_path(folder)} is damaged and cannot be renamed: {error.strerror or error}; move it away"
+                ) from None
 
 
 @progress("checking the checkpoint")
 def damage(folder: Path, manifest: Manifest) -> str | None:
     """What is wrong with a checkpoint's files, the same on all ranks, or None. The ranks share the reading of them."""
     files = list(manifest["files"].items())[ranks.rank() :: ranks.world_size()]
-    return ranks.first_problem_of(lambda: next((found for name, facts in files if (found := _file_problem(folder / name, facts))), None))
+    return ranks.first_problem_of(
+        lambda: next((found for name, facts in files if (found := _file_problem(folder / name, facts))), None)
+    )
 
 
 def _whole_manifest(folder: Path) -> tuple[str | None, Manifest]:
@@ -373,7 +408,9 @@ def _read_pieces(folder: Path, manifest: Manifest, places: dict[str, list[tuple[
                 for kind in [WEIGHT, *manifest["kinds"]]:
                     name = f"{kind}/{piece.name}@{start}"
                     source = open_file(file).get_slice(name)[begin - start : end - start]
-                    copy(piece.view(kind, engine.basic_optimizer)[begin - piece.start : end - piece.start], source, name)
+                    copy(
+                        piece.view(kind, engine.basic_optimizer)[begin - piece.start : end - piece.start], source, name
+                    )
         first = next(iter(manifest["files"]))  # rank 0's
         for name, buffer in buffers(engine).items():
             copy(buffer, open_file(first).get_tensor(f"buffer/{name}"), name)

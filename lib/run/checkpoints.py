@@ -24,7 +24,12 @@ from lib.run import checkpoint_files
 from lib.run.run import Run, versions
 from lib.settings.ds_config import stage_of
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # SIGHUP: the terminal has closed; SIGUSR1: Slurm's warning, with --signal
+SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+)  # SIGHUP: the terminal has closed; SIGUSR1: Slurm's warning, with --signal
 TIME_LIMIT = 1000.0  # in the place of a signal's number
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what fp16's loss scaler changes
 
@@ -44,7 +49,9 @@ class Checkpoints:
         self.saves = self.cfg.save_every is not None or self.cfg.save_minutes is not None
         ranks.on_rank0(self._check_disk)
         for number in SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores it: the run is to go on without the terminal
+            if (
+                number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+            ):  # nohup ignores it: the run is to go on without the terminal
                 signal.signal(number, self._note_signal)
 
     def _note_signal(self, number: int, _: Any) -> None:
@@ -53,7 +60,9 @@ class Checkpoints:
 
     def _check_disk(self) -> None:
         checkpoint_files.remove_leftovers(self.folder)
-        needed = sum(3 * 4 * math.prod(shape) for shape in shapes(self.engine).values())  # fp32 weights and Adam's two states
+        needed = sum(
+            3 * 4 * math.prod(shape) for shape in shapes(self.engine).values()
+        )  # fp32 weights and Adam's two states
         free = shutil.disk_usage(self.run.folder).free + self.run.overwritten_bytes()
         if self.saves and free < needed:
             raise UserError(
@@ -98,7 +107,10 @@ class Checkpoints:
         schedule = self.schedule
         schedule.load_state_dict(manifest["schedule"])
         # The rate of the next step, computed anew: with another max_steps the schedule is another one.
-        schedule._last_lr = [rate * factor(schedule.last_epoch) for rate, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        schedule._last_lr = [
+            rate * factor(schedule.last_epoch)
+            for rate, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
         for group, rate in zip(self.engine.basic_optimizer.param_groups, schedule.get_last_lr(), strict=True):
             group["lr"] = rate
         scaler = loss_scaler(self.engine)
@@ -129,7 +141,9 @@ class Checkpoints:
         due = decides and self.cfg.save_minutes is not None and (now - self.saved_at) / 60 >= self.cfg.save_minutes
         best = decides and self.cfg.keep_best and self.step_score[0] == step and self.step_score[1] > self.best_score
         flushing = self.flush is not None and self.flush.is_alive()
-        stop, due_now, best_now, flushing_somewhere = ranks.largest([self.stop, float(due), float(best), float(flushing)])
+        stop, due_now, best_now, flushing_somewhere = ranks.largest(
+            [self.stop, float(due), float(best), float(flushing)]
+        )
         if not flushing_somewhere:
             self.wait_for_flush()
         last = step == self.run.total_steps
@@ -193,7 +207,9 @@ class Checkpoints:
             if problem is None:
                 ranks.on_rank0(self._delete_old)
             else:  # its checksums will tell whether it is whole; until then nothing older is deleted
-                self.run.say(f"warning: {flush.paths[0].parent.name} may not have reached the disk: {problem}; the older checkpoints stay")
+                self.run.say(
+                    f"warning: {flush.paths[0].parent.name} may not have reached the disk: {problem}; the older checkpoints stay"
+                )
 
     def _delete_old(self) -> None:
         complete = checkpoint_files.list_complete(self.folder)
@@ -207,7 +223,11 @@ class Checkpoints:
 
     def _find_best(self) -> tuple[Path, dict[str, Any]] | None:
         """With keep_best, the checkpoint with the best score, if any has one."""
-        scored = [(folder, manifest) for folder, manifest in checkpoint_files.list_complete(self.folder) if manifest["score"] is not None]
+        scored = [
+            (folder, manifest)
+            for folder, manifest in checkpoint_files.list_complete(self.folder)
+            if manifest["score"] is not None
+        ]
         return max(scored, key=lambda found: found[1]["score"]) if scored and self.cfg.keep_best else None
 
     def take_best(self) -> None:
@@ -218,7 +238,9 @@ class Checkpoints:
         folder, manifest = best
         problem = checkpoint_files.damage(folder, manifest)
         if problem is not None:
-            raise UserError(f"the best checkpoint, {display_path(folder)}, is damaged: {problem}; --resume --keep_best false exports the last weights")
+            raise UserError(
+                f"the best checkpoint, {display_path(folder)}, is damaged: {problem}; --resume --keep_best false exports the last weights"
+            )
         self._load(folder, manifest)
         self.run.say(f"best     {folder.name}, validation score {manifest['score']:.4f}")
 
@@ -231,15 +253,23 @@ class Checkpoints:
         what = f"the loss is {loss}" if not math.isfinite(loss) else "the norm of the gradient is not finite"
         if self.cfg.not_finite == "skip":
             self.run.skipped_steps += 1
-            self.run.say(f"step {step}/{self.run.total_steps}  skipped: {what} ({self.run.skipped_steps} skipped so far)")
+            self.run.say(
+                f"step {step}/{self.run.total_steps}  skipped: {what} ({self.run.skipped_steps} skipped so far)"
+            )
             return
         evidence = self.run.folder / f"not_finite-step-{step:08d}"
-        tensors = {f"{number}/{name}": tensor.clone() for number, batch in enumerate(micro_batches) for name, tensor in batch.items()}
+        tensors = {
+            f"{number}/{name}": tensor.clone()
+            for number, batch in enumerate(micro_batches)
+            for name, tensor in batch.items()
+        }
         with contextlib.suppress(OSError, SafetensorError):  # a full disk must not hide what the matter is
             evidence.mkdir(exist_ok=True)
             save_file(tensors, evidence / f"batch-rank-{ranks.rank():05d}.safetensors")
         before = self.folder / checkpoint_files.folder_of(step - 1)
-        saved = step == 1 or ranks.on_rank0(before.exists) or self.save(step - 1)  # the weights as they were before this step, and are
+        saved = (
+            step == 1 or ranks.on_rank0(before.exists) or self.save(step - 1)
+        )  # the weights as they were before this step, and are
         self.wait_for_flush()
         if ranks.rank() == 0:
             facts = {"step": step, "what": what, "learning_rate": self.schedule.get_last_lr()[0], "state_before": saved}

@@ -48,7 +48,10 @@ def cli(main: Callable[..., Any], config_class: type[Any]) -> None:
         lost = ranks.lost_contact(error)
         if lost:
             if rank < 2:  # one of them is not the one that was lost
-                print(f"error: rank {rank} lost contact with another rank ({lost}), which has ended or does not answer", file=console)
+                print(
+                    f"error: rank {rank} lost contact with another rank ({lost}), which has ended or does not answer",
+                    file=console,
+                )
         elif any(reason in str(error) for reason in ("No space left on device", "Disk quota exceeded")):
             print(f"error: rank {rank}: {' '.join(str(error).split())}; make room, then --resume goes on", file=console)
         else:
@@ -62,7 +65,9 @@ def leave(code: int) -> NoReturn:
 
     It waits for process groups that other ranks have left, and aborts (exit code -6) where a thread of gloo drops a tensor meanwhile.
     """
-    exit_functions = threading.Thread(target=atexit._run_exitfuncs, daemon=True)  # an upload without a network would keep the process for ever
+    exit_functions = threading.Thread(
+        target=atexit._run_exitfuncs, daemon=True
+    )  # an upload without a network would keep the process for ever
     exit_functions.start()
     exit_functions.join(EXIT_SECONDS)
     with contextlib.suppress(OSError, ValueError):  # a full disk, a terminal that has closed

@@ -58,8 +58,12 @@ class Run:
         self.cfg, self.ds_config, self.recipe = cfg, ds_config, Path(recipe).stem
         self.started = time.monotonic()
         self._lock: Any = None
-        self._old: dict[Path, tuple[int, int]] = {}  # what this run overwrites, once it begins: the contents of each folder before the folder; on rank 0
-        folder, token, finished, overwrites, facts = ranks.on_rank0(lambda: (*self._open_folder(), bool(self._old), self._facts()))
+        self._old: dict[
+            Path, tuple[int, int]
+        ] = {}  # what this run overwrites, once it begins: the contents of each folder before the folder; on rank 0
+        folder, token, finished, overwrites, facts = ranks.on_rank0(
+            lambda: (*self._open_folder(), bool(self._old), self._facts())
+        )
         self.folder = Path(folder)
         if finished:
             self._unlock()
@@ -69,7 +73,9 @@ class Run:
         with Signs(Console(1)) if cfg.resume and ranks.rank() == 0 else contextlib.nullcontext():
             self.checkpoint = self._find_checkpoint() if cfg.resume else None  # what --resume goes on from
         self.seconds_before = self.checkpoint[1]["seconds"] if self.checkpoint else 0.0
-        if self.checkpoint is None and not overwrites:  # else when it begins: a start that is refused before changes nothing
+        if (
+            self.checkpoint is None and not overwrites
+        ):  # else when it begins: a start that is refused before changes nothing
             ranks.on_rank0(self._write_facts)
         self._send_chatter_to_log(".log.txt" if overwrites else "log.txt")
         for section in ("tensorboard", "csv_monitor"):
@@ -86,7 +92,9 @@ class Run:
         self._aside = False  # whether something that is no step was done since the last one
         self._pending: list[dict[str, Any]] = []  # one a step since the last flush, losses still on the device
         self._unwritten: list[str] = []  # lines of metrics.jsonl for which there was no room
-        self._unseen: list[tuple[float, int, float]] = []  # (loss, tokens, seconds) of the steps since progress was last shown
+        self._unseen: list[
+            tuple[float, int, float]
+        ] = []  # (loss, tokens, seconds) of the steps since progress was last shown
         self._bar: tqdm[Any] | None = None
         self._monitor: Any = None
 
@@ -98,8 +106,17 @@ class Run:
         """Raise a UserError where a rank, on another machine say, has another run folder or other settings than rank 0."""
         lock = self.folder / ".lock"
         if ranks.first_problem(None if lock.is_file() and lock.read_text(encoding="utf-8") == token else "other"):
-            raise UserError(f"not every rank sees the same run_dir {display_path(self.folder)}: it must be on a disk that all machines share")
-        differs = next((f"{name} is {value!r}, on rank 0 {facts[name]!r}" for name, value in self._facts().items() if value != facts[name]), None)
+            raise UserError(
+                f"not every rank sees the same run_dir {display_path(self.folder)}: it must be on a disk that all machines share"
+            )
+        differs = next(
+            (
+                f"{name} is {value!r}, on rank 0 {facts[name]!r}"
+                for name, value in self._facts().items()
+                if value != facts[name]
+            ),
+            None,
+        )
         problem = ranks.first_problem(differs)
         if problem is not None:
             raise UserError(f"{problem}; all machines need the same code, YAML, DeepSpeed JSON and command line")
@@ -112,11 +129,17 @@ class Run:
         if cfg.keep_best and cfg.eval_every is None:
             raise UserError("keep_best is true, but eval_every is null, so nothing would be scored; set --eval_every")
         if cfg.resume and cfg.overwrite:
-            raise UserError("resume and overwrite are both true: one keeps what is in run_dir, the other deletes it; set one of them")
+            raise UserError(
+                "resume and overwrite are both true: one keeps what is in run_dir, the other deletes it; set one of them"
+            )
         if cfg.resume and not cfg.run_dir:
             runs = sorted(Path("runs").glob(f"{self.recipe}-*"), key=lambda run: run.stat().st_mtime)
-            raise UserError(f"--resume needs --run_dir, the folder of the run to go on with{f'; the newest is {runs[-1]}' if runs else ''}")
-        config_name = f"zero{stage_of(self.ds_config)}" + ("_offload" if offload_device(self.ds_config, "optimizer") != "none" else "")
+            raise UserError(
+                f"--resume needs --run_dir, the folder of the run to go on with{f'; the newest is {runs[-1]}' if runs else ''}"
+            )
+        config_name = f"zero{stage_of(self.ds_config)}" + (
+            "_offload" if offload_device(self.ds_config, "optimizer") != "none" else ""
+        )
         folder = Path(cfg.run_dir or "runs")
         try:
             folder = folder if cfg.run_dir else new_folder(f"runs/{self.recipe}-{config_name}")
@@ -127,13 +150,17 @@ class Run:
                     f"run_dir {display_path(folder)} exists already; give another --run_dir, --resume to go on with it, or --overwrite to delete what is there"
                 )
             if there and not (folder / "config.yaml").is_file():
-                raise UserError(f"run_dir {display_path(folder)} is not the folder of a run (it has no config.yaml); nothing was changed")
+                raise UserError(
+                    f"run_dir {display_path(folder)} is not the folder of a run (it has no config.yaml); nothing was changed"
+                )
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = (folder / ".lock").open("a+", encoding="utf-8")
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"run_dir {display_path(folder)} is in use by another run; wait until it ends, or give another --run_dir") from None
+                raise UserError(
+                    f"run_dir {display_path(folder)} is in use by another run; wait until it ends, or give another --run_dir"
+                ) from None
             except OSError:  # a file system without locks
                 _claim(folder / IN_USE)
             if cfg.overwrite:
@@ -167,12 +194,18 @@ class Run:
                 if path.is_dir() and not path.is_symlink():
                     with contextlib.suppress(OSError):  # it is not empty
                         path.rmdir()
-                elif os.path.lexists(path) and _identity(path) == identity and (path.parent != self.folder or path.name not in UNTRAINED):
+                elif (
+                    os.path.lexists(path)
+                    and _identity(path) == identity
+                    and (path.parent != self.folder or path.name not in UNTRAINED)
+                ):
                     path.unlink()  # those of UNTRAINED are replaced
             if self._old:
                 (self.folder / ".log.txt").replace(self.folder / "log.txt")
         except OSError as error:
-            raise UserError(f"run_dir {display_path(self.folder)}: what is to be overwritten cannot be deleted: {error.filename}: {error.strerror}") from None
+            raise UserError(
+                f"run_dir {display_path(self.folder)}: what is to be overwritten cannot be deleted: {error.filename}: {error.strerror}"
+            ) from None
         self._write_facts()
 
     def _finished_before(self, folder: Path) -> str | None:
@@ -194,18 +227,24 @@ class Run:
         self.notes += notes
         if folder is None:
             if (self.folder / "result.json").is_file():
-                raise UserError(f"{display_path(self.folder)} has finished without a checkpoint to go on from; start a new run with another --run_dir")
+                raise UserError(
+                    f"{display_path(self.folder)} has finished without a checkpoint to go on from; start a new run with another --run_dir"
+                )
             self.notes.append(f"there is no checkpoint in {display_path(parent)}: starting from the first step")
             return None
         if manifest["recipe"] != self.recipe:
-            raise UserError(f"{display_path(folder)} was made by the recipe {manifest['recipe']}, not {self.recipe}; give that recipe's run another --run_dir")
+            raise UserError(
+                f"{display_path(folder)} was made by the recipe {manifest['recipe']}, not {self.recipe}; give that recipe's run another --run_dir"
+            )
         here, there = dataclasses.asdict(self.cfg), manifest["settings"]
         there = {name: value for name, value in NEWER.items() if name in here} | there
         for name in {**there, **here}:
             if name in here and name in there and here[name] != there[name]:
                 change = f"{name} was {there[name]!r} and is {here[name]!r}"
                 if name not in MAY_CHANGE or (name == "dataset" and manifest.get("data") is None):
-                    raise UserError(f"{display_path(folder)}: {change}, which would change the result; set it back, or start a new run with another --run_dir")
+                    raise UserError(
+                        f"{display_path(folder)}: {change}, which would change the result; set it back, or start a new run with another --run_dir"
+                    )
                 if name == "dataset":
                     self.notes.append(f"{change}: it must have the same rows")
                 if name in ("max_steps", "epochs"):
@@ -215,10 +254,14 @@ class Run:
                     f"{display_path(folder)} has a setting '{name}' that this recipe does not have{did_you_mean(name, here)}; resume with the code that wrote it"
                 )
             elif name not in MAY_CHANGE and name not in there:
-                raise UserError(f"{display_path(folder)} lacks the setting '{name}'; resume with the code that wrote it")
+                raise UserError(
+                    f"{display_path(folder)} lacks the setting '{name}'; resume with the code that wrote it"
+                )
         for name, version in versions().items():
             if manifest["versions"].get(name) != version:
-                self.notes.append(f"{name} was {manifest['versions'].get(name)} and is {version}: the numbers may differ slightly")
+                self.notes.append(
+                    f"{name} was {manifest['versions'].get(name)} and is {version}: the numbers may differ slightly"
+                )
         return folder, manifest
 
     def _write_facts(self) -> None:
@@ -247,7 +290,9 @@ class Run:
                 os.fsync(file.fileno())  # or a power cut could leave the name of the new file and nothing in it
             part.replace(self.folder / name)
         except OSError as error:
-            raise UserError(f"run_dir {display_path(self.folder)} cannot be written: {error.strerror or error}") from None
+            raise UserError(
+                f"run_dir {display_path(self.folder)} cannot be written: {error.strerror or error}"
+            ) from None
 
     def _send_chatter_to_log(self, name: str) -> None:
         """From here on, what anything in this process prints goes to log.txt; the console is for `say` and the progress."""
@@ -283,10 +328,19 @@ class Run:
         cfg, micro = self.cfg, self.ds_config["train_micro_batch_size_per_gpu"]
         accumulation, world = self.ds_config["gradient_accumulation_steps"], ranks.world_size()
         offloaded = [what for what in ("optimizer", "param") if offload_device(self.ds_config, what) != "none"]
-        offload = f", offloaded: {', '.join('parameters' if what == 'param' else what for what in offloaded)}" if offloaded else ""
-        device = get_accelerator().device_name(0) if get_accelerator().device_name() != "cpu" else f"CPU, {torch.get_num_threads()} threads a rank"
+        offload = (
+            f", offloaded: {', '.join('parameters' if what == 'param' else what for what in offloaded)}"
+            if offloaded
+            else ""
+        )
+        device = (
+            get_accelerator().device_name(0)
+            if get_accelerator().device_name() != "cpu"
+            else f"CPU, {torch.get_num_threads()} threads a rank"
+        )
         lines = {
-            "model": f"{type(model).__name__}, {total / 1e6:.1f} M parameters" + (f", {trained / 1e6:.1f} M of them trained" if trained < total else ""),
+            "model": f"{type(model).__name__}, {total / 1e6:.1f} M parameters"
+            + (f", {trained / 1e6:.1f} M of them trained" if trained < total else ""),
             "data": f"{cfg.dataset}: " + ", ".join(f"{count:,} {split}" for split, count in rows.items()),
             "device": f"{world} rank{'s' if world > 1 else ''} x {device}",
             "memory": f"ZeRO stage {stage_of(self.ds_config)}{offload}, {cfg.precision}",
@@ -312,7 +366,9 @@ class Run:
         """
         max_steps, epochs = self.cfg.max_steps, self.cfg.epochs
         self.rows, self.splits = rows, splits
-        self.total_steps = max_steps if max_steps is not None else max(1, math.ceil(epochs * rows / self.cfg.batch_size))
+        self.total_steps = (
+            max_steps if max_steps is not None else max(1, math.ceil(epochs * rows / self.cfg.batch_size))
+        )
 
     def attach(self, engine: Any) -> None:
         """Let DeepSpeed's monitors (TensorBoard, W&B, CSV), where the JSON turns them on, receive what is logged.
@@ -330,7 +386,14 @@ class Run:
         """
         if self._signs is not None and self._console.isatty():
             layout = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"  # tqdm's own time left would count what is no step
-            self._bar = tqdm(total=self.total_steps, initial=done, file=self._console, bar_format=layout, dynamic_ncols=True, leave=True)
+            self._bar = tqdm(
+                total=self.total_steps,
+                initial=done,
+                file=self._console,
+                bar_format=layout,
+                dynamic_ncols=True,
+                leave=True,
+            )
             self._signs.bar = self._bar
         self._set_phase(*(() if self._bar is not None else ("training", self.total_steps - done, "steps")))
         self.restart_clock()
@@ -346,12 +409,16 @@ class Run:
             self._bar.close()
             self._bar = None
 
-    def log_step(self, step: int, loss: torch.Tensor, tokens: torch.Tensor, learning_rate: float, grad_norm: Any) -> None:
+    def log_step(
+        self, step: int, loss: torch.Tensor, tokens: torch.Tensor, learning_rate: float, grad_norm: Any
+    ) -> None:
         """Note one optimizer step. Nothing is read from the device until `log_every` steps are written together.
 
         loss: this rank's share, summed over ranks here. tokens: over all ranks. grad_norm: before clipping, or None.
         """
-        self._pending.append({"step": step, "loss": loss, "tokens": tokens, "learning_rate": learning_rate, "grad_norm": grad_norm})
+        self._pending.append(
+            {"step": step, "loss": loss, "tokens": tokens, "learning_rate": learning_rate, "grad_norm": grad_norm}
+        )
         if self._signs is not None and self._signs.phase is not None:
             self._signs.phase.advance(1)
         if step % self.cfg.log_every == 0:
@@ -385,7 +452,9 @@ class Run:
         if not self._pending:
             return
         pending, self._pending = self._pending, []
-        losses = ranks.all_sum(torch.stack([entry["loss"].detach().float() for entry in pending])).tolist()  # waits for the device
+        losses = ranks.all_sum(
+            torch.stack([entry["loss"].detach().float() for entry in pending])
+        ).tolist()  # waits for the device
         tokens = torch.stack([entry["tokens"] for entry in pending]).tolist()
         now = time.perf_counter()
         step_seconds = (now - self._flushed_at) / len(pending)
@@ -422,7 +491,9 @@ class Run:
         if ranks.rank() != 0:
             return
         for entry in entries:  # JSON has no NaN
-            entry |= {name: None for name, value in entry.items() if isinstance(value, float) and not math.isfinite(value)}
+            entry |= {
+                name: None for name, value in entry.items() if isinstance(value, float) and not math.isfinite(value)
+            }
         self._unwritten += [json.dumps(entry) + "\n" for entry in entries]
         metrics = self.folder / "metrics.jsonl"
         size = None
@@ -437,11 +508,18 @@ class Run:
                 if size is not None:
                     os.truncate(metrics, size)
         if self._monitor is not None:
-            events = [(name, value, entry["step"]) for entry in entries for name, value in entry.items() if isinstance(value, float)]
+            events = [
+                (name, value, entry["step"])
+                for entry in entries
+                for name, value in entry.items()
+                if isinstance(value, float)
+            ]
             try:
                 self._monitor.write_events(events)
             except OSError as error:
-                self.say(f"warning: the monitor misses events until step {entries[-1]['step']}: {error.strerror or error}")
+                self.say(
+                    f"warning: the monitor misses events until step {entries[-1]['step']}: {error.strerror or error}"
+                )
 
     def due(self, step: int, every: int | None) -> bool:
         """Whether an evaluation every so many steps is due: not at the last step, which is tested, unless the best one is looked for.
@@ -458,7 +536,10 @@ class Run:
         """Note the scores of an evaluation, the same on all ranks, and say them."""
         self.flush()
         self._write([{"step": step} | {f"{split}_{name}": value for name, value in scores.items()}])
-        self.say(f"step {step}/{self.total_steps}  {split}: " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+        self.say(
+            f"step {step}/{self.total_steps}  {split}: "
+            + "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
+        )
         self.restart_clock()
 
     def finish(self, scores: dict[str, dict[str, float]]) -> None:
@@ -471,12 +552,25 @@ class Run:
             self.say(f"{row:<{width}}  " + "  ".join(f"{values[name]:>14.4f}" for name in names))
         self.say()
         if self.skipped_steps:
-            self.say(f"{self.skipped_steps} of {self.total_steps} steps were skipped: their loss or gradient was not finite")
+            self.say(
+                f"{self.skipped_steps} of {self.total_steps} steps were skipped: their loss or gradient was not finite"
+            )
         seconds = int(self.seconds())
-        self.say(f"{display_path(self.folder)}: the model in model/, every step in metrics.jsonl; {seconds // 60} min {seconds % 60} s")
+        self.say(
+            f"{display_path(self.folder)}: the model in model/, every step in metrics.jsonl; {seconds // 60} min {seconds % 60} s"
+        )
         if ranks.rank() == 0:
-            known = {row: {name: value if math.isfinite(value) else None for name, value in values.items()} for row, values in scores.items()}
-            result = {"finished": True, "steps": self.total_steps, "skipped_steps": self.skipped_steps, "seconds": round(self.seconds(), 1), "scores": known}
+            known = {
+                row: {name: value if math.isfinite(value) else None for name, value in values.items()}
+                for row, values in scores.items()
+            }
+            result = {
+                "finished": True,
+                "steps": self.total_steps,
+                "skipped_steps": self.skipped_steps,
+                "seconds": round(self.seconds(), 1),
+                "scores": known,
+            }
             self._write_file("result.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
         self.close()
 

@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 
 from lib.progress import progress
-from lib.scores.evaluation import are_spaceless, classification_scores, perplexity, perplexity_and_bits, sentences, spaced
+from lib.scores.evaluation import (
+    are_spaceless,
+    classification_scores,
+    perplexity,
+    perplexity_and_bits,
+    sentences,
+    spaced,
+)
 
 MEMORY_ROWS = 50_000  # training rows that a translation memory holds: with more, it might outlast the training
 
@@ -32,12 +39,16 @@ def tfidf_logistic_regression(
         return majority_class(train_labels, test_labels)
     # Words as scikit-learn understands them; there may be none, only letters or signs, or no spaces between them.
     has_words = any(re.search(r"\b\w\w+\b", text) for text in train_texts) and not are_spaceless(train_texts)
-    model = make_pipeline(TfidfVectorizer(analyzer="word" if has_words else "char", sublinear_tf=True), LogisticRegression(max_iter=1000))
+    model = make_pipeline(
+        TfidfVectorizer(analyzer="word" if has_words else "char", sublinear_tf=True), LogisticRegression(max_iter=1000)
+    )
     model.fit(train_texts, train_labels)
     return classification_scores(test_labels, model.predict(test_texts))
 
 
-def unigram(train_tokens: np.ndarray, test_tokens: np.ndarray, vocab_size: int, test_texts: Sequence[str]) -> dict[str, float]:
+def unigram(
+    train_tokens: np.ndarray, test_tokens: np.ndarray, vocab_size: int, test_texts: Sequence[str]
+) -> dict[str, float]:
     """The scores of a model that knows only how often each token occurs in training (with one added to each count).
 
     It predicts what the language model is asked to: every token of the test stream but the first.
@@ -45,7 +56,9 @@ def unigram(train_tokens: np.ndarray, test_tokens: np.ndarray, vocab_size: int, 
     counts = np.bincount(train_tokens, minlength=vocab_size) + 1
     log_probabilities = np.log(counts / counts.sum())
     predicted = test_tokens[1:]
-    return perplexity_and_bits(float(-log_probabilities[predicted].sum()), len(predicted), sum(len(text.encode()) for text in test_texts))
+    return perplexity_and_bits(
+        float(-log_probabilities[predicted].sum()), len(predicted), sum(len(text.encode()) for text in test_texts)
+    )
 
 
 def unigram_masked(train_tokens: np.ndarray, hidden_tokens: Sequence[int], vocab_size: int) -> dict[str, float]:
@@ -53,11 +66,16 @@ def unigram_masked(train_tokens: np.ndarray, hidden_tokens: Sequence[int], vocab
     counts = np.bincount(train_tokens, minlength=vocab_size) + 1
     hidden = np.asarray(hidden_tokens)
     nats = -np.log(counts / counts.sum())[hidden].sum()
-    return {"pseudo_perplexity": perplexity(float(nats), len(hidden)), "masked_accuracy": float((hidden == counts.argmax()).mean())}
+    return {
+        "pseudo_perplexity": perplexity(float(nats), len(hidden)),
+        "masked_accuracy": float((hidden == counts.argmax()).mean()),
+    }
 
 
 @progress("looking for the nearest training texts")
-def nearest_training_target(train_sources: Sequence[str], train_targets: Sequence[str], test_sources: Sequence[str]) -> list[str]:
+def nearest_training_target(
+    train_sources: Sequence[str], train_targets: Sequence[str], test_sources: Sequence[str]
+) -> list[str]:
     """For each test source, the target of the training source that is most alike: a translation memory.
 
     Alike is the cosine of TF-IDF weights of the 2 to 4 letters long pieces of words, by scikit-learn. On short messages they find better
@@ -70,7 +88,9 @@ def nearest_training_target(train_sources: Sequence[str], train_targets: Sequenc
     kept = np.linspace(0, len(train_sources) - 1, min(len(train_sources), MEMORY_ROWS)).astype(int).tolist()
     sources = list(train_sources)
     vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4))
-    index = NearestNeighbors(n_neighbors=1, metric="cosine").fit(vectorizer.fit_transform([sources[number] for number in kept]))
+    index = NearestNeighbors(n_neighbors=1, metric="cosine").fit(
+        vectorizer.fit_transform([sources[number] for number in kept])
+    )
     nearest = index.kneighbors(vectorizer.transform(test_sources), return_distance=False)
     return [train_targets[kept[place]] for place in nearest[:, 0]]
 
@@ -100,7 +120,9 @@ def bm25(queries: Sequence[str], documents: Sequence[str], depth: int) -> np.nda
     import bm25s
 
     letters: dict[str, Any] = {"token_pattern": r"\w"} if are_spaceless(documents) else {}
-    of_documents, of_queries = (bm25s.tokenize(list(texts), show_progress=False, **letters) for texts in (documents, queries))
+    of_documents, of_queries = (
+        bm25s.tokenize(list(texts), show_progress=False, **letters) for texts in (documents, queries)
+    )
     ranking = np.full((len(queries), depth), -1)
     if not of_documents.vocab or not of_queries.vocab:  # texts of single letters, say
         return ranking
@@ -113,7 +135,14 @@ def bm25(queries: Sequence[str], documents: Sequence[str], depth: int) -> np.nda
 
 @progress("gensim's word2vec")
 def gensim_word2vec(
-    documents: list[list[str]], dims: int, window: int, negatives: int, min_count: int, epochs: int, sample: float, seed: int
+    documents: list[list[str]],
+    dims: int,
+    window: int,
+    negatives: int,
+    min_count: int,
+    epochs: int,
+    sample: float,
+    seed: int,
 ) -> tuple[list[str], np.ndarray, float]:
     """Word vectors by gensim's skip-gram with negative sampling (Mikolov et al., 2013), its C loop: (words, vectors, words_per_second).
 
@@ -125,10 +154,27 @@ def gensim_word2vec(
     from gensim.models import Word2Vec
     from gensim.models.word2vec import MAX_WORDS_IN_BATCH
 
-    share = sample if sample < 1 else 0  # 1 and more are numbers of occurrences to gensim; as a share they thin nothing out, as 0 does
+    share = (
+        sample if sample < 1 else 0
+    )  # 1 and more are numbers of occurrences to gensim; as a share they thin nothing out, as 0 does
     # gensim would ignore the rest of a longer document without a word
-    pieces = [words[start : start + MAX_WORDS_IN_BATCH] for words in documents for start in range(0, len(words), MAX_WORDS_IN_BATCH)]
-    model = Word2Vec(sg=1, hs=0, vector_size=dims, window=window, negative=negatives, min_count=min_count, epochs=epochs, sample=share, seed=seed, workers=1)
+    pieces = [
+        words[start : start + MAX_WORDS_IN_BATCH]
+        for words in documents
+        for start in range(0, len(words), MAX_WORDS_IN_BATCH)
+    ]
+    model = Word2Vec(
+        sg=1,
+        hs=0,
+        vector_size=dims,
+        window=window,
+        negative=negatives,
+        min_count=min_count,
+        epochs=epochs,
+        sample=share,
+        seed=seed,
+        workers=1,
+    )
     model.build_vocab(pieces)
     start = time.perf_counter()
     model.train(pieces, total_examples=len(pieces), epochs=epochs)

@@ -69,7 +69,10 @@ def sentences(text: str) -> list[str]:
     at a blank line, after a full stop, question or exclamation mark where white space and no lower-case letter follows, and after those of
     Chinese and Japanese.
     """
-    parts = re.split(r"(?<=[.!?])\s+(?![a-z\s])|(?<=[\u3002\uff01\uff1f])(?![\u3002\uff01\uff1f\u300d\u300f\u201d\u2019\uff09])|\n\s*\n", text)
+    parts = re.split(
+        r"(?<=[.!?])\s+(?![a-z\s])|(?<=[\u3002\uff01\uff1f])(?![\u3002\uff01\uff1f\u300d\u300f\u201d\u2019\uff09])|\n\s*\n",
+        text,
+    )
     return [" ".join(part.split()) for part in parts if part.strip()]
 
 
@@ -129,8 +132,15 @@ def summarization_scores(summaries: Sequence[str], references: Sequence[str]) ->
     from rouge_score.rouge_scorer import RougeScorer
 
     names = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
-    scorer = RougeScorer(names, use_stemmer=True) if _is_english_alphabet(references) else RougeScorer(names, tokenizer=_EveryScript())
-    rows = [scorer.score("\n".join(sentences(reference)), "\n".join(sentences(summary))) for summary, reference in zip(summaries, references, strict=True)]
+    scorer = (
+        RougeScorer(names, use_stemmer=True)
+        if _is_english_alphabet(references)
+        else RougeScorer(names, tokenizer=_EveryScript())
+    )
+    rows = [
+        scorer.score("\n".join(sentences(reference)), "\n".join(sentences(summary)))
+        for summary, reference in zip(summaries, references, strict=True)
+    ]
     return {name: 100 * sum(row[name].fmeasure for row in rows) / len(rows) for name in names}
 
 
@@ -209,7 +219,10 @@ def _rated_pairs(words: Sequence[str]) -> dict[str, list[tuple[int, int, float]]
 def ratings_notes(words: Sequence[str]) -> list[str]:
     """What is to be said where the ratings have hardly a pair of these words."""
     few = {name: len(pairs) for name, pairs in _rated_pairs(words).items() if len(pairs) < 20}
-    return [f"{name} rates English words, and the text has both words of only {count} of its pairs: its score says nothing" for name, count in few.items()]
+    return [
+        f"{name} rates English words, and the text has both words of only {count} of its pairs: its score says nothing"
+        for name, count in few.items()
+    ]
 
 
 def similarity_scores(words: Sequence[str], vectors: np.ndarray) -> dict[str, float]:

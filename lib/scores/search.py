@@ -24,9 +24,17 @@ class Corpus:
     """Pairs of a query and a document as a retrieval task: different queries, different documents, what is relevant to what."""
 
     def __init__(self, queries: Sequence[str], documents: Sequence[str]):
-        query_rows, document_rows = ({text: row for row, text in reversed(list(enumerate(texts)))} for texts in (queries, documents))
-        self.query_rows, self.document_rows = sorted(query_rows.values()), sorted(document_rows.values())  # the first row with each
-        self.queries, self.documents = [queries[row] for row in self.query_rows], [documents[row] for row in self.document_rows]
+        query_rows, document_rows = (
+            {text: row for row, text in reversed(list(enumerate(texts)))} for texts in (queries, documents)
+        )
+        self.query_rows, self.document_rows = (
+            sorted(query_rows.values()),
+            sorted(document_rows.values()),
+        )  # the first row with each
+        self.queries, self.documents = (
+            [queries[row] for row in self.query_rows],
+            [documents[row] for row in self.document_rows],
+        )
         number = {document: place for place, document in enumerate(self.documents)}
         found: dict[str, set[int]] = {query: set() for query in self.queries}
         for query, document in zip(queries, documents, strict=True):
@@ -42,10 +50,14 @@ def save_sentence_transformer(folder: Path, max_length: int, trust_remote_code: 
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import modules
 
-    trust: dict[str, Any] = {name: {"trust_remote_code": trust_remote_code} for name in ("model_kwargs", "config_kwargs", "processor_kwargs")}
+    trust: dict[str, Any] = {
+        name: {"trust_remote_code": trust_remote_code} for name in ("model_kwargs", "config_kwargs", "processor_kwargs")
+    }
     encoder = modules.Transformer(str(folder), max_seq_length=max_length, **trust)
     pooling = modules.Pooling(encoder.get_embedding_dimension(), pooling_mode="mean")
-    SentenceTransformer(modules=[encoder, pooling, modules.Normalize()], device="cpu").save(str(folder), create_model_card=False)
+    SentenceTransformer(modules=[encoder, pooling, modules.Normalize()], device="cpu").save(
+        str(folder), create_model_card=False
+    )
 
 
 def save_index(folder: Path, documents: Sequence[str], vectors: np.ndarray) -> None:
@@ -62,7 +74,9 @@ def search(run: Path, query: str, top: int, trust_remote_code: bool) -> list[tup
     if not (run / "index" / "vectors.safetensors").is_file():
         there = [display_path(index.parents[1]) for index in Path("runs").glob("**/index/vectors.safetensors")]
         known = f"; runs that have one: {', '.join(sorted(there)[:5])}" if there else ""
-        raise UserError(f"{display_path(run)} has no index{did_you_mean(display_path(run), there)}; it is left by a finished run of semantic_search{known}")
+        raise UserError(
+            f"{display_path(run)} has no index{did_you_mean(display_path(run), there)}; it is left by a finished run of semantic_search{known}"
+        )
     documents = json.loads((run / "index" / "documents.json").read_text(encoding="utf-8"))
     model = SentenceTransformer(str(run / "model"), device="cpu", trust_remote_code=trust_remote_code)
     cosines = load_file(run / "index" / "vectors.safetensors")["vectors"] @ model.encode(query)
@@ -70,11 +84,17 @@ def search(run: Path, query: str, top: int, trust_remote_code: bool) -> list[tup
 
 
 def main() -> None:
-    parser = Parser(prog="./launch.sh search", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="./launch.sh search", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="the folder of a finished run of semantic_search")
     parser.add_argument("query", help="what to look for")
     parser.add_argument("--top", type=int, default=5, help="how many documents to show (default: 5)")
-    parser.add_argument("--trust_remote_code", action="store_true", help="let code that lies beside the model run, if you trust its source")
+    parser.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="let code that lies beside the model run, if you trust its source",
+    )
     try:
         options = parser.parse_args()
         if options.top < 1:

@@ -23,7 +23,9 @@ from lib.errors import ROOT, UserError, did_you_mean, display_path, from_home
 Seed = typing.Annotated[int, Field(ge=0, lt=2**32)]
 Probability = typing.Annotated[float, Field(ge=0, lt=1)]
 Betas = typing.Annotated[  # on the command line 0.9,0.999; a list, as JSON and YAML give it back
-    list[Probability], Field(min_length=2, max_length=2), BeforeValidator(lambda value: value.split(",") if isinstance(value, str) else value)
+    list[Probability],
+    Field(min_length=2, max_length=2),
+    BeforeValidator(lambda value: value.split(",") if isinstance(value, str) else value),
 ]
 LengthPenalty = typing.Annotated[float, Field(ge=0, le=10)]
 Minutes = typing.Annotated[float, Field(gt=0, lt=1e6)]
@@ -47,7 +49,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
-        raise UserError(f"{display_path(path)}: no such file; a recipe's settings stand beside it, under the same name") from None
+        raise UserError(
+            f"{display_path(path)}: no such file; a recipe's settings stand beside it, under the same name"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{display_path(path)}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
@@ -105,7 +109,9 @@ def load(config_class: type[C], yaml_path: Path, given: dict[str, str], quick: b
         if key not in kinds:
             raise UserError(f"{display_path(yaml_path)}: unknown key '{key}'{did_you_mean(key, kinds)}")
     if quick and not overlay:
-        raise UserError(f"{display_path(yaml_path)}: --quick needs a 'quick:' section there, with the settings of a short run")
+        raise UserError(
+            f"{display_path(yaml_path)}: --quick needs a 'quick:' section there, with the settings of a short run"
+        )
     merged: dict[str, Any] = {}
     for key, kind in kinds.items():
         if key in given:
@@ -115,8 +121,13 @@ def load(config_class: type[C], yaml_path: Path, given: dict[str, str], quick: b
         elif key in values:
             merged[key] = check_value(values[key], kind, f"{display_path(yaml_path)}: {key}", text=False)
         else:
-            raise UserError(f"{display_path(yaml_path)}: '{key}' is missing ({comments(config_class).get(key, 'a required setting')})")
-    for one, other in (("max_steps", "epochs"), ("epochs", "max_steps")):  # how long to train: what is given wins over the YAML's other way to say it
+            raise UserError(
+                f"{display_path(yaml_path)}: '{key}' is missing ({comments(config_class).get(key, 'a required setting')})"
+            )
+    for one, other in (
+        ("max_steps", "epochs"),
+        ("epochs", "max_steps"),
+    ):  # how long to train: what is given wins over the YAML's other way to say it
         if one in given and other not in given and merged[one] is not None:
             merged[other] = None
     return config_class(**merged)
@@ -131,11 +142,24 @@ class Parser(argparse.ArgumentParser):
 
 def parser_of(recipe_path: Path, doc: str | None, settings: dict[str, tuple[bool, str]]) -> Parser:
     """The parser of a recipe's arguments. settings: {name: (whether it is a bool, help text)}, in the order of the help."""
-    parser = Parser(prog=display_path(recipe_path), description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--deepspeed_config", metavar="JSON", help="the DeepSpeed config: what may only change memory and speed")
-    parser.add_argument("--config", metavar="YAML", help=f"the settings (default: {display_path(recipe_path.with_suffix('.yaml'))})")
-    parser.add_argument("--quick", action="store_true", help="overlay the YAML's 'quick:' section: a short run, to see that all works")
-    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)  # customary beside --deepspeed_config
+    parser = Parser(
+        prog=display_path(recipe_path),
+        description=doc,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--deepspeed_config", metavar="JSON", help="the DeepSpeed config: what may only change memory and speed"
+    )
+    parser.add_argument(
+        "--config", metavar="YAML", help=f"the settings (default: {display_path(recipe_path.with_suffix('.yaml'))})"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="overlay the YAML's 'quick:' section: a short run, to see that all works"
+    )
+    parser.add_argument(
+        "--deepspeed", action="store_true", help=argparse.SUPPRESS
+    )  # customary beside --deepspeed_config
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's
     group = parser.add_argument_group("settings (they win over the YAML)")
     for name, (is_bool, text) in settings.items():
@@ -150,7 +174,9 @@ def known_arguments(parser: Parser, arguments: list[str], also: Iterable[str] = 
     if unknown:
         known = [*(name.removeprefix("--") for name in parser._option_string_actions), *also]
         word = unknown[0].split("=")[0].lstrip("-")
-        raise UserError(f"unknown argument '{unknown[0]}'{did_you_mean(word, known).replace(chr(39), chr(39) + '--', 1)}")
+        raise UserError(
+            f"unknown argument '{unknown[0]}'{did_you_mean(word, known).replace(chr(39), chr(39) + '--', 1)}"
+        )
     return options
 
 
@@ -163,7 +189,11 @@ def settings_in_source(file: Path, class_name: str = "Config") -> dict[str, tupl
     body, lines = ast.parse(source).body, source.splitlines()
     found = next((node for node in body if isinstance(node, ast.ClassDef) and node.name == class_name), None)
     if found is None:
-        modules = [node.module for node in body if isinstance(node, ast.ImportFrom) and class_name in (name.asname or name.name for name in node.names)]
+        modules = [
+            node.module
+            for node in body
+            if isinstance(node, ast.ImportFrom) and class_name in (name.asname or name.name for name in node.names)
+        ]
         file = ROOT / f"{modules[0].replace('.', '/')}.py" if modules and modules[0] else Path()
         if not file.is_file():
             raise LookupError(class_name)
@@ -171,7 +201,14 @@ def settings_in_source(file: Path, class_name: str = "Config") -> dict[str, tupl
     settings = {}
     for field in found.body:
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-            comment = lines[(field.end_lineno or 1) - 1].encode()[field.end_col_offset :].decode().strip().removeprefix("#").strip()
+            comment = (
+                lines[(field.end_lineno or 1) - 1]
+                .encode()[field.end_col_offset :]
+                .decode()
+                .strip()
+                .removeprefix("#")
+                .strip()
+            )
             settings[field.target.id] = ast.unparse(field.annotation) == "bool", comment
     for base in found.bases:
         inherited = settings_in_source(file, ast.unparse(base))
@@ -194,12 +231,18 @@ def parse(config_class: type[C], recipe: str, argv: list[str]) -> tuple[C, Path]
     help_texts = comments(config_class)
     kinds = typing.get_type_hints(config_class, include_extras=True)
     names = sorted(kinds, key=lambda name: list(help_texts).index(name) if name in help_texts else -1)
-    parser = parser_of(recipe_path, sys.modules[config_class.__module__].__doc__, {name: (kinds[name] is bool, help_texts.get(name, "")) for name in names})
+    parser = parser_of(
+        recipe_path,
+        sys.modules[config_class.__module__].__doc__,
+        {name: (kinds[name] is bool, help_texts.get(name, "")) for name in names},
+    )
     options = known_arguments(parser, argv)
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     yaml_path = Path(from_home(options.config)) if options.config else recipe_path.with_suffix(".yaml")
     cfg = load(config_class, yaml_path, given, options.quick)
     if options.deepspeed_config is None:
         folder = ROOT / "ds_configs" / recipe_path.stem
-        raise UserError(f"--deepspeed_config is missing; for example --deepspeed_config {display_path(folder / 'zero2.json')}")
+        raise UserError(
+            f"--deepspeed_config is missing; for example --deepspeed_config {display_path(folder / 'zero2.json')}"
+        )
     return cfg, Path(from_home(options.deepspeed_config))

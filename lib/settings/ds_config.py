@@ -41,15 +41,27 @@ WITHOUT_EFFECT = {
 NOT_ENABLED = {"enabled": (False,)}
 REFUSED: dict[str, tuple[Any, str]] = {
     "torch_autocast": (NOT_ENABLED, "it is a second place for the precision; set 'precision' in the YAML"),
-    "tensor_parallel": ({"autotp_size": (0, 1)}, "this recipe gives every rank other rows, which tensor parallelism must not do"),
+    "tensor_parallel": (
+        {"autotp_size": (0, 1)},
+        "this recipe gives every rank other rows, which tensor parallelism must not do",
+    ),
     "pipeline": ({}, "this recipe is data parallel only"),
     "sequence_parallel_size": ((1,), "this recipe is data parallel only"),
     "expert_parallel": (NOT_ENABLED, "this recipe is data parallel only"),
     "data_efficiency": (NOT_ENABLED, "it would change the data; the recipe decides what a batch holds"),
     "gradient_allreduce_op": (("mean",), "the recipe's loss counts on the mean over ranks, which is the default"),
-    "managed_gradient_accumulation": ((True,), "the recipe's loop counts on DeepSpeed to manage accumulation, which is the default"),
-    "prescale_gradients": ((False,), "it changes how gradients are rounded between ranks, and ZeRO refuses it where it reduces and scatters; leave it out"),
-    "gradient_predivide_factor": ((1,), "it changes how gradients are rounded between ranks, and ZeRO refuses it where it reduces and scatters; leave it out"),
+    "managed_gradient_accumulation": (
+        (True,),
+        "the recipe's loop counts on DeepSpeed to manage accumulation, which is the default",
+    ),
+    "prescale_gradients": (
+        (False,),
+        "it changes how gradients are rounded between ranks, and ZeRO refuses it where it reduces and scatters; leave it out",
+    ),
+    "gradient_predivide_factor": (
+        (1,),
+        "it changes how gradients are rounded between ranks, and ZeRO refuses it where it reduces and scatters; leave it out",
+    ),
     "weight_quantization": ({}, "it would change the weights"),
     "hybrid_engine": (NOT_ENABLED, "it is for reinforcement learning"),
     "autotuning": (NOT_ENABLED, "run DeepSpeed's autotuner on its own"),
@@ -66,7 +78,19 @@ LOOSE_SECTIONS = {
         "profile", "cpu_checkpointing",
     },
 }  # fmt: skip
-SECTIONS = {"zero_optimization", "bf16", "fp16", "tensorboard", "wandb", "csv_monitor", "comet", "comms_logger", "compile", "timers", *LOOSE_SECTIONS}
+SECTIONS = {
+    "zero_optimization",
+    "bf16",
+    "fp16",
+    "tensorboard",
+    "wandb",
+    "csv_monitor",
+    "comet",
+    "comms_logger",
+    "compile",
+    "timers",
+    *LOOSE_SECTIONS,
+}
 # DeepSpeed's schedulers, as the HF Trainer's JSONs name them, and the `lr_schedule` that they stand for.
 SCHEDULERS = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 # The key of the filled config under which notes for the run's header travel. A recipe is called with the settings and this dict alone, and a key
@@ -150,7 +174,9 @@ def read_json(path: Path) -> dict[str, Any]:
             config = hjson.loads(text, object_pairs_hook=unique)
     except FileNotFoundError:
         there = sorted(file.name for file in path.parent.glob("*.json"))
-        raise UserError(f"{display_path(path)}: no such file; in {display_path(path.parent)} there are: {', '.join(there) or 'no .json files'}") from None
+        raise UserError(
+            f"{display_path(path)}: no such file; in {display_path(path.parent)} there are: {', '.join(there) or 'no .json files'}"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{display_path(path)}: cannot be read: {error}") from None
     except hjson.HjsonDecodeError as error:
@@ -240,16 +266,26 @@ def _check_keys(config: dict[str, Any], found: Findings) -> None:
         elif key in SECTIONS and not isinstance(section, dict):
             found.problems.append(f"'{key}' must be an object, not {section!r}")
             del config[key]
-        elif key in ("optimizer", "scheduler") and not (isinstance(section.get("type"), str) and isinstance(section.get("params", {}), dict)):
+        elif key in ("optimizer", "scheduler") and not (
+            isinstance(section.get("type"), str) and isinstance(section.get("params", {}), dict)
+        ):
             found.problems.append(f'\'{key}\' needs a "type" (text) and may have "params" (an object)')
             del config[key]
         elif isinstance(section, dict):
             found.problems += [
-                f"unknown key '{key}.{inner}'{did_you_mean(inner, LOOSE_SECTIONS[key])}" for inner in section if inner not in LOOSE_SECTIONS.get(key, section)
+                f"unknown key '{key}.{inner}'{did_you_mean(inner, LOOSE_SECTIONS[key])}"
+                for inner in section
+                if inner not in LOOSE_SECTIONS.get(key, section)
             ]
             if key in MEMORY_AND_SPEED:
                 _drop_auto(section)
-    strict = {"comms_logger": CommsLoggerConfig, "compile": CompileConfig, "tensorboard": TensorBoardConfig, "wandb": WandbConfig, "csv_monitor": CSVConfig}
+    strict = {
+        "comms_logger": CommsLoggerConfig,
+        "compile": CompileConfig,
+        "tensorboard": TensorBoardConfig,
+        "wandb": WandbConfig,
+        "csv_monitor": CSVConfig,
+    }
     for key, model in (strict | {"comet": CometConfig}).items():
         if key in config:
             _check_model(model, config[key], found, key)
@@ -264,14 +300,18 @@ def _is_off(value: Any, off: Any) -> bool:
     if value == "auto":  # is for the recipe to decide
         return True
     if isinstance(off, dict):
-        return isinstance(value, dict) and (all(_is_off(value.get(key, "auto"), values) for key, values in off.items()) if off else not value)
+        return isinstance(value, dict) and (
+            all(_is_off(value.get(key, "auto"), values) for key, values in off.items()) if off else not value
+        )
     return (value.lower() if isinstance(value, str) else value) in off
 
 
 def _check_compile(config: dict[str, Any], found: Findings) -> None:
     section = config.pop("compile", {})
     if section.get("deepcompile"):
-        found.problems.append("compile.deepcompile is on, but does nothing until engine.compile() is called, which recipes do not; leave it out")
+        found.problems.append(
+            "compile.deepcompile is on, but does nothing until engine.compile() is called, which recipes do not; leave it out"
+        )
     elif section:
         found.notes.append("'compile' is without effect here: compile.deepcompile is off")
 
@@ -285,7 +325,9 @@ def _check_activation_checkpointing(config: dict[str, Any], found: Findings) -> 
             'write "activation_checkpointing": {} for that of transformers, or leave the section out for none'
         )
     elif section:
-        found.notes.append('activation checkpointing is off, as each key of its section is; the empty section "activation_checkpointing": {} turns it on')
+        found.notes.append(
+            'activation checkpointing is off, as each key of its section is; the empty section "activation_checkpointing": {} turns it on'
+        )
         del config["activation_checkpointing"]
 
 
@@ -331,7 +373,9 @@ def _check_batch(config: dict[str, Any], found: Findings, world_size: int) -> No
         nearest = f"{lower} and {lower + known}" if lower else f"{known}"
         parts = [f"{micro} rows a micro-batch"] if micro != "auto" else []
         parts += [f"{accumulation} accumulation steps"] if accumulation != "auto" else []
-        found.problems.append(f"batch_size {batch_size} cannot be cut into {' x '.join([*parts, ranks])}: {known} does not divide it; nearest: {nearest}")
+        found.problems.append(
+            f"batch_size {batch_size} cannot be cut into {' x '.join([*parts, ranks])}: {known} does not divide it; nearest: {nearest}"
+        )
         return
     if micro == "auto":  # as few accumulation steps as the JSON allows
         micro = batch_size // known
@@ -362,29 +406,45 @@ def _check_precision(config: dict[str, Any], found: Findings) -> None:
     if len(chosen) == 2:
         found.problems.append('bf16.enabled and fp16.enabled are both true; write "auto" for one of them')
     elif chosen and not supported[chosen[0]]:
-        found.problems.append(f"{chosen[0]}.enabled is true, but this device ({accelerator.device_name()}) cannot train in it; set precision to {others}")
+        found.problems.append(
+            f"{chosen[0]}.enabled is true, but this device ({accelerator.device_name()}) cannot train in it; set precision to {others}"
+        )
     elif chosen:
         found.state(f"{chosen[0]}.enabled is true", "precision", chosen[0])
     elif enabled.get(found.settings["precision"]) is False:
         found.state(f"{found.settings['precision']}.enabled is false", "precision", "fp32")
     precision = found.settings["precision"]
     if not supported[precision]:
-        found.problems.append(f"precision is {precision}, which this device ({accelerator.device_name()}) cannot train in; use {others}")
+        found.problems.append(
+            f"precision is {precision}, which this device ({accelerator.device_name()}) cannot train in; use {others}"
+        )
     models: dict[str, type[BaseModel]] = {"bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
     for key, section in sections.items():  # one that is off is checked too, as DeepSpeed does
         _drop_auto(section)  # the HF Trainer has no value of its own for the loss scale: DeepSpeed's default stands
-        of_fp16 = [inner for inner in section if key == "bf16" and inner in DeepSpeedFP16Config.model_fields and inner not in DeepSpeedBF16Config.model_fields]
+        of_fp16 = [
+            inner
+            for inner in section
+            if key == "bf16"
+            and inner in DeepSpeedFP16Config.model_fields
+            and inner not in DeepSpeedBF16Config.model_fields
+        ]
         if of_fp16:
-            found.problems.append(f"bf16 has no loss scale: leave out {', '.join(f'bf16.{inner}' for inner in of_fp16)}")
+            found.problems.append(
+                f"bf16 has no loss scale: leave out {', '.join(f'bf16.{inner}' for inner in of_fp16)}"
+            )
         rest = {inner: value for inner, value in section.items() if inner not in of_fp16}
         read = _check_model(models[key], rest | {"enabled": precision == key}, found, key)
         if precision != key or read is None:
             continue
         for inner in ("bf16_master_weights_and_grads", "bf16_optimizer_states", "fp16_master_weights_and_grads"):
             if getattr(read, inner, False):
-                found.problems.append(f"{key}.{inner} would change the optimizer's precision, which is fp32 here; leave it out")
+                found.problems.append(
+                    f"{key}.{inner} would change the optimizer's precision, which is fp32 here; leave it out"
+                )
         if not getattr(read, "check_grad_overflow", True):
-            found.problems.append(f"{key}.check_grad_overflow false would let a gradient that is not finite change the weights; leave it out")
+            found.problems.append(
+                f"{key}.check_grad_overflow false would let a gradient that is not finite change the weights; leave it out"
+            )
     if precision != "fp32":
         config[precision] = {**sections.get(precision, {}), "enabled": True}
 
@@ -397,7 +457,10 @@ def _check_zero(config: dict[str, Any], found: Findings, world_size: int) -> Non
     if "zero_optimization" not in config:
         return
     zero = config["zero_optimization"]
-    for old, new in (("cpu_offload", "offload_optimizer"), ("cpu_offload_param", "offload_param")):  # DeepSpeed turns them into the new keys, too
+    for old, new in (
+        ("cpu_offload", "offload_optimizer"),
+        ("cpu_offload_param", "offload_param"),
+    ):  # DeepSpeed turns them into the new keys, too
         if zero.pop(old, None) is True and zero.setdefault(new, {"device": "cpu"}) != {"device": "cpu"}:
             found.problems.append(f"zero_optimization.{old} is an old name of {new}, which is there too; remove it")
     for key in set(zero) & set(_REMOVED_ZERO_CONFIG_KEYS):
@@ -405,11 +468,15 @@ def _check_zero(config: dict[str, Any], found: Findings, world_size: int) -> Non
         del zero[key]
     for what in ("offload_optimizer", "offload_param"):
         if isinstance(zero.get(what), dict) and zero[what].get("device") == "auto":
-            found.problems.append(f'zero_optimization.{what}.device is "auto", and no setting of the recipe can fill it; write "cpu" or "none"')
+            found.problems.append(
+                f'zero_optimization.{what}.device is "auto", and no setting of the recipe can fill it; write "cpu" or "none"'
+            )
             del zero[what]
     stage = zero.get("stage")
     if stage not in (0, 1, 2, 3) or not isinstance(stage, int) or isinstance(stage, bool):
-        found.problems.append(f"zero_optimization.stage is {repr(stage) if 'stage' in zero else 'missing'}; write 0, 1, 2 or 3")
+        found.problems.append(
+            f"zero_optimization.stage is {repr(stage) if 'stage' in zero else 'missing'}; write 0, 1, 2 or 3"
+        )
         zero["stage"] = stage = 3  # at which all other keys have their effect
     read = _check_model(DeepSpeedZeroConfig, zero, found, "zero_optimization")
     if read is None:
@@ -424,7 +491,9 @@ def _check_zero(config: dict[str, Any], found: Findings, world_size: int) -> Non
     }  # fmt: skip
     for key, (is_on, least) in without_effect.items():
         if is_on and stage < least:
-            found.problems.append(f"zero_optimization.{key} has no effect at stage {stage}; it needs stage {'3' if least == 3 else '1, 2 or 3'}")
+            found.problems.append(
+                f"zero_optimization.{key} has no effect at stage {stage}; it needs stage {'3' if least == 3 else '1, 2 or 3'}"
+            )
         elif is_on and "quantized" in key and get_accelerator().device_name() == "cpu":
             found.problems.append(f"zero_optimization.{key} needs a GPU; leave it out")
         elif is_on and "quantized" in key:
@@ -432,13 +501,23 @@ def _check_zero(config: dict[str, Any], found: Findings, world_size: int) -> Non
     if "nvme" in offload.values():
         found.problems.append('checkpoints of states offloaded to NVMe are not supported; offload to "cpu"')
     if read.zero_hpz_partition_size > 1 and world_size % min(read.zero_hpz_partition_size, world_size):
-        found.problems.append(f"zero_optimization.zero_hpz_partition_size is {read.zero_hpz_partition_size}, which does not divide {world_size} ranks")
-    if read.offload_optimizer is not None and (read.offload_optimizer.ratio != 1 or read.offload_optimizer.super_offload):
-        found.problems.append("offload_optimizer.ratio below 1 and super_offload step in a second optimizer, which checkpoints do not hold; leave them out")
+        found.problems.append(
+            f"zero_optimization.zero_hpz_partition_size is {read.zero_hpz_partition_size}, which does not divide {world_size} ranks"
+        )
+    if read.offload_optimizer is not None and (
+        read.offload_optimizer.ratio != 1 or read.offload_optimizer.super_offload
+    ):
+        found.problems.append(
+            "offload_optimizer.ratio below 1 and super_offload step in a second optimizer, which checkpoints do not hold; leave them out"
+        )
     if not read.compute_grad_norm:
-        found.problems.append("zero_optimization.compute_grad_norm false would let a gradient that is not finite change the weights; leave it out")
+        found.problems.append(
+            "zero_optimization.compute_grad_norm false would let a gradient that is not finite change the weights; leave it out"
+        )
     if read.zenflow:
-        found.problems.append("zero_optimization.zenflow changes the weights when it starts (DeepSpeed 0.19.8); leave it out")
+        found.problems.append(
+            "zero_optimization.zenflow changes the weights when it starts (DeepSpeed 0.19.8); leave it out"
+        )
 
 
 def _check_data_types(config: dict[str, Any], found: Findings) -> None:
@@ -459,12 +538,24 @@ def _check_data_types(config: dict[str, Any], found: Findings) -> None:
         if path == "data_types.param_dtype":
             found.state(f"{path} is {value}", "precision", kind)
             continue
-        at_stage0 = path == "data_types.grad_accum_dtype" and stage_of(config) == 0  # DeepSpeed 0.19.8 refuses others there
+        at_stage0 = (
+            path == "data_types.grad_accum_dtype" and stage_of(config) == 0
+        )  # DeepSpeed 0.19.8 refuses others there
         precision = found.settings["precision"]
-        allowed = ["fp32"] if path == "data_types.buffer_dtype" else [precision] if at_stage0 else list(dict.fromkeys([precision, "fp32"]))
+        allowed = (
+            ["fp32"]
+            if path == "data_types.buffer_dtype"
+            else [precision]
+            if at_stage0
+            else list(dict.fromkeys([precision, "fp32"]))
+        )
         if kind not in allowed:
             rounded = "the model's constants" if path == "data_types.buffer_dtype" else "the gradients"
-            why = "DeepSpeed has no other at stage 0" if at_stage0 and kind == "fp32" else f"it would round {rounded}, and change the losses"
+            why = (
+                "DeepSpeed has no other at stage 0"
+                if at_stage0 and kind == "fp32"
+                else f"it would round {rounded}, and change the losses"
+            )
             found.problems.append(f"{path} is {value}: {why}; write {' or '.join(allowed)}, or leave it out")
 
 
@@ -474,24 +565,41 @@ def _check_optimizer(config: dict[str, Any], found: Findings) -> None:
     if section is None:
         return
     if section["type"].lower() not in ("adam", "adamw", "auto"):
-        found.problems.append(f"optimizer.type is {section['type']!r}, but the recipe trains with AdamW; leave the section out")
+        found.problems.append(
+            f"optimizer.type is {section['type']!r}, but the recipe trains with AdamW; leave the section out"
+        )
         return
     params = section.get("params", {})
     settings = {"lr": "learning_rate", "weight_decay": "weight_decay", "betas": "adam_betas", "eps": "adam_eps"}
-    must_be = {"bias_correction": True, "amsgrad": False, "maximize": False, "fp32_optimizer_states": True}  # others would change the steps
+    must_be = {
+        "bias_correction": True,
+        "amsgrad": False,
+        "maximize": False,
+        "fp32_optimizer_states": True,
+    }  # others would change the steps
     without_effect = {"torch_adam", "adam_w_mode", "fused", "foreach", "set_grad_none"}
     for key, value in list(params.items()):
         if key in settings:
             found.agree(params, key, settings[key], f"optimizer.params.{key}")
         elif key == "max_grad_norm":
-            found.problems.append("optimizer.params.max_grad_norm is refused by DeepSpeed; write gradient_clipping at the top level")
+            found.problems.append(
+                "optimizer.params.max_grad_norm is refused by DeepSpeed; write gradient_clipping at the top level"
+            )
         elif key in must_be:
             if value not in (must_be[key], "auto"):
-                found.problems.append(f"optimizer.params.{key} is {_shown(value)}, which would change the recipe's steps; leave it out")
+                found.problems.append(
+                    f"optimizer.params.{key} is {_shown(value)}, which would change the recipe's steps; leave it out"
+                )
         elif key not in without_effect:
-            found.problems.append(f"unknown key 'optimizer.params.{key}'{did_you_mean(key, [*settings, *must_be, *without_effect])}")
+            found.problems.append(
+                f"unknown key 'optimizer.params.{key}'{did_you_mean(key, [*settings, *must_be, *without_effect])}"
+            )
     # DeepSpeed's Adam is AdamW unless this says otherwise; without weight decay the two are one.
-    if section["type"].lower() == "adam" and params.get("adam_w_mode", True) is False and found.settings["weight_decay"]:
+    if (
+        section["type"].lower() == "adam"
+        and params.get("adam_w_mode", True) is False
+        and found.settings["weight_decay"]
+    ):
         found.problems.append(
             "optimizer.params.adam_w_mode is false, by which the weight decay acts through the gradients; leave it out: the recipe trains with AdamW"
         )
@@ -504,10 +612,14 @@ def _check_scheduler(config: dict[str, Any], found: Findings) -> None:
         return
     kind, params = section["type"], section.get("params", {})
     if kind not in (*SCHEDULERS, "auto"):
-        found.problems.append(f"scheduler.type is {kind!r}, which recipes do not have; they have {', '.join(SCHEDULERS)}: write one, or leave the section out")
+        found.problems.append(
+            f"scheduler.type is {kind!r}, which recipes do not have; they have {', '.join(SCHEDULERS)}: write one, or leave the section out"
+        )
         return
     if kind != "auto":
-        found.state(f"scheduler.type is {kind}, which is lr_schedule {SCHEDULERS[kind]}", "lr_schedule", SCHEDULERS[kind])
+        found.state(
+            f"scheduler.type is {kind}, which is lr_schedule {SCHEDULERS[kind]}", "lr_schedule", SCHEDULERS[kind]
+        )
     settings = {"warmup_num_steps": "warmup_steps"}
     must_be: dict[str, Any] = {"warmup_type": "linear", "last_batch_iteration": -1}
     if kind in ("WarmupCosineLR", "auto"):
@@ -521,11 +633,17 @@ def _check_scheduler(config: dict[str, Any], found: Findings) -> None:
         if key in settings:
             found.agree(params, key, settings[key], f"scheduler.params.{key}")
         elif key not in must_be:
-            found.problems.append(f"unknown key 'scheduler.params.{key}' of {kind}{did_you_mean(key, [*settings, *must_be])}")
+            found.problems.append(
+                f"unknown key 'scheduler.params.{key}' of {kind}{did_you_mean(key, [*settings, *must_be])}"
+            )
         elif value not in (must_be[key], "auto"):
-            found.problems.append(f"scheduler.params.{key} is {_shown(value)}, but the recipe's is always {must_be[key]}; write that, or leave it out")
+            found.problems.append(
+                f"scheduler.params.{key} is {_shown(value)}, but the recipe's is always {must_be[key]}; write that, or leave it out"
+            )
     if params.get("warmup_type", "auto") == "auto" and found.settings["warmup_steps"]:
-        found.notes.append("the learning rate warms up linearly, where DeepSpeed's own schedulers would do so logarithmically")
+        found.notes.append(
+            "the learning rate warms up linearly, where DeepSpeed's own schedulers would do so logarithmically"
+        )
 
 
 def _add_monitor(config: dict[str, Any], found: Findings) -> None:
@@ -550,7 +668,11 @@ def _ask_deepspeed(config: dict[str, Any], name: str) -> None:
     logger.setLevel(logging.ERROR)
     try:
         # There are no process groups yet, so DeepSpeed counts one rank here; it checks the batch arithmetic again later.
-        alone = {key: value for key, value in config.items() if key not in ("train_batch_size", "gradient_accumulation_steps")}
+        alone = {
+            key: value
+            for key, value in config.items()
+            if key not in ("train_batch_size", "gradient_accumulation_steps")
+        }
         DeepSpeedConfig(json.loads(json.dumps(alone)))
     except ValidationError as error:
         problem = error.errors()[0]

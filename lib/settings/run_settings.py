@@ -28,7 +28,12 @@ class RunSettings:
 
 
 # Settings that another start of the same run may change: none of them changes what a step does. (The rows of a dataset are compared themselves.)
-MAY_CHANGE = {field.name for field in dataclasses.fields(RunSettings)} | {"dataset", "max_steps", "epochs", "trust_remote_code"}
+MAY_CHANGE = {field.name for field in dataclasses.fields(RunSettings)} | {
+    "dataset",
+    "max_steps",
+    "epochs",
+    "trust_remote_code",
+}
 
 # Settings that older checkpoints lack, and what they were trained with.
 NEWER = {"adam_betas": [0.9, 0.999], "adam_eps": 1e-8}

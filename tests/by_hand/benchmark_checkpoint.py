@@ -74,7 +74,11 @@ def measure(do: Callable[[], Any]) -> tuple[float, float]:
     """(seconds until all ranks have done it, bytes of memory that this rank needed for it beyond those it held)"""
 
     def memory(key: str) -> int:
-        return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+        return next(
+            int(line.split()[1]) * 1024
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith(key)
+        )
 
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak
     held = memory("VmRSS:")
@@ -96,9 +100,20 @@ def main() -> None:
     parser.add_argument("--local_rank")
     options = parser.parse_args()
     ranks.init(timeout_minutes=30)
-    ds_config = {"train_micro_batch_size_per_gpu": 1, "steps_per_print": 10**9, "zero_optimization": {"stage": options.stage}}
+    ds_config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "steps_per_print": 10**9,
+        "zero_optimization": {"stage": options.stage},
+    }
     model = load_model(lambda: build(options.millions), ds_config, seed=0)
-    cfg = SimpleNamespace(learning_rate=1e-3, weight_decay=0.01, adam_betas=[0.9, 0.999], adam_eps=1e-8, lr_schedule="constant", warmup_steps=0)
+    cfg = SimpleNamespace(
+        learning_rate=1e-3,
+        weight_decay=0.01,
+        adam_betas=[0.9, 0.999],
+        adam_eps=1e-8,
+        lr_schedule="constant",
+        warmup_steps=0,
+    )
     optimizer = make_adamw(cfg, model, ds_config)
     schedule = make_schedule(cfg, optimizer, 1)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
@@ -160,7 +175,9 @@ def main() -> None:
             note(loading[name], do, series >= 0)
     if ranks.rank() == 0:
         count = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in engine.module.parameters())
-        print(f"\nstage {options.stage}, {ranks.world_size()} ranks, {count / 1e6:.1f} M parameters, fp32; medians of {options.series} series")
+        print(
+            f"\nstage {options.stage}, {ranks.world_size()} ranks, {count / 1e6:.1f} M parameters, fp32; medians of {options.series} series"
+        )
         print(f"{'':<28}{'seconds':>9}{'GB':>8}{'GB memory':>11}   series, seconds")
         for title, table in (("save", saving), ("load", loading)):
             for name, figures in table.items():
@@ -178,8 +195,18 @@ def main() -> None:
 
 def convert(source: Path, target: Path, stage: int) -> None:
     """DeepSpeed's conversion to a universal checkpoint, which is what it can load on another number of ranks."""
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(source), "--output_folder", str(target)]
-    command += ["--num_extract_workers", "1", "--num_merge_workers", "1"] + ([] if stage == 3 else ["--inject_missing_state"])
+    command = [
+        sys.executable,
+        "-m",
+        "deepspeed.checkpoint.ds_to_universal",
+        "--input_folder",
+        str(source),
+        "--output_folder",
+        str(target),
+    ]
+    command += ["--num_extract_workers", "1", "--num_merge_workers", "1"] + (
+        [] if stage == 3 else ["--inject_missing_state"]
+    )
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -60,7 +60,9 @@ def main() -> None:
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
     repair_stage0(engine)
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, 2_000_000).astype(np.int32)
-    batches = training_batches(Blocks(tokens, cfg.max_length, drop_last=True), causal_lm.collate_blocks, cfg.batch_size, micro, 0, device)
+    batches = training_batches(
+        Blocks(tokens, cfg.max_length, drop_last=True), causal_lm.collate_blocks, cfg.batch_size, micro, 0, device
+    )
     ready = [next(batches) for _ in range(4)]
 
     def bare() -> None:
@@ -101,10 +103,16 @@ def main() -> None:
             else:
                 peak[loop.__name__] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     for name, values in seconds.items():
-        run.say(f"{name:<7} median {statistics.median(values) * 1000:.1f} ms a step   series: {' '.join(f'{v * 1000:.1f}' for v in values)}")
+        run.say(
+            f"{name:<7} median {statistics.median(values) * 1000:.1f} ms a step   series: {' '.join(f'{v * 1000:.1f}' for v in values)}"
+        )
     ratios = [recipe_s / bare_s for recipe_s, bare_s in zip(seconds["recipe"], seconds["bare"], strict=True)]
-    run.say(f"recipe / bare, pair by pair: median {statistics.median(ratios):.3f}   {' '.join(f'{ratio:.3f}' for ratio in ratios)}")
-    run.say(f"peak memory: {peak['bare'] / 2**20:.0f} MiB after the bare loop, {peak['recipe'] / 2**20:.0f} MiB after the recipe's")
+    run.say(
+        f"recipe / bare, pair by pair: median {statistics.median(ratios):.3f}   {' '.join(f'{ratio:.3f}' for ratio in ratios)}"
+    )
+    run.say(
+        f"peak memory: {peak['bare'] / 2**20:.0f} MiB after the bare loop, {peak['recipe'] / 2**20:.0f} MiB after the recipe's"
+    )
     run.close()
 
 

@@ -32,7 +32,12 @@ from lib.data.batches import IGNORED
 from lib.settings.config import load
 
 WARMUP, BATCH, MICRO = 5, 32, 16
-SAMPLES = {"text_classification": "docstrings", "causal_lm": "sotu", "translation": "messages_fr", "question_answering": "docstring_questions"}
+SAMPLES = {
+    "text_classification": "docstrings",
+    "causal_lm": "sotu",
+    "translation": "messages_fr",
+    "question_answering": "docstring_questions",
+}
 TRAINER_MODES = {"random": "HF Trainer", "group_by_length": "HF Trainer, grouped by length"}
 
 
@@ -58,9 +63,15 @@ def prepare(recipe: str, folder: Path, cfg: Any) -> None:
         model: Any
         if recipe == "causal_lm":
             tokenizer = train_tokenizer(lines, cfg.vocab_size, END_OF_TEXT | {"pad_token": END_OF_TEXT["eos_token"]})
-            sizes = {"intermediate_size": cfg.intermediate_size, "num_hidden_layers": cfg.num_layers, "max_position_embeddings": cfg.max_length}
+            sizes = {
+                "intermediate_size": cfg.intermediate_size,
+                "num_hidden_layers": cfg.num_layers,
+                "max_position_embeddings": cfg.max_length,
+            }
             model = AutoModelForCausalLM.from_config(
-                new_config("llama", AutoModelForCausalLM, cfg.num_heads, cfg.hidden_size, vocab_size=len(tokenizer), **sizes)
+                new_config(
+                    "llama", AutoModelForCausalLM, cfg.num_heads, cfg.hidden_size, vocab_size=len(tokenizer), **sizes
+                )
             )
         else:
             cfg.model = None  # a small T5Gemma
@@ -72,10 +83,16 @@ def prepare(recipe: str, folder: Path, cfg: Any) -> None:
 
 def settings(recipe: str, max_length: int | None) -> Any:
     """The recipe's own, but for max_length if there is one."""
-    return load(importlib.import_module(f"recipes.{recipe}").Config, ROOT / "recipes" / f"{recipe}.yaml", {"max_length": str(max_length)} if max_length else {})
+    return load(
+        importlib.import_module(f"recipes.{recipe}").Config,
+        ROOT / "recipes" / f"{recipe}.yaml",
+        {"max_length": str(max_length)} if max_length else {},
+    )
 
 
-def for_trainer(recipe: str, folder: Path, cfg: Any) -> tuple[Any, Any, Callable[[list[dict[str, Any]]], dict[str, Any]]]:
+def for_trainer(
+    recipe: str, folder: Path, cfg: Any
+) -> tuple[Any, Any, Callable[[list[dict[str, Any]]], dict[str, Any]]]:
     """(model, tokenized rows, collator) as a user of the Trainer would have them, with the recipe's lengths."""
     from datasets import load_dataset
     from transformers import (  # fmt: skip
@@ -96,26 +113,46 @@ def for_trainer(recipe: str, folder: Path, cfg: Any) -> tuple[Any, Any, Callable
     tokenizer = AutoTokenizer.from_pretrained(name)
     if recipe == "text_classification":
         names = sorted(set(rows["label"]))
-        rows = rows.map(lambda row: tokenizer(row["text"], truncation=True, max_length=cfg.max_length) | {"label": names.index(row["label"])})
-        return AutoModelForSequenceClassification.from_pretrained(name, num_labels=len(names)), rows, DataCollatorWithPadding(tokenizer)
+        rows = rows.map(
+            lambda row: (
+                tokenizer(row["text"], truncation=True, max_length=cfg.max_length)
+                | {"label": names.index(row["label"])}
+            )
+        )
+        return (
+            AutoModelForSequenceClassification.from_pretrained(name, num_labels=len(names)),
+            rows,
+            DataCollatorWithPadding(tokenizer),
+        )
     if recipe == "causal_lm":
-        rows = rows.map(lambda row: tokenizer(row["text"], truncation=True, max_length=cfg.max_length), remove_columns=["text"])
+        rows = rows.map(
+            lambda row: tokenizer(row["text"], truncation=True, max_length=cfg.max_length), remove_columns=["text"]
+        )
         return AutoModelForCausalLM.from_pretrained(name), rows, DataCollatorForLanguageModeling(tokenizer, mlm=False)
     if recipe == "translation":
         lengths = cfg.max_source_length
         rows = rows.map(
-            lambda row: tokenizer(row["source"], text_target=row["target"], truncation=True, max_length=lengths), remove_columns=["source", "target"]
+            lambda row: tokenizer(row["source"], text_target=row["target"], truncation=True, max_length=lengths),
+            remove_columns=["source", "target"],
         )
         rows = rows.map(lambda row: {"length": len(row["input_ids"]) + len(row["labels"])})
         model = AutoModelForSeq2SeqLM.from_pretrained(name)
         return model, rows, DataCollatorForSeq2Seq(tokenizer, model)
     question_answering: Any = importlib.import_module("recipes.question_answering")
     rows = rows.add_column("row", list(range(len(rows))))
-    tokenize = functools.partial(question_answering.tokenize, tokenizer=tokenizer, max_length=cfg.max_length, stride=cfg.stride)
+    tokenize = functools.partial(
+        question_answering.tokenize, tokenizer=tokenizer, max_length=cfg.max_length, stride=cfg.stride
+    )
     rows = rows.map(tokenize, batched=True, remove_columns=rows.column_names)
-    rows = rows.rename_columns({"start": "start_positions", "end": "end_positions"}).remove_columns(["characters", "row", "first", "last"])
+    rows = rows.rename_columns({"start": "start_positions", "end": "end_positions"}).remove_columns(
+        ["characters", "row", "first", "last"]
+    )
     pad = DataCollatorWithPadding(tokenizer)
-    return AutoModelForQuestionAnswering.from_pretrained(name), rows, lambda features: pad([feature | {"length": 0} for feature in features])
+    return (
+        AutoModelForQuestionAnswering.from_pretrained(name),
+        rows,
+        lambda features: pad([feature | {"length": 0} for feature in features]),
+    )
 
 
 def hf_trainer(recipe: str, folder: Path, cfg: Any, steps: int, order: str) -> None:
@@ -153,7 +190,10 @@ def hf_trainer(recipe: str, folder: Path, cfg: Any, steps: int, order: str) -> N
     if trainer.args.process_index == 0:
         counts = seen[WARMUP:steps]
         useful, padded = sum(tokens for tokens, _ in counts), sum(total for _, total in counts)
-        result = {"tokens_per_second": 2 * useful / (clock.times[-1] - clock.times[WARMUP - 1]), "padding": 1 - useful / padded}
+        result = {
+            "tokens_per_second": 2 * useful / (clock.times[-1] - clock.times[WARMUP - 1]),
+            "padding": 1 - useful / padded,
+        }
         (folder / "ds" / "hf.json").write_text(json.dumps(result))
 
 
@@ -165,7 +205,16 @@ def launch(script: str, *arguments: object) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [Path(sys.executable).parent / "deepspeed", "--quiet", "--num_accelerators", 2, "--master_port", port, script, *arguments]
+    command = [
+        Path(sys.executable).parent / "deepspeed",
+        "--quiet",
+        "--num_accelerators",
+        2,
+        "--master_port",
+        port,
+        script,
+        *arguments,
+    ]
     done = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
 
@@ -175,7 +224,11 @@ def main() -> None:
     parser.add_argument("recipe", choices=list(SAMPLES))
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--series", type=int, default=3)
-    parser.add_argument("--max_length", type=int, help="tokens of a row or block (default: the recipe's); translation has no such setting")
+    parser.add_argument(
+        "--max_length",
+        type=int,
+        help="tokens of a row or block (default: the recipe's); translation has no such setting",
+    )
     parser.add_argument("--trainer_in", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--order", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
@@ -201,15 +254,30 @@ def main() -> None:
     ratios: dict[str, list[float]] = {order: [] for order in TRAINER_MODES}
     for series in range(options.series):
         launch(f"recipes/{options.recipe}.py", *arguments)
-        entries = [entry for entry in map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines()) if "loss" in entry][WARMUP:]
+        entries = [
+            entry
+            for entry in map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
+            if "loss" in entry
+        ][WARMUP:]
         ours = sum(entry["tokens"] for entry in entries) / sum(entry["step_seconds"] for entry in entries)
         print(f"series {series + 1}: recipe {ours:,.0f} useful tokens/s", flush=True)
         for order, name in TRAINER_MODES.items():
-            launch("tests/by_hand/benchmark_padding.py", options.recipe, "--trainer_in", folder, "--steps", options.steps, "--order", order, *length)
+            launch(
+                "tests/by_hand/benchmark_padding.py",
+                options.recipe,
+                "--trainer_in",
+                folder,
+                "--steps",
+                options.steps,
+                "--order",
+                order,
+                *length,
+            )
             trainer = json.loads((folder / "ds" / "hf.json").read_text())
             ratios[order].append(ours / trainer["tokens_per_second"])
             print(
-                f"  {name} {trainer['tokens_per_second']:,.0f} ({trainer['padding']:.0%} of its tokens are padding), ratio {ratios[order][-1]:.2f}", flush=True
+                f"  {name} {trainer['tokens_per_second']:,.0f} ({trainer['padding']:.0%} of its tokens are padding), ratio {ratios[order][-1]:.2f}",
+                flush=True,
             )
     for order, name in TRAINER_MODES.items():
         print(f"ratio to {name}, median: {statistics.median(ratios[order]):.2f}")

@@ -25,14 +25,19 @@ def start(checkout: Path, recipe: str) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         command = [str(checkout / "launch.sh"), recipe, "--max_steps", "1000", "--run_dir", f"{folder}/run"]
         started = time.monotonic()
-        process = subprocess.Popen(command, cwd=checkout, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(
+            command, cwd=checkout, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("run "):
                 break
         seconds, times = (
             time.monotonic() - started,
-            [part.cpu_times() for part in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]],
+            [
+                part.cpu_times()
+                for part in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+            ],
         )
         process.send_signal(signal.SIGTERM)
         time.sleep(1.5)

@@ -27,7 +27,20 @@ def steps_of(folder: Path) -> list[tuple[float, float]]:
 
 
 def run(recipe: str, stage: int, folder: Path, steps: int) -> None:
-    command = [str(ROOT / "launch.sh"), recipe, "--stage", str(stage), "--ranks", "2", "--run_dir", str(folder), "--log_every", "1", "--eval_every", "null"]
+    command = [
+        str(ROOT / "launch.sh"),
+        recipe,
+        "--stage",
+        str(stage),
+        "--ranks",
+        "2",
+        "--run_dir",
+        str(folder),
+        "--log_every",
+        "1",
+        "--eval_every",
+        "null",
+    ]
     with (folder.parent / f"{folder.name}.txt").open("w") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
         while process.poll() is None and len(steps_of(folder)) < steps:
@@ -39,7 +52,9 @@ def run(recipe: str, stage: int, folder: Path, steps: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the runs are kept, one folder each")
-    parser.add_argument("recipes", nargs="*", default=sorted(file.stem for file in (ROOT / "recipes").glob("*.py")), help="default: all")
+    parser.add_argument(
+        "recipes", nargs="*", default=sorted(file.stem for file in (ROOT / "recipes").glob("*.py")), help="default: all"
+    )
     parser.add_argument("--stages", nargs="+", type=int, default=[2, 3])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--like", type=Path, help="the folder of an earlier call, to compare with")
@@ -52,10 +67,17 @@ def main() -> None:
             if not (options.folder / name).exists():
                 run(recipe, stage, options.folder.resolve() / name, options.steps)
             steps = steps_of(options.folder / name)[: options.steps]
-            said = f"{len(steps)} steps, the last loss {steps[-1][0]}" if steps else f"no step; see {options.folder / name}.txt"
+            said = (
+                f"{len(steps)} steps, the last loss {steps[-1][0]}"
+                if steps
+                else f"no step; see {options.folder / name}.txt"
+            )
             if options.like is not None:
                 before = steps_of(options.like / name)[: options.steps]
-                first = next((number for number, pair in enumerate(zip(steps, before, strict=False), 1) if pair[0] != pair[1]), None)
+                first = next(
+                    (number for number, pair in enumerate(zip(steps, before, strict=False), 1) if pair[0] != pair[1]),
+                    None,
+                )
                 equal = first is None and len(steps) == len(before) == options.steps
                 said += "  equal" if equal else f"  DIFFERENT from step {first or min(len(steps), len(before)) + 1} on"
                 differ |= not equal

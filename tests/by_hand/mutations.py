@@ -206,7 +206,9 @@ def run(tests: str, tree: Path) -> tuple[bool, str, float]:
     """(whether all tests passed, pytest's last line, seconds)"""
     started = time.monotonic()
     command = f"{sys.executable} -m pytest -x -q -o addopts= {tests}"
-    done = subprocess.run(command, shell=True, cwd=tree, capture_output=True, text=True, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
+    done = subprocess.run(
+        command, shell=True, cwd=tree, capture_output=True, text=True, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    )
     return done.returncode == 0, done.stdout.strip().splitlines()[-1], time.monotonic() - started
 
 
@@ -215,7 +217,11 @@ def main() -> None:
     parser.add_argument("numbers", nargs="*", type=int, help="which (default: all)")
     parser.add_argument("--list", action="store_true", help="print what they are")
     options = parser.parse_args()
-    chosen = [(number, mutation) for number, mutation in enumerate(MUTATIONS, 1) if number in (options.numbers or range(1, len(MUTATIONS) + 1))]
+    chosen = [
+        (number, mutation)
+        for number, mutation in enumerate(MUTATIONS, 1)
+        if number in (options.numbers or range(1, len(MUTATIONS) + 1))
+    ]
     if options.list:
         for number, mutation in chosen:
             print(f"{number:>3}  {mutation.what}: {mutation.file}")
@@ -233,12 +239,16 @@ def main() -> None:
             file = tree / mutation.file
             text = file.read_text(encoding="utf-8")
             if text.count(mutation.old) != 1:
-                sys.exit(f"{number}, {mutation.what}: its text stands {text.count(mutation.old)} times in {mutation.file}, not once; bring it up to date")
+                sys.exit(
+                    f"{number}, {mutation.what}: its text stands {text.count(mutation.old)} times in {mutation.file}, not once; bring it up to date"
+                )
             file.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
             passed, said, seconds = run(mutation.tests, tree)
             file.write_text(text, encoding="utf-8")
             survived += passed
-            rows.append(f"| {number} | {mutation.what} | `{mutation.file}` | {'NOT SEEN' if passed else 'red'} | {seconds:.0f} |")
+            rows.append(
+                f"| {number} | {mutation.what} | `{mutation.file}` | {'NOT SEEN' if passed else 'red'} | {seconds:.0f} |"
+            )
             print(f"{rows[-1]} {said}", flush=True)
     print("\n| | what is broken | in | the tests | seconds |\n| --- | --- | --- | --- | --- |\n" + "\n".join(rows))
     sys.exit(survived > 0)

@@ -27,7 +27,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # launch.sh takes the environment that runs this
+os.environ["PATH"] = (
+    f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # launch.sh takes the environment that runs this
+)
 
 from conftest import CONFIGS, run_ranks
 
@@ -40,14 +42,19 @@ INTERVAL = 10  # steps between checkpoints
 def start(recipe: str, run_dir: Path, *settings: object) -> subprocess.Popen[bytes]:
     command = [ROOT / "launch.sh", recipe, "--quick", "--log_every", 1, "--run_dir", run_dir, *settings]
     with run_dir.with_suffix(".log").open("ab") as log:
-        return subprocess.Popen([str(part) for part in command], cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(
+            [str(part) for part in command], cwd=ROOT, stdout=log, stderr=log, start_new_session=True
+        )
 
 
 def processes_of(run_dir: Path) -> list[psutil.Process]:
     """All processes of a launch: launch.sh (as supervise.py), start_ranks.py, the ranks."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
-        if any(argument.startswith(str(run_dir)) for argument in process.info["cmdline"] or []) and process.pid != os.getpid():
+        if (
+            any(argument.startswith(str(run_dir)) for argument in process.info["cmdline"] or [])
+            and process.pid != os.getpid()
+        ):
             found.append(process)
     return found
 
@@ -97,7 +104,9 @@ def kills(recipe: str, folder: Path, count: int, steps: int) -> None:
     draw = random.Random(0)
     whole, cut = folder / "whole", folder / "cut"
     settings = ("--max_steps", steps, "--eval_every", "null")
-    assert start(recipe, whole, *settings, "--save_minutes", "null").wait() == 0, whole.with_suffix(".log").read_text()[-3000:]
+    assert start(recipe, whole, *settings, "--save_minutes", "null").wait() == 0, whole.with_suffix(".log").read_text()[
+        -3000:
+    ]
     killed: Counter[str] = Counter()
     in_write = lost_most = starting = 0
     slowest_end = 0.0
@@ -113,7 +122,9 @@ def kills(recipe: str, folder: Path, count: int, steps: int) -> None:
             time.sleep(draw.uniform(0, 1))
         target = draw.choice(processes_of(cut))
         kind = kind_of(target)
-        if aim == "write":  # while its folder has not got its name yet; the target was found before, because there are milliseconds
+        if (
+            aim == "write"
+        ):  # while its folder has not got its name yet; the target was found before, because there are milliseconds
             wait_for(lambda: list((cut / "checkpoints").glob(".writing-*")), 10, poll=0.0005)
         if launch.poll() is not None:
             raise SystemExit(f"it ended by itself: {cut.with_suffix('.log').read_text()[-3000:]}")
@@ -134,7 +145,9 @@ def kills(recipe: str, folder: Path, count: int, steps: int) -> None:
         if lost > INTERVAL:
             raise SystemExit(f"kill {number + 1} lost {lost} steps, more than the interval of {INTERVAL}")
         print(f"kill {number + 1}/{count}: {kind}, {aim}; step {reached}, newest checkpoint {newest}", flush=True)
-    assert start(recipe, cut, *settings, "--save_every", INTERVAL, "--resume").wait() == 0, cut.with_suffix(".log").read_text()[-3000:]
+    assert start(recipe, cut, *settings, "--save_every", INTERVAL, "--resume").wait() == 0, cut.with_suffix(
+        ".log"
+    ).read_text()[-3000:]
     left = [path.name for path in (cut / "checkpoints").iterdir() if not path.name.startswith("step-")]
     print(
         f"\nkills: {count} ({', '.join(f'{kind} {n}' for kind, n in sorted(killed.items()))}); {in_write} left a checkpoint half written, {starting} before a step"
@@ -143,7 +156,9 @@ def kills(recipe: str, folder: Path, count: int, steps: int) -> None:
         f"  steps lost at most: {lost_most} (interval {INTERVAL}); all processes gone after at most {slowest_end:.1f} s; temporary folders left: {left or 'none'}"
     )
     if left or losses_of(cut) != losses_of(whole) or exported(cut) != exported(whole) or not exported(whole):
-        raise SystemExit(f"not as uninterrupted: left {left}, losses {losses_of(cut) == losses_of(whole)}, weights {exported(cut) == exported(whole)}")
+        raise SystemExit(
+            f"not as uninterrupted: left {left}, losses {losses_of(cut) == losses_of(whole)}, weights {exported(cut) == exported(whole)}"
+        )
     print(f"  the losses of all {steps} steps and the exported weights equal the uninterrupted run's, bit for bit")
 
 
@@ -154,8 +169,15 @@ def resumes(recipe: str, folder: Path) -> None:
 
     def case(name: str, config: str, *settings: str) -> str:
         path = runs / f"{config}.json"
-        path.write_text(json.dumps(json.loads((ROOT / "ds_configs" / recipe / f"{config}.json").read_text()) | {"train_micro_batch_size_per_gpu": 2}))
-        return f"{recipe}:{name}:{path}:precision=fp32,batch_size=8,save_every=10,keep_checkpoints=9,{','.join(settings)}"
+        path.write_text(
+            json.dumps(
+                json.loads((ROOT / "ds_configs" / recipe / f"{config}.json").read_text())
+                | {"train_micro_batch_size_per_gpu": 2}
+            )
+        )
+        return (
+            f"{recipe}:{name}:{path}:precision=fp32,batch_size=8,save_every=10,keep_checkpoints=9,{','.join(settings)}"
+        )
 
     def launch(world_size: int, cases: list[str]) -> None:
         run_ranks(world_size, "contract_worker", folder, *cases, timeout=7200)
@@ -168,17 +190,25 @@ def resumes(recipe: str, folder: Path) -> None:
         for config in CONFIGS:  # a launch each, so that only a few copies of the checkpoints are on the disk
             names = {f"{source}-{ranks}": f"{source}_{ranks}_to_{config}" for source in CONFIGS for ranks in (1, 2)}
             for source, name in names.items():
-                shutil.copytree(runs / source, runs / f"{name}-{world_size}", ignore=shutil.ignore_patterns(folder_of(20), "result.json", "model"))
+                shutil.copytree(
+                    runs / source,
+                    runs / f"{name}-{world_size}",
+                    ignore=shutil.ignore_patterns(folder_of(20), "result.json", "model"),
+                )
             launch(world_size, [case(name, config, "resume=true") for name in names.values()])
             for source, name in names.items():
                 losses, expected = losses_of(runs / f"{name}-{world_size}"), losses_of(runs / source)
                 assert len(losses) == len(expected) == 20
-                differences[f"{source} -> {config}-{world_size}"] = max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True))
+                differences[f"{source} -> {config}-{world_size}"] = max(
+                    abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True)
+                )
                 exact += source == f"{config}-{world_size}" and losses == expected
                 shutil.rmtree(runs / f"{name}-{world_size}")
             print(f"resumed under {config} on {world_size} rank(s)", flush=True)
     worst = max(differences, key=lambda pair: differences[pair])
-    print(f"\nresumes: {len(differences)} ordered pairs, largest relative difference of a loss {differences[worst]:.1e} ({worst})")
+    print(
+        f"\nresumes: {len(differences)} ordered pairs, largest relative difference of a loss {differences[worst]:.1e} ({worst})"
+    )
     print(f"  same config and ranks: {exact} of 12 bit for bit")
     if differences[worst] >= 1e-5 or exact < 12:
         raise SystemExit("that is not what it must be")
@@ -194,29 +224,46 @@ def silence(recipe: str, folder: Path) -> None:
         target.send_signal(signal.SIGSTOP)
         at = time.monotonic()
         code = launch.wait(timeout=120)
-        print(f"silence: rank {rank} stopped at stage {stage}: the run ended after {time.monotonic() - at:.0f} s (timeout 30 s), exit code {code}")
+        print(
+            f"silence: rank {rank} stopped at stage {stage}: the run ended after {time.monotonic() - at:.0f} s (timeout 30 s), exit code {code}"
+        )
         assert not processes_of(run) and code not in (0, 2, 75) and time.monotonic() - at < 30 + 60
 
 
 def faults(recipe: str, folder: Path) -> None:
     """The generated faulty inputs, and the disk and damage tests, of the test suite."""
     tests = ["tests/test_faults.py", "tests/run/test_checkpoints.py"]
-    done = subprocess.run([sys.executable, "-m", "pytest", "-o", "addopts=", "-q", *tests], cwd=ROOT, text=True, capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", *tests],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
     print(f"faults: {done.stdout.strip().splitlines()[-1]}")
     if done.returncode:
         raise SystemExit(done.stdout[-5000:])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="./launch.sh torture", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="./launch.sh torture", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     recipes = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
     parser.add_argument("recipe", help=", ".join(recipes))
     parser.add_argument("--only", choices=["kills", "resumes", "silence", "faults"], help="one part of it")
     parser.add_argument("--kills", type=int, default=100, help="how many (default 100)")
-    parser.add_argument("--steps", type=int, default=4000, help="of the run that is killed; more than those between all kills (default 4000)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=4000,
+        help="of the run that is killed; more than those between all kills (default 4000)",
+    )
     options = parser.parse_args()
     if options.recipe not in recipes:
-        raise SystemExit(f"error: there is no recipe {options.recipe}{did_you_mean(options.recipe, recipes)}; recipes: {', '.join(recipes)}")
+        raise SystemExit(
+            f"error: there is no recipe {options.recipe}{did_you_mean(options.recipe, recipes)}; recipes: {', '.join(recipes)}"
+        )
     parts: dict[str, Callable[[str, Path], None]] = {
         "kills": functools.partial(kills, count=options.kills, steps=options.steps),
         "resumes": resumes,

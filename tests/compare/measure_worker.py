@@ -26,7 +26,12 @@ causal_lm: Any = importlib.import_module("recipes.causal_lm")
 collate_blocks = causal_lm.collate_blocks
 # Settings of a model whose matrices are above stage3_param_persistence_threshold and whose norms are below.
 WIDE = "hidden_size=384,intermediate_size=512,vocab_size=300"
-SLOW = {"data": 0.05, "forward": 0.1, "backward": 0.15, "optimizer": 0.2}  # seconds that each phase of a case named "slow..." takes longer
+SLOW = {
+    "data": 0.05,
+    "forward": 0.1,
+    "backward": 0.15,
+    "optimizer": 0.2,
+}  # seconds that each phase of a case named "slow..." takes longer
 
 
 def slowly(phase: str, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,12 +60,16 @@ def main(where: str, *cases: str) -> None:
         name, json_path, settings = case.split(":")
         place = folder / f"{name}-{world_size}"
         place.mkdir(exist_ok=True)
-        given = {"run_dir": str(place / "run"), "max_steps": str(INSPECTED + 2), "samples": "0"} | dict(setting.split("=") for setting in settings.split(","))
+        given = {"run_dir": str(place / "run"), "max_steps": str(INSPECTED + 2), "samples": "0"} | dict(
+            setting.split("=") for setting in settings.split(",")
+        )
         cfg: Any = config.load(causal_lm.Config, ROOT / "recipes" / "causal_lm.yaml", given, quick=True)
         ds_config = load_ds_config(Path(json_path), cfg, world_size)
         meter = Meter(place, INSPECTED + 2, goes_on=False)
         slow = name.startswith("slow")
-        causal_lm.deepspeed = SimpleNamespace(initialize=meter.initialize(initialize_slowly if slow else deepspeed.initialize))
+        causal_lm.deepspeed = SimpleNamespace(
+            initialize=meter.initialize(initialize_slowly if slow else deepspeed.initialize)
+        )
         causal_lm.training_batches = meter.training_batches(batches)
         causal_lm.collate_blocks = slowly("data", collate_blocks) if slow else collate_blocks
         runs: list[Run] = []

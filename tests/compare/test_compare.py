@@ -51,7 +51,9 @@ def test_states_are_those_of_the_papers_table(stage: int, gigabytes: float) -> N
     """ZeRO paper, figure 1."""
     expected = theory.states(zero(stage), facts(stage=stage, accumulation_steps=2))
     assert sum(part.paper for part in expected.values()) / 1e9 == pytest.approx(gigabytes, abs=0.05)
-    assert sum(part.total for part in expected.values()) / 1e9 == pytest.approx(gigabytes, abs=0.05), "DeepSpeed in bf16 is as the paper has it"
+    assert sum(part.total for part in expected.values()) / 1e9 == pytest.approx(gigabytes, abs=0.05), (
+        "DeepSpeed in bf16 is as the paper has it"
+    )
 
 
 @pytest.mark.parametrize(
@@ -63,10 +65,14 @@ def test_states_are_those_of_the_papers_table(stage: int, gigabytes: float) -> N
         (3, 1, dict.fromkeys(theory.PAPER_STAGE3, 0), 3),
     ],
 )  # fmt: skip
-def test_traffic_is_that_of_deepspeeds_defaults(stage: int, accumulation: int, knobs: dict[str, Any], passes: int) -> None:
+def test_traffic_is_that_of_deepspeeds_defaults(
+    stage: int, accumulation: int, knobs: dict[str, Any], passes: int
+) -> None:
     """Passes over the parameters, as measured with DeepSpeed 0.19.8 on a model under 1e9 parameters."""
     count = 1_000_000
-    of_a_small_model = facts(stage=stage, accumulation_steps=accumulation, parameters=count, trained=count, in_modules=count)
+    of_a_small_model = facts(
+        stage=stage, accumulation_steps=accumulation, parameters=count, trained=count, in_modules=count
+    )
     expected = theory.traffic(zero(stage, **knobs), of_a_small_model)
     one_pass = 2 * count * 63 / 64
     assert expected.total / one_pass == pytest.approx(passes)
@@ -76,13 +82,24 @@ def test_traffic_is_that_of_deepspeeds_defaults(stage: int, accumulation: int, k
 def test_what_is_frozen_is_gathered_for_the_forward_pass_only() -> None:
     """Of a model whose half is frozen, all is gathered forward, a half backward, and the gradients of a half are reduced."""
     sizes = {"parameters": 1_000_000, "trained": 500_000, "in_modules": 1_000_000, "frozen_in_modules": 500_000}
-    expected = theory.traffic(zero(3, **dict.fromkeys(theory.PAPER_STAGE3, 0)), facts(stage=3, accumulation_steps=1, **sizes))
+    expected = theory.traffic(
+        zero(3, **dict.fromkeys(theory.PAPER_STAGE3, 0)), facts(stage=3, accumulation_steps=1, **sizes)
+    )
     assert expected.total / (2 * 1_000_000 * 63 / 64) == pytest.approx(1 + 0.5 + 0.5)
 
 
 def test_wire_bytes_are_those_of_ring_collectives() -> None:
-    logged = {"all_reduce": {"400": 2}, "all_gather_into_tensor": {"100": 1}, "reduce_scatter_tensor": {"400": 1}, "barrier": {"0": 1}}
-    assert theory.wire_bytes(logged, 4) == {"all_reduce": 1200, "all_gather_into_tensor": 300, "reduce_scatter_tensor": 300}
+    logged = {
+        "all_reduce": {"400": 2},
+        "all_gather_into_tensor": {"100": 1},
+        "reduce_scatter_tensor": {"400": 1},
+        "barrier": {"0": 1},
+    }
+    assert theory.wire_bytes(logged, 4) == {
+        "all_reduce": 1200,
+        "all_gather_into_tensor": 300,
+        "reduce_scatter_tensor": 300,
+    }
 
 
 # Measured against theory
@@ -127,17 +144,23 @@ def ranks_of(measured: Path, name: str, ranks: int) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks, config, preset, accumulation, precision", EVERY_CASE)
-def test_states_and_traffic_are_what_theory_says(measured: Path, ranks: int, config: str, preset: str, accumulation: int, precision: str) -> None:
+def test_states_and_traffic_are_what_theory_says(
+    measured: Path, ranks: int, config: str, preset: str, accumulation: int, precision: str
+) -> None:
     name = f"{config}_{preset}_{accumulation}_{precision}"
     ds_config = json.loads((measured / f"{name}-{ranks}.json").read_text())
     sent = 0.0
     for rank in ranks_of(measured, name, ranks):
         expected = theory.states(ds_config, rank["facts"])
         held = {kind: sum(places.values()) for kind, places in rank["held"].items()}
-        assert {kind: held[kind] for kind in theory.KINDS} == {kind: pytest.approx(expected[kind].total, rel=0.01) for kind in theory.KINDS}
+        assert {kind: held[kind] for kind in theory.KINDS} == {
+            kind: pytest.approx(expected[kind].total, rel=0.01) for kind in theory.KINDS
+        }
         sent += sum(theory.wire_bytes(rank["logged"], ranks).values()) / ranks
         offloaded = {kind for kind, places in rank["held"].items() if places["host"]}
-        assert offloaded == ({"gradients", "optimizer"} if "offload" in config else set()) | ({"parameters"} if config == "zero3_offload" else set())
+        assert offloaded == ({"gradients", "optimizer"} if "offload" in config else set()) | (
+            {"parameters"} if config == "zero3_offload" else set()
+        )
     traffic = theory.traffic(ds_config, rank["facts"])
     assert sent == pytest.approx(traffic.total, rel=0.05, abs=1e-9)
     if ranks > 1 and preset == "paper" and accumulation == 1:
@@ -148,7 +171,9 @@ def test_states_and_traffic_are_what_theory_says(measured: Path, ranks: int, con
 def test_time_and_operations_are_counted(measured: Path) -> None:
     fast, slow = (ranks_of(measured, f"{name}_default_1_fp32", 1)[0] for name in ("zero0", "slow"))
     for phase, seconds in SLOW.items():
-        longer = statistics.median(step[phase] for step in slow["seconds"][1:]) - statistics.median(step[phase] for step in fast["seconds"][1:])
+        longer = statistics.median(step[phase] for step in slow["seconds"][1:]) - statistics.median(
+            step[phase] for step in fast["seconds"][1:]
+        )
         assert longer == pytest.approx(seconds, abs=0.04), phase
     # A token costs a multiplication and an addition for each weight of a matrix but the embeddings', and for each token that it attends to.
     width, layers, length, tokens = 384, 2, 64, BATCH * 64
@@ -171,7 +196,16 @@ def test_a_pass_that_is_done_again_counts_once(tmp_path: Path) -> None:
 
 # The command
 
-COMMAND = ["text_classification", "--quick", "--ranks", "2", "--steps", "8", "--ds_configs", "good.json,coarse.json,greedy.json"]
+COMMAND = [
+    "text_classification",
+    "--quick",
+    "--ranks",
+    "2",
+    "--steps",
+    "8",
+    "--ds_configs",
+    "good.json,coarse.json,greedy.json",
+]
 
 
 def run_compare(folder: Path, *arguments: Any, expect: int = 0) -> str:
@@ -195,7 +229,9 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     good = json.loads((ROOT / "ds_configs" / "text_classification" / "zero2.json").read_text())
     (folder / "good.json").write_text(json.dumps(good))
     (folder / "coarse.json").write_text(json.dumps(zero(1) | {"train_micro_batch_size_per_gpu": 2}))
-    (folder / "greedy.json").write_text(json.dumps(zero(3, reduce_bucket_size=10**13) | {"train_micro_batch_size_per_gpu": "auto"}))
+    (folder / "greedy.json").write_text(
+        json.dumps(zero(3, reduce_bucket_size=10**13) | {"train_micro_batch_size_per_gpu": "auto"})
+    )
     command = [str(ROOT / "launch.sh"), "compare", *COMMAND]
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stdout is not None
@@ -217,7 +253,21 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def scaling(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """(where it ran, what it printed): one config on 1 and 2 ranks."""
     folder = tmp_path_factory.mktemp("scaling")
-    return folder, run_compare(folder, "causal_lm", "--quick", "--ranks", "1,2", "--steps", "6", "--rounds", "1", "--stages", "2", "--preset", "paper")
+    return folder, run_compare(
+        folder,
+        "causal_lm",
+        "--quick",
+        "--ranks",
+        "1,2",
+        "--steps",
+        "6",
+        "--rounds",
+        "1",
+        "--stages",
+        "2",
+        "--preset",
+        "paper",
+    )
 
 
 @pytest.mark.slow
@@ -290,7 +340,11 @@ def test_an_older_comparison_is_laid_beside_and_listed(comparison: tuple[Path, s
     on_page = re.findall(r'data-with="good:2:step_ms:(\w+)">([^<]+)<', page)
     with (new / "with.csv").open() as file:
         row = next(row for row in csv.DictReader(file) if row["config"] == "good" and row["column"] == "step_ms")
-    assert on_page == [("old", written(float(row["old"]), "ms")), ("new", written(float(row["new"]), "ms")), ("ratio", written(float(row["ratio"]), "ratio"))]
+    assert on_page == [
+        ("old", written(float(row["old"]), "ms")),
+        ("new", written(float(row["new"]), "ms")),
+        ("ratio", written(float(row["ratio"]), "ratio")),
+    ]
     listed = run_compare(folder, "--list")
     assert f"runs/{new.name}" in listed and "good, coarse, greedy; ranks 2" in listed and "still to do" not in listed
 
@@ -300,7 +354,9 @@ def test_an_older_comparison_is_laid_beside_and_listed(comparison: tuple[Path, s
 @pytest.mark.parametrize("width, scheme", [(390, "light"), (390, "dark"), (1280, "light"), (1280, "dark")])
 def test_the_page_in_a_browser(request: pytest.FixtureRequest, which: str, width: int, scheme: Any) -> None:
     """No script error, nothing from the network, no horizontal scrolling, charts drawn in colors of the scheme, every number that of results.csv."""
-    browser = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+    browser = next(
+        (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+    )
     if browser is None:
         assert "CI" not in os.environ, ".ci/run installs Chromium"
         pytest.skip("there is no Chromium: apt install chromium")
@@ -326,14 +382,21 @@ def test_the_page_in_a_browser(request: pytest.FixtureRequest, which: str, width
             const smallest = Math.min(...[...figure.querySelectorAll('text')].map(text => text.getBoundingClientRect().height).filter(height => height > 0));
             return [figure.id, box.width, box.height, figure.querySelectorAll('path').length, smallest];
         })""")
-        assert page.evaluate("[...document.querySelectorAll('data')].every(data => data.dataset.row || data.dataset.with)")
-        shown = page.evaluate("[...document.querySelectorAll('data[data-row]')].map(data => [data.dataset.row, data.dataset.column, data.textContent])")
-        in_charts = page.evaluate("[...document.querySelectorAll('svg g[id*=\":\"]')].map(group => [group.id, group.textContent.trim()])")
+        assert page.evaluate(
+            "[...document.querySelectorAll('data')].every(data => data.dataset.row || data.dataset.with)"
+        )
+        shown = page.evaluate(
+            "[...document.querySelectorAll('data[data-row]')].map(data => [data.dataset.row, data.dataset.column, data.textContent])"
+        )
+        in_charts = page.evaluate(
+            "[...document.querySelectorAll('svg g[id*=\":\"]')].map(group => [group.id, group.textContent.trim()])"
+        )
         ink = page.evaluate("getComputedStyle(document.querySelector('figure svg text')).fill")
     assert problems == []
     assert requests == [(folder / "report.html").as_uri()]
     assert {name for name, *_ in charts} == {
-        f"chart-{name}" for name in ["memory", "speed", "step_time", "losses", "traffic", *(["scaling"] if which == "scaling" else [])]
+        f"chart-{name}"
+        for name in ["memory", "speed", "step_time", "losses", "traffic", *(["scaling"] if which == "scaling" else [])]
     }
     for name, chart_width, height, paths, smallest in charts:
         assert chart_width > 250 and height > 100 and paths > 10, name
@@ -385,13 +448,19 @@ def test_sentences_and_files_are_there(comparison: tuple[Path, str]) -> None:
         pytest.param(["causal_lm", "--max_steps", "9"], "use --steps", marks=pytest.mark.slow),  # it imports the recipe
         (["causal_lm", "--rounds", "0"], "at least"),
         (["causal_lm", "--ds_configs", "elsewhere/zero2.json"], "there is no elsewhere/zero2.json"),
-        pytest.param(["causal_lm", "--deepspeed_config", "x.json"], "--ds_configs", marks=pytest.mark.slow),  # it imports the recipe
+        pytest.param(
+            ["causal_lm", "--deepspeed_config", "x.json"], "--ds_configs", marks=pytest.mark.slow
+        ),  # it imports the recipe
         (["--learning_rate", "1e-4", "causal_lm"], "the recipe comes first"),
         (["causal_lm", "--learning_rat", "9"], "did you mean '--learning_rate'?"),
-        pytest.param(["causal_lm", "--ranks", "3"], "3 does not divide it", marks=pytest.mark.slow),  # it imports the recipe
+        pytest.param(
+            ["causal_lm", "--ranks", "3"], "3 does not divide it", marks=pytest.mark.slow
+        ),  # it imports the recipe
     ],
 )
-def test_a_mistake_is_one_line_before_anything_runs(arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistake_is_one_line_before_anything_runs(
+    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=re.escape(says)) as problem:
         compare.main(arguments)
@@ -408,5 +477,11 @@ def test_numbers_are_written_alike() -> None:
         "percent": (0.4312, "43.1 %"),
         "ratio": (1.3, "1.30"),
     }
-    assert {kind: written(value, kind) for kind, (value, _) in cases.items()} == {kind: text for kind, (_, text) in cases.items()}
-    assert written(999_960_000, "bytes") == "1.00 GB" and written(None, "bytes") == "-" and written(math.inf, "small") == "not finite"
+    assert {kind: written(value, kind) for kind, (value, _) in cases.items()} == {
+        kind: text for kind, (_, text) in cases.items()
+    }
+    assert (
+        written(999_960_000, "bytes") == "1.00 GB"
+        and written(None, "bytes") == "-"
+        and written(math.inf, "small") == "not finite"
+    )

@@ -34,14 +34,20 @@ from lib.settings.ds_config import load_ds_config
 
 def tensors_of(output: Any) -> list[torch.Tensor]:
     """What a model answered: logits, hidden states."""
-    return [output] if isinstance(output, torch.Tensor) else [part for part in output.to_tuple() if isinstance(part, torch.Tensor)]
+    return (
+        [output]
+        if isinstance(output, torch.Tensor)
+        else [part for part in output.to_tuple() if isinstance(part, torch.Tensor)]
+    )
 
 
 def small_encoder(folder: Path) -> Path:
     """An encoder of one narrow layer with MiniLM's tokenizer: its 30,522 embeddings are what the cases would spend their time on."""
     if not (folder / "tokenizer.json").exists():
         set_seed(0)
-        config = BertConfig(hidden_size=48, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, initializer_range=0.1)
+        config = BertConfig(
+            hidden_size=48, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, initializer_range=0.1
+        )
         BertModel(config).save_pretrained(folder)
         AutoTokenizer.from_pretrained(model_folder("minilm")).save_pretrained(folder)
     return folder
@@ -66,7 +72,10 @@ def small_data(folder: Path, sample: str, max_rows: int, learn: bool) -> Path:
             rows = list(itertools.islice(filter(is_short, map(cut, mixed["train"])), 8))
             splits = dict.fromkeys(SPLITS, rows)
         else:  # odd numbers of rows, so that fillers are needed
-            few = {split: [cut(row) for row in mixed[split].select(range(count))] for split, count in {"validation": 3, "test": 13}.items()}
+            few = {
+                split: [cut(row) for row in mixed[split].select(range(count))]
+                for split, count in {"validation": 3, "test": 13}.items()
+            }
             splits = {"train": list(mixed["train"].select(range(max_rows))), **few}
         for split, part in splits.items():
             (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
@@ -81,8 +90,14 @@ def main(where: str, *cases: str) -> None:
         recipe: Any = importlib.import_module(f"recipes.{recipe_name}")
         run_dir = folder / recipe_name / f"{name}-{os.environ['WORLD_SIZE']}"
         if source and ranks.rank() == 0:
-            shutil.copytree(folder / recipe_name / source[0], run_dir, ignore=shutil.ignore_patterns(folder_of(20), "result.json", "model", ".lock"))
-        given = {"run_dir": str(run_dir), "log_every": "7", "max_steps": "20"} | dict(setting.split("=") for setting in settings.split(","))
+            shutil.copytree(
+                folder / recipe_name / source[0],
+                run_dir,
+                ignore=shutil.ignore_patterns(folder_of(20), "result.json", "model", ".lock"),
+            )
+        given = {"run_dir": str(run_dir), "log_every": "7", "max_steps": "20"} | dict(
+            setting.split("=") for setting in settings.split(",")
+        )
         cfg = config.load(recipe.Config, ROOT / "recipes" / f"{recipe_name}.yaml", given, quick=True)
         for setting in ("model", "decoder"):
             if getattr(cfg, setting, None) == "minilm":
@@ -90,7 +105,10 @@ def main(where: str, *cases: str) -> None:
         if cfg.dataset in SAMPLES and recipe_name != "word_embeddings":  # whose scores need many words
             learn = name == "learn"
             folder_of_rows = folder / "inputs" / f"{cfg.dataset}{'-learn' if learn else ''}"
-            cfg.dataset, cfg.max_rows = str(ranks.on_rank0(functools.partial(small_data, folder_of_rows, cfg.dataset, cfg.max_rows, learn))), None
+            cfg.dataset, cfg.max_rows = (
+                str(ranks.on_rank0(functools.partial(small_data, folder_of_rows, cfg.dataset, cfg.max_rows, learn))),
+                None,
+            )
         ds_config = load_ds_config(Path(json_path), cfg, int(os.environ["WORLD_SIZE"]))
         real_initialize = plain_torch.initialize if name.startswith("plain") else deepspeed.initialize
         inputs: dict[str, Any] = {}
@@ -105,7 +123,13 @@ def main(where: str, *cases: str) -> None:
             everything[0].module.register_forward_pre_hook(note_inputs, with_kwargs=True)
             return everything
 
-        def export_and_probe(engine: Any, *rest: Any, real_export: Any = recipe.export, run_dir: Path = run_dir, inputs: dict[str, Any] = inputs) -> None:
+        def export_and_probe(
+            engine: Any,
+            *rest: Any,
+            real_export: Any = recipe.export,
+            run_dir: Path = run_dir,
+            inputs: dict[str, Any] = inputs,
+        ) -> None:
             real_export(engine, *rest)
             engine.eval()
             probe = dict(inputs)

@@ -10,7 +10,9 @@ import torch
 class PlainEngine:
     """What a recipe uses of DeepSpeed's engine, in fp32, on one rank and with one micro-batch a step."""
 
-    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, lr_scheduler: Any, config: dict[str, Any]):
+    def __init__(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, lr_scheduler: Any, config: dict[str, Any]
+    ):
         assert config["gradient_accumulation_steps"] == 1
         self.module, self.optimizer, self.lr_scheduler, self.config = model, optimizer, lr_scheduler, config
         self.device = torch.device("cpu")
@@ -25,7 +27,9 @@ class PlainEngine:
         torch.autograd.backward(loss)
 
     def step(self) -> None:
-        self.norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.config["gradient_clipping"] or math.inf)
+        self.norm = torch.nn.utils.clip_grad_norm_(
+            self.module.parameters(), self.config["gradient_clipping"] or math.inf
+        )
         self.optimizer.step()
         self.lr_scheduler.step()
         self.optimizer.zero_grad()
@@ -49,6 +53,8 @@ class PlainEngine:
         self.module.eval()
 
 
-def initialize(model: torch.nn.Module, optimizer: torch.optim.Optimizer, lr_scheduler: Any, config: dict[str, Any]) -> tuple[Any, None, None, None]:
+def initialize(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, lr_scheduler: Any, config: dict[str, Any]
+) -> tuple[Any, None, None, None]:
     """In the place of deepspeed.initialize."""
     return PlainEngine(model, optimizer, lr_scheduler, config), None, None, None

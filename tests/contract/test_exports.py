@@ -55,7 +55,10 @@ def of(recipe: str) -> pytest.MarkDecorator:
 @of("text_classification")
 def test_classification_scores_are_those_of_the_exported_model(learned: Learned) -> None:
     model_folder, scores, test = learned
-    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
+    model, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(model_folder),
+        AutoTokenizer.from_pretrained(model_folder),
+    )
     predictions = []
     for row in test:
         with torch.no_grad():
@@ -63,8 +66,12 @@ def test_classification_scores_are_those_of_the_exported_model(learned: Learned)
         predictions.append(model.config.id2label[int(logits.argmax())])
     labels = [row["label"] for row in test]
     assert scores["accuracy"] == pytest.approx(accuracy_score(labels, predictions))
-    assert scores["macro_f1"] == pytest.approx(f1_score(labels, predictions, average="macro", zero_division=0, labels=sorted(set(labels) | set(predictions))))
-    assert pipeline("text-classification", str(model_folder))("Sort a tensor.")[0]["label"] in set(model.config.label2id)
+    assert scores["macro_f1"] == pytest.approx(
+        f1_score(labels, predictions, average="macro", zero_division=0, labels=sorted(set(labels) | set(predictions)))
+    )
+    assert pipeline("text-classification", str(model_folder))("Sort a tensor.")[0]["label"] in set(
+        model.config.label2id
+    )
 
 
 @of("causal_lm")
@@ -78,7 +85,9 @@ def test_perplexity_is_that_of_the_exported_model(learned: Learned) -> None:
     for start in range(0, len(tokens) - 1, length):
         block = torch.tensor([tokens[start : start + length + 1]])
         with torch.no_grad():
-            loss_sum += float(model(input_ids=block, labels=block).loss) * (block.shape[1] - 1)  # transformers shifts the labels itself
+            loss_sum += float(model(input_ids=block, labels=block).loss) * (
+                block.shape[1] - 1
+            )  # transformers shifts the labels itself
     assert scores["perplexity"] == pytest.approx(math.exp(loss_sum / (len(tokens) - 1)), rel=1e-4)
     assert scores["bits_per_byte"] == pytest.approx(loss_sum / math.log(2) / len("".join(texts).encode()), rel=1e-4)
 
@@ -127,14 +136,20 @@ def generated(folder: Path, sources: list[str]) -> list[str]:
     """What an exported encoder-decoder makes of texts, one at a time, by the search of --quick."""
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     target_tokenizer = AutoTokenizer.from_pretrained(folder / "target_tokenizer")
-    tokens = [model.generate(**tokenizer(source, truncation=True, max_length=128, return_tensors="pt"), num_beams=2)[0] for source in sources]
+    tokens = [
+        model.generate(**tokenizer(source, truncation=True, max_length=128, return_tensors="pt"), num_beams=2)[0]
+        for source in sources
+    ]
     return [target_tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in tokens]
 
 
 @of("question_answering")
 def test_answers_are_those_of_the_exported_model(learned: Learned) -> None:
     model_folder, scores, test = learned
-    model, tokenizer = AutoModelForQuestionAnswering.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
+    model, tokenizer = (
+        AutoModelForQuestionAnswering.from_pretrained(model_folder),
+        AutoTokenizer.from_pretrained(model_folder),
+    )
     answers = []
     for row in test:
         encoded = tokenizer(row["question"], row["context"], return_offsets_mapping=True, return_tensors="pt")
@@ -144,7 +159,12 @@ def test_answers_are_those_of_the_exported_model(learned: Learned) -> None:
             output = model(**encoded)
         starts, ends = output.start_logits[0].tolist(), output.end_logits[0].tolist()
         context_tokens = [place for place, part in enumerate(encoded.sequence_ids()) if part == 1]
-        spans = {(start, end): starts[start] + ends[end] for start in context_tokens for end in context_tokens if start <= end < start + 48}
+        spans = {
+            (start, end): starts[start] + ends[end]
+            for start in context_tokens
+            for end in context_tokens
+            if start <= end < start + 48
+        }
         (start, end), best = max(spans.items(), key=lambda span: span[1])
         answers.append(row["context"][characters[start][0] : characters[end][1]] if best > starts[0] + ends[0] else "")
     assert any(answers) and not all(answers)
@@ -156,14 +176,23 @@ def test_a_sentence_transformer_finds_what_the_run_found(learned: Learned) -> No
     model_folder, scores, test = learned
     model = SentenceTransformer(str(model_folder), device="cpu")
     queries, documents = model.encode([row["summary"] for row in test]), model.encode([row["body"] for row in test])
-    run = {str(q): {str(d): float(cosine) for d, cosine in enumerate(row)} for q, row in enumerate(queries @ documents.T)}
+    run = {
+        str(q): {str(d): float(cosine) for d, cosine in enumerate(row)} for q, row in enumerate(queries @ documents.T)
+    }
     relevant = {str(q): {str(q): 1} for q in range(len(test))}
     judged = pytrec_eval.RelevanceEvaluator(relevant, {"ndcg_cut.10", "recall.1,10,100"}).evaluate(run)
-    for name, of_trec in (("ndcg_at_10", "ndcg_cut_10"), ("recall_at_1", "recall_1"), ("recall_at_10", "recall_10"), ("recall_at_100", "recall_100")):
+    for name, of_trec in (
+        ("ndcg_at_10", "ndcg_cut_10"),
+        ("recall_at_1", "recall_1"),
+        ("recall_at_10", "recall_10"),
+        ("recall_at_100", "recall_100"),
+    ):
         assert scores[name] == pytest.approx(sum(query[of_trec] for query in judged.values()) / len(test), abs=1e-6)
     index = model_folder.parent / "index"
     in_index = load_file(index / "vectors.safetensors")["vectors"]
-    torch.testing.assert_close(torch.tensor(model.encode(json.loads((index / "documents.json").read_text()))), in_index, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        torch.tensor(model.encode(json.loads((index / "documents.json").read_text()))), in_index, rtol=0, atol=1e-5
+    )
     found = launch("search", model_folder.parent, test[7]["summary"], "--top", "3").stdout.splitlines()
     assert len(found) == 3
     best = test[int((queries[7] @ documents.T).argmax())]["body"]
@@ -173,7 +202,9 @@ def test_a_sentence_transformer_finds_what_the_run_found(learned: Learned) -> No
 
 
 @pytest.mark.parametrize("top", ["0", "-3"])
-def test_no_documents_cannot_be_asked_for(top: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_documents_cannot_be_asked_for(
+    top: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("sys.argv", ["search", "runs/x", "words", "--top", top])
     with pytest.raises(SystemExit, match="2"):
         search_command()

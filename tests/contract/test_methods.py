@@ -26,15 +26,22 @@ def recipe(name: str) -> Any:
 
 
 def test_the_decoder_reads_what_stands_before_each_label() -> None:
-    batch = collate_pairs({"input_ids": [[5, 6, 7], [8]], "labels": [[11, 12], [13, 14, 15]]}, source_pad=0, target_pad=1, decoder_start=2)
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]] and batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    batch = collate_pairs(
+        {"input_ids": [[5, 6, 7], [8]], "labels": [[11, 12], [13, 14, 15]]}, source_pad=0, target_pad=1, decoder_start=2
+    )
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]] and batch["attention_mask"].tolist() == [
+        [1, 1, 1],
+        [1, 0, 0],
+    ]
     assert batch["labels"].tolist() == [[11, 12, IGNORED], [13, 14, 15]]
     assert batch["decoder_input_ids"].tolist() == [[2, 11, 1], [2, 13, 14]]
 
 
 def test_only_a_whole_target_ends() -> None:
     tokenizer = train_tokenizer(["many words " * 9], 270, SPECIAL_TOKENS, "$A </s>")
-    made = tokenize_pairs({"source": ["many words " * 9, "words"], "target": ["words", "many words " * 9]}, tokenizer, tokenizer, 7, 7)
+    made = tokenize_pairs(
+        {"source": ["many words " * 9, "words"], "target": ["words", "many words " * 9]}, tokenizer, tokenizer, 7, 7
+    )
     assert (made["source_truncated"], made["target_truncated"]) == ([True, False], [False, True])
     whole, cut = made["labels"]
     assert whole == tokenizer("words")["input_ids"] and whole[-1] == tokenizer.eos_token_id
@@ -63,7 +70,9 @@ def test_fifteen_percent_are_chosen_and_eighty_of_these_hidden(whole_words: bool
     tokenizer = train_tokenizer([text], 400, special, "<s> $A </s>")
     masked_lm = recipe("masked_lm")
     blocks = masked_lm.tokenize({"text": [text, text]}, tokenizer, max_length=66)
-    assert [token for block in blocks["input_ids"] for token in block[1:-1]] == 2 * tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert [token for block in blocks["input_ids"] for token in block[1:-1]] == 2 * tokenizer(
+        text, add_special_tokens=False
+    )["input_ids"]
     rows = blocks | {"draw": list(range(len(blocks["words"])))}
     made = masked_lm.hide(rows, tokenizer, SimpleNamespace(mask_rate=0.15, whole_words=whole_words))
     before, after, labels, words = (
@@ -101,7 +110,9 @@ def test_windows_hold_the_answer_where_it_is() -> None:
         *(windows[name] for name in ("row", "input_ids", "characters", "first", "last", "start", "end")), strict=True
     ):
         text = context[characters[first][0] : characters[last][1]]
-        assert tokenizer.decode(ids[first : last + 1]) == tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"])
+        assert tokenizer.decode(ids[first : last + 1]) == tokenizer.decode(
+            tokenizer(text, add_special_tokens=False)["input_ids"]
+        )
         whole = row == 0 and answer in text
         assert (start, end) == (0, 0) or whole
         if whole:
@@ -110,17 +121,30 @@ def test_windows_hold_the_answer_where_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("context", "answer"), [("It says \U0001f409 here.", "\U0001f409"), (" word.", " word"), ("one  two three", " two "), ("undoing it", "doing")]
+    ("context", "answer"),
+    [
+        ("It says \U0001f409 here.", "\U0001f409"),
+        (" word.", " word"),
+        ("one  two three", " two "),
+        ("undoing it", "doing"),
+    ],
 )
 def test_an_answer_is_all_the_tokens_that_share_a_character_with_it(context: str, answer: str) -> None:
     """A character outside the learned words is several tokens of a byte-level BPE; tokens lack the spaces around them."""
     special = {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>"}
     tokenizer = train_tokenizer(["It says word here. one two three undoing it"] * 9, 300, special, "<s> $A </s>")
-    rows = {"question": ["it"], "context": [context], "row": [0], "answers": [{"text": [answer], "answer_start": [context.index(answer)]}]}
+    rows = {
+        "question": ["it"],
+        "context": [context],
+        "row": [0],
+        "answers": [{"text": [answer], "answer_start": [context.index(answer)]}],
+    }
     made = recipe("question_answering").tokenize(rows, tokenizer, max_length=64, stride=8)
     (ids,), (start,), (end,) = made["input_ids"], made["start"], made["end"]
     assert 0 < start <= end
-    assert answer.strip() in tokenizer.decode(ids[start : end + 1]) and answer.strip() not in tokenizer.decode(ids[start + 1 : end + 1])
+    assert answer.strip() in tokenizer.decode(ids[start : end + 1]) and answer.strip() not in tokenizer.decode(
+        ids[start + 1 : end + 1]
+    )
     assert answer.strip() not in tokenizer.decode(ids[start:end])
 
 
@@ -135,7 +159,9 @@ def test_words_occur_together_within_a_document_and_less_the_further_apart() -> 
     batch = rows.collate(rows[list(range(len(rows)))])
     found = {
         (word, other): (round(math.exp(target), 6), round(weight, 6))
-        for word, (other,), (target,), (weight,) in zip(*(batch[name].tolist() for name in ("words", "others", "target", "weight")), strict=True)
+        for word, (other,), (target,), (weight,) in zip(
+            *(batch[name].tolist() for name in ("words", "others", "target", "weight")), strict=True
+        )
     }
     half, quarter = round(0.5**0.75, 6), round(0.25**0.75, 6)
     once = {(0, 0): (1, half), (0, 1): (2, 1), (0, 2): (1, half), (0, 3): (1, half), (1, 2): (0.5, quarter)}
@@ -147,11 +173,20 @@ def test_a_word_predicts_its_neighbours_within_a_document() -> None:
     rows = recipe("word_embeddings").SkipGrams(DOCUMENTS, COUNTS, cfg)
     assert len(rows) == 6
     for draw in range(50):
-        batch = {name: value.tolist() for name, value in rows.collate(rows[list(range(6))] | {"draw": np.full(6, draw, np.uint64)}).items()}
+        batch = {
+            name: value.tolist()
+            for name, value in rows.collate(rows[list(range(6))] | {"draw": np.full(6, draw, np.uint64)}).items()
+        }
         assert batch["words"] == [0, 1, 0, 2, 3, 0]
         for row, (document, place) in enumerate([(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]):
             words = DOCUMENTS[document].tolist()
-            beside = [other for other, weight in zip(batch["others"][row][:6], batch["weight"][row][:6], strict=True) if weight]
-            assert beside in [words[max(0, place - reach) : place] + words[place + 1 : place + 1 + reach] for reach in (1, 2, 3)]
+            beside = [
+                other
+                for other, weight in zip(batch["others"][row][:6], batch["weight"][row][:6], strict=True)
+                if weight
+            ]
+            assert beside in [
+                words[max(0, place - reach) : place] + words[place + 1 : place + 1 + reach] for reach in (1, 2, 3)
+            ]
             assert batch["target"][row] == [1] * 6 + [0] * 4
             assert batch["weight"][row][6:] == [len(beside)] * 4 and batch["pairs"][row] == [len(beside)]

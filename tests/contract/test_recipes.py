@@ -29,7 +29,13 @@ VARIANTS = {  # what a recipe does otherwise than by default, and plain PyTorch 
     "whole_words": ("whole_words", "whole_words=true"),
 }
 WHOLE_MATRIX = ["recurrent_lm"]  # the cheapest
-BY_HEART = {"accuracy": 1, "exact_match": 100, "bleu": 100, "rouge1": 100, "ndcg_at_10": 1}  # scores of a few rows that were learned by heart
+BY_HEART = {
+    "accuracy": 1,
+    "exact_match": 100,
+    "bleu": 100,
+    "rouge1": 100,
+    "ndcg_at_10": 1,
+}  # scores of a few rows that were learned by heart
 SAVING = "save_every=10,keep_checkpoints=9"
 FP32, BF16 = f"precision=fp32,batch_size={BATCH}", f"precision=bf16,batch_size={BATCH}"
 
@@ -46,9 +52,16 @@ def cases_of(recipe: str, folder: Path) -> dict[int, list[str]]:
     known = kinds_of_settings(recipe)
 
     def case(name: str, config: str, settings: str, micro: int = MICRO, source: str | None = None) -> str:
-        ds_config = json.loads((ROOT / "ds_configs" / recipe / f"{config}.json").read_text()) | {"train_micro_batch_size_per_gpu": micro}
+        ds_config = json.loads((ROOT / "ds_configs" / recipe / f"{config}.json").read_text()) | {
+            "train_micro_batch_size_per_gpu": micro
+        }
         if config == "zero3":  # so that a small model is partitioned, gathered and released as a large one is
-            knobs = ["stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size"]
+            knobs = [
+                "stage3_param_persistence_threshold",
+                "stage3_max_live_parameters",
+                "stage3_max_reuse_distance",
+                "stage3_prefetch_bucket_size",
+            ]
             ds_config["zero_optimization"] |= dict.fromkeys(knobs, 0)
         path = folder / recipe / f"{config}_{micro}.json"
         path.write_text(json.dumps(ds_config))
@@ -58,7 +71,10 @@ def cases_of(recipe: str, folder: Path) -> dict[int, list[str]]:
         """The case that goes on under `config` from the checkpoint that the run `source` wrote after 10 of its 20 steps."""
         return case(f"{source}_to_{config}", config, f"{settings},resume=true,{SAVING}", source=source)
 
-    fp32 = {config: case(f"{config}_fp32", config, FP32) + (f",{SAVING}" if config in ("zero2", "zero3") else "") for config in configs_of(recipe)}
+    fp32 = {
+        config: case(f"{config}_fp32", config, FP32) + (f",{SAVING}" if config in ("zero2", "zero3") else "")
+        for config in configs_of(recipe)
+    }
     bf16 = [case(f"{config}_bf16", config, BF16) for config in configs_of_bf16(recipe)]
     plain = case("plain", "zero0", FP32, BATCH)
     # Whole texts, and all tokens scored, so that the scores can be computed once more from the export (test_exports.py).
@@ -69,7 +85,9 @@ def cases_of(recipe: str, folder: Path) -> dict[int, list[str]]:
     learn = case("learn", "zero2", ",".join(["lr_schedule=constant,max_steps=150", *settings_of_learn]), 4)
     other = case("other", "zero2", f"{other_settings(recipe)},{SAVING}")
     variants = [case(name, "zero3", f"{FP32},{VARIANTS[name][1]}") for name in variants_of(recipe)]
-    plain_variants = [case(f"plain_{name}", "zero0", f"{FP32},{VARIANTS[name][1]}", BATCH) for name in variants_of(recipe)]
+    plain_variants = [
+        case(f"plain_{name}", "zero0", f"{FP32},{VARIANTS[name][1]}", BATCH) for name in variants_of(recipe)
+    ]
     settings_of = {"zero2_fp32-2": FP32, "zero3_fp32-2": FP32, "other-2": other_settings(recipe)}
     go_on: dict[int, list[str]] = {1: [], 2: [], 4: []}
     for name in [*resumed_alike(recipe), *resumed_elsewhere(recipe)]:
@@ -103,7 +121,11 @@ def configs_of_bf16(recipe: str) -> list[str]:
 
 def on_other_ranks(recipe: str) -> list[str]:
     """Runs on another number of ranks than 2."""
-    return [f"{config}_fp32-{world_size}" for config in ("zero0", "zero2", "zero3") for world_size in (1, 4)] if is_whole(recipe) else []
+    return (
+        [f"{config}_fp32-{world_size}" for config in ("zero0", "zero2", "zero3") for world_size in (1, 4)]
+        if is_whole(recipe)
+        else []
+    )
 
 
 def resumed_alike(recipe: str) -> list[str]:
@@ -164,8 +186,13 @@ def test_interrupted_and_resumed_equals_uninterrupted(runs: tuple[str, Path]) ->
     for run in resumed_alike(recipe):
         whole, cut = folder / run.split("_to_")[0], folder / run
         assert read_losses(cut) == read_losses(whole) and len(read_losses(whole)) == 20
-        of_steps = [[line for line in (run / "metrics.jsonl").read_text().splitlines() if "step_seconds" in line] for run in (cut, whole)]
-        assert of_steps[0][:10] == of_steps[1][:10] and of_steps[0][10:] != of_steps[1][10:], "it began anew, or did nothing"
+        of_steps = [
+            [line for line in (run / "metrics.jsonl").read_text().splitlines() if "step_seconds" in line]
+            for run in (cut, whole)
+        ]
+        assert of_steps[0][:10] == of_steps[1][:10] and of_steps[0][10:] != of_steps[1][10:], (
+            "it began anew, or did nothing"
+        )
         assert not list((cut / "checkpoints").glob("damaged-*"))
         files = list((whole / "model").glob("*.safetensors"))
         assert files
@@ -222,11 +249,19 @@ def test_the_export_is_the_trained_model(runs: tuple[str, Path]) -> None:
         inputs, answered = torch.load(run / "probe.pt")
         with torch.no_grad():
             torch.testing.assert_close(tensors_of(model(**inputs)), answered, rtol=1e-5, atol=1e-5)
-        assert {path.suffix for path in (run / "model").rglob("*") if path.is_file()} <= {".json", ".safetensors", ".txt", ".jinja", ".md"}
+        assert {path.suffix for path in (run / "model").rglob("*") if path.is_file()} <= {
+            ".json",
+            ".safetensors",
+            ".txt",
+            ".jinja",
+            ".md",
+        }
         if (run / "model" / "tokenizer.json").exists():
             assert transformers.AutoTokenizer.from_pretrained(run / "model").vocab_size > 0
         if isinstance(model, transformers.PreTrainedModel) and model.get_output_embeddings() is not None:
-            reader = model.get_decoder() if model.config.is_encoder_decoder else model  # an encoder may have other embeddings
+            reader = (
+                model.get_decoder() if model.config.is_encoder_decoder else model
+            )  # an encoder may have other embeddings
             if reader.config.tie_word_embeddings:
                 assert model.get_output_embeddings().weight is reader.get_input_embeddings().weight
 
@@ -235,7 +270,9 @@ def test_the_export_is_the_trained_model(runs: tuple[str, Path]) -> None:
 def documented(launched: Path) -> dict[str, str]:
     """Recipe -> what the example of its page printed, of a model that it exported. One new process runs them all."""
     script = "import contextlib, io, json, traceback\nprinted = {}\n"
-    for folder in sorted(path for path in launched.iterdir() if (ROOT / "docs" / "recipes" / f"{path.name}.md").exists()):
+    for folder in sorted(
+        path for path in launched.iterdir() if (ROOT / "docs" / "recipes" / f"{path.name}.md").exists()
+    ):
         page = (ROOT / "docs" / "recipes" / f"{folder.name}.md").read_text()
         example = page.partition("```python\n")[2].partition("```")[0].replace("runs/...", str(folder / "zero3_fp32-2"))
         script += f"with contextlib.redirect_stdout(io.StringIO()) as out:\n    try:\n        exec({example!r}, {{}})\n"
@@ -259,7 +296,9 @@ def load_export(recipe: str, folder: Path) -> Any:
         return getattr(transformers, config["architectures"][0]).from_pretrained(folder).eval()
     module = importlib.import_module(f"recipes.{recipe}")
     classes = [
-        thing for thing in vars(module).values() if isinstance(thing, type) and issubclass(thing, torch.nn.Module) and thing.__module__ == module.__name__
+        thing
+        for thing in vars(module).values()
+        if isinstance(thing, type) and issubclass(thing, torch.nn.Module) and thing.__module__ == module.__name__
     ]
     model = classes[0](config)
     model.load_state_dict(load_file(folder / "model.safetensors"))
@@ -270,7 +309,15 @@ def test_the_run_folder_is_complete(runs: tuple[str, Path]) -> None:
     recipe, folder = runs
     run = folder / "zero2_fp32-2"
     there = {path.name for path in run.iterdir()}
-    assert {"config.yaml", "ds_config.json", "versions.json", "metrics.jsonl", "log.txt", "model", "result.json"} <= there
+    assert {
+        "config.yaml",
+        "ds_config.json",
+        "versions.json",
+        "metrics.jsonl",
+        "log.txt",
+        "model",
+        "result.json",
+    } <= there
     assert json.loads((run / "result.json").read_text())["finished"] is True
     entry = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     assert {"step", "loss", "learning_rate", "grad_norm", "tokens", "step_seconds"} <= set(entry)

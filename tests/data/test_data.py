@@ -81,13 +81,33 @@ def test_numbers_as_labels(tmp_path: Path) -> None:
         ("typo.jsonl", b'{"bodi": "a", "kind": "x"}\n' * 3, ["body", "did you mean 'bodi'"]),
         ("hole.jsonl", b'{"body": "a", "kind": "x"}\n{"kind": "x"}\n', ["hole.jsonl, line 2", "'body'"]),
         ("null.jsonl", b'{"body": "a", "kind": "x"}\n{"body": null, "kind": "x"}\n', ["null.jsonl, line 2", "'body'"]),
-        ("number.jsonl", b'{"body": "a", "kind": "x"}\n\n{"body": 5, "kind": "x"}\n', ["number.jsonl, line 3", "5", "text"]),
-        ("numbers.jsonl", b'{"body": 5, "kind": "x"}\n{"body": 6, "kind": "x"}\n', ["numbers.jsonl, line 1", "5", "text"]),
+        (
+            "number.jsonl",
+            b'{"body": "a", "kind": "x"}\n\n{"body": 5, "kind": "x"}\n',
+            ["number.jsonl, line 3", "5", "text"],
+        ),
+        (
+            "numbers.jsonl",
+            b'{"body": 5, "kind": "x"}\n{"body": 6, "kind": "x"}\n',
+            ["numbers.jsonl, line 1", "5", "text"],
+        ),
         ("list.jsonl", b'{"body": "a", "kind": "x"}\n{"body": ["b"], "kind": "x"}\n', ["list.jsonl, line 2", "text"]),
         ("array.jsonl", b'{"body": "a", "kind": "x"}\n["b", "x"]\n', ["array.jsonl, line 2", "object"]),
-        ("array.json", b'[{"body": "a", "kind": "x"}, {"body": 7, "kind": "x"}]', ["array.json, element 2", "7", "text"]),
-        ("broken.jsonl", b'{"body": "a", "kind": "x"}\n{"body": "b", "kind": \n', ["broken.jsonl, line 2", "not valid JSON"]),
-        ("latin.jsonl", b'{"body": "a", "kind": "x"}\n{"body": "caf\xe9", "kind": "x"}\n', ["latin.jsonl, line 2", "0xe9", "UTF-8"]),
+        (
+            "array.json",
+            b'[{"body": "a", "kind": "x"}, {"body": 7, "kind": "x"}]',
+            ["array.json, element 2", "7", "text"],
+        ),
+        (
+            "broken.jsonl",
+            b'{"body": "a", "kind": "x"}\n{"body": "b", "kind": \n',
+            ["broken.jsonl, line 2", "not valid JSON"],
+        ),
+        (
+            "latin.jsonl",
+            b'{"body": "a", "kind": "x"}\n{"body": "caf\xe9", "kind": "x"}\n',
+            ["latin.jsonl, line 2", "0xe9", "UTF-8"],
+        ),
         ("latin.csv", b"body,kind\na,x\ncaf\xe9,x\n", ["latin.csv, line 3", "0xe9", "UTF-8"]),
         ("cells.csv", b"body,kind\na,x\nb,x,y,z\n", ["cells.csv, line 3", "4 cells"]),
         ("text.parquet", b"no parquet", ["text.parquet", "Parquet"]),
@@ -143,9 +163,13 @@ def test_the_docstring_sample_keeps_groups_apart_and_masks_names() -> None:
 @pytest.mark.parametrize(("total", "batch_size"), [(100, 8), (103, 10), (5, 8), (64, 64)])
 def test_every_row_comes_once_an_epoch(total: int, batch_size: int, lengths: bool) -> None:
     steps = StepRows(total, batch_size, seed=3, lengths=np.arange(total) % 17 if lengths else None)
-    taken = np.concatenate([steps[step] for step in range(steps.steps_per_window * total)])  # whole windows and whole epochs
+    taken = np.concatenate(
+        [steps[step] for step in range(steps.steps_per_window * total)]
+    )  # whole windows and whole epochs
     assert (np.bincount(taken, minlength=total) == len(taken) // total).all()
-    assert all((steps[step] == StepRows(total, batch_size, 3, steps.lengths)[step]).all() for step in (7, 3))  # a function of the step
+    assert all(
+        (steps[step] == StepRows(total, batch_size, 3, steps.lengths)[step]).all() for step in (7, 3)
+    )  # a function of the step
 
 
 def test_the_order_depends_on_the_seed_and_groups_lengths() -> None:
@@ -176,12 +200,16 @@ def test_ranks_share_each_step(monkeypatch: pytest.MonkeyPatch, world_size: int)
             micro_batches = next(batches)
             assert len(micro_batches) == 16 // 2 // world_size
             step += torch.cat([batch["value"] for batch in micro_batches]).tolist()
-    assert [sorted(step) for step in steps] == [sorted(StepRows(50, 16, 0, range(50))[step].tolist()) for step in range(3)]
+    assert [sorted(step) for step in steps] == [
+        sorted(StepRows(50, 16, 0, range(50))[step].tolist()) for step in range(3)
+    ]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("total", [1, 7, 16, 33])
-def test_evaluation_sees_every_row_once_in_equally_many_batches(monkeypatch: pytest.MonkeyPatch, world_size: int, total: int) -> None:
+def test_evaluation_sees_every_row_once_in_equally_many_batches(
+    monkeypatch: pytest.MonkeyPatch, world_size: int, total: int
+) -> None:
     rows = Dataset.from_dict({"value": list(range(total))})
     seen: list[int] = []
     counts = set()
@@ -243,15 +271,27 @@ def test_random_numbers_are_uniform_and_each_rows_own() -> None:
 
 def test_token_ids_are_padded_to_the_longest() -> None:
     batch = pad_tokens([[5, 6, 7], [8]], pad_token_id=9)
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]] and batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]] and batch["attention_mask"].tolist() == [
+        [1, 1, 1],
+        [1, 0, 0],
+    ]
 
 
-SQUAD = {"context": "The cat sat on the mat.", "question": "Where did it sit?", "answers": {"text": ["on the mat"], "answer_start": [12]}}
+SQUAD = {
+    "context": "The cat sat on the mat.",
+    "question": "Where did it sit?",
+    "answers": {"text": ["on the mat"], "answer_start": [12]},
+}
 
 
 def load_squad(path: Path, rows: list[dict[str, Any]]) -> dict[str, Dataset]:
     numbered = [row | {"context": f"{row['context']} {number}"} for number, row in enumerate(rows)]
-    return load_rows(str(write(path, numbered)), None, text={"context": "context", "question": "question"}, answers={"answers": "answers"})
+    return load_rows(
+        str(write(path, numbered)),
+        None,
+        text={"context": "context", "question": "question"},
+        answers={"answers": "answers"},
+    )
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
@@ -289,7 +329,9 @@ def test_one_column_is_not_two_things(tmp_path: Path) -> None:
 
 def test_documents_need_a_token_between_them() -> None:
     with pytest.raises(UserError, match="no end-of-text token"):
-        token_streams({"train": Dataset.from_dict({"text": ["a"]})}, load_tokenizer("minilm", 8, trust_remote_code=False))
+        token_streams(
+            {"train": Dataset.from_dict({"text": ["a"]})}, load_tokenizer("minilm", 8, trust_remote_code=False)
+        )
 
 
 def test_what_is_relevant_to_a_query() -> None:
@@ -308,7 +350,9 @@ def test_changed_code_does_not_meet_the_cache_of_the_old(tmp_path: Path, monkeyp
     monkeypatch.setattr("sys.dont_write_bytecode", True)
     splits = {"train": Dataset.from_parquet(str(write(tmp_path / "x.parquet", [{"a": 1}])), cache_dir=str(tmp_path))}
     for answer in (1, 2):  # a function that can be imported is known to datasets by its name only
-        (tmp_path / "own.py").write_text(f"ANSWER = {answer}\n\n\ndef answers(rows):\n    return {{'answer': [ANSWER] * len(rows['a'])}}\n")
+        (tmp_path / "own.py").write_text(
+            f"ANSWER = {answer}\n\n\ndef answers(rows):\n    return {{'answer': [ANSWER] * len(rows['a'])}}\n"
+        )
         module = importlib.reload(importlib.import_module("own"))
         for function in (module.answers, functools.partial(module.answers)):
             first, second = (map_rows(splits, function)["train"] for _ in range(2))

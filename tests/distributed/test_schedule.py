@@ -49,24 +49,32 @@ def test_the_rate_of_each_step(kind: str, warmup_steps: int) -> None:
         assert optimizer.param_groups[0]["lr"] == schedule.get_last_lr()[0] == pytest.approx(expected), step
         optimizer.step()
         schedule.step()
-        assert schedule.base_lrs[0] * schedule.lr_lambdas[0](step) == pytest.approx(expected), step  # how a resumed run finds it
+        assert schedule.base_lrs[0] * schedule.lr_lambdas[0](step) == pytest.approx(expected), (
+            step
+        )  # how a resumed run finds it
 
 
 # --- betas and epsilon ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("offloaded", [False, True])
-def test_betas_and_epsilon_reach_every_group_of_parameters(monkeypatch: pytest.MonkeyPatch, one_rank: None, offloaded: bool) -> None:
+def test_betas_and_epsilon_reach_every_group_of_parameters(
+    monkeypatch: pytest.MonkeyPatch, one_rank: None, offloaded: bool
+) -> None:
     class Recorded(torch.optim.AdamW):
         """In place of DeepSpeed's, which takes a minute to compile and these arguments by the same names."""
 
     monkeypatch.setattr(deepspeed.ops.adam, "DeepSpeedCPUAdam", Recorded)
-    cfg = SimpleNamespace(learning_rate=1e-3, weight_decay=0.1, adam_betas=[0.8, 0.9], adam_eps=1e-6, pretrained_learning_rate=1e-4)
+    cfg = SimpleNamespace(
+        learning_rate=1e-3, weight_decay=0.1, adam_betas=[0.8, 0.9], adam_eps=1e-6, pretrained_learning_rate=1e-4
+    )
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
     section = {"stage": 2, "offload_optimizer": {"device": "cpu"}} if offloaded else {"stage": 2}
     optimizer = make_adamw(cfg, model, {"zero_optimization": section}, model[0].parameters())
     assert isinstance(optimizer, Recorded) is offloaded
-    found = [(group["lr"], group["weight_decay"], tuple(group["betas"]), group["eps"]) for group in optimizer.param_groups]
+    found = [
+        (group["lr"], group["weight_decay"], tuple(group["betas"]), group["eps"]) for group in optimizer.param_groups
+    ]
     assert found == [(rate, decay, (0.8, 0.9), 1e-6) for rate in (1e-3, 1e-4) for decay in (0.1, 0.0)]
 
 
@@ -106,7 +114,9 @@ def test_other_values_are_refused(key: str, value: str, words: str) -> None:
 @pytest.mark.parametrize("value", ["[0.9]", "[0.9, 1.0]", "0.9", "[true, 0.9]", "null"])
 def test_other_values_in_the_yaml_are_refused(tmp_path: Path, value: str) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text((ROOT / "recipes" / "causal_lm.yaml").read_text().replace("adam_betas: [0.9, 0.999]", f"adam_betas: {value}"))
+    path.write_text(
+        (ROOT / "recipes" / "causal_lm.yaml").read_text().replace("adam_betas: [0.9, 0.999]", f"adam_betas: {value}")
+    )
     with pytest.raises(UserError, match=r"mine.yaml: adam_betas: ") as error:
         config.load(causal_lm.Config, path, {})
     assert "\n" not in str(error.value)
@@ -123,7 +133,9 @@ def test_the_deepspeed_json_must_have_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("now", "goes_on"), [("0.9,0.95", True), ("0.9,0.999", False)])
-def test_a_run_goes_on_with_the_same_betas_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, now: str, goes_on: bool) -> None:
+def test_a_run_goes_on_with_the_same_betas_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, now: str, goes_on: bool
+) -> None:
     before = dataclasses.asdict(settings(adam_betas="0.9,0.95"))
     manifest = json.loads(json.dumps({"recipe": "causal_lm", "settings": before, "versions": {}, "data": "1234"}))
     monkeypatch.setattr("lib.run.checkpoint_files.find_newest", lambda folder: (folder / "step-2", manifest, []))
@@ -132,5 +144,7 @@ def test_a_run_goes_on_with_the_same_betas_only(monkeypatch: pytest.MonkeyPatch,
     if goes_on:
         assert run._find_checkpoint() == (tmp_path / "checkpoints" / "step-2", manifest)
     else:
-        with pytest.raises(UserError, match=r"adam_betas was \[0.9, 0.95\] and is \[0.9, 0.999\], which would change the result"):
+        with pytest.raises(
+            UserError, match=r"adam_betas was \[0.9, 0.95\] and is \[0.9, 0.999\], which would change the result"
+        ):
             run._find_checkpoint()

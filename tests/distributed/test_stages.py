@@ -15,7 +15,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Any
     """(model, config) -> what tests/distributed/stage_worker.py found of it."""
     folder: Path = tmp_path_factory.mktemp("stages")
     run_ranks(2, "stage_worker", folder, "zero0", "zero2", "zero3")
-    return {(name, config): torch.load(folder / f"{name}-{config}.pt") for name in ("llama", "gemma") for config in ("zero0", "zero2", "zero3")}
+    return {
+        (name, config): torch.load(folder / f"{name}-{config}.pt")
+        for name in ("llama", "gemma")
+        for config in ("zero0", "zero2", "zero3")
+    }
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma"])
@@ -29,10 +33,14 @@ def test_a_bf16_model_is_the_same_at_every_stage(found: dict[tuple[str, str], An
     assert all(torch.equal(here["constants"][key], tensor) for key, tensor in reference["constants"].items())
     assert here["loss"] == pytest.approx(reference["loss"], rel=1e-5)
     assert here["norm"] == pytest.approx(reference["norm"], rel=1e-3)
-    torch.testing.assert_close(here["logits"], reference["logits"], rtol=0, atol=0.05 * float(reference["logits"].std()))
+    torch.testing.assert_close(
+        here["logits"], reference["logits"], rtol=0, atol=0.05 * float(reference["logits"].std())
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma"])
 @pytest.mark.parametrize("config", ["zero0", "zero2", "zero3"])
-def test_the_export_says_in_bf16_what_the_trained_model_says(found: dict[tuple[str, str], Any], name: str, config: str) -> None:
+def test_the_export_says_in_bf16_what_the_trained_model_says(
+    found: dict[tuple[str, str], Any], name: str, config: str
+) -> None:
     assert torch.equal(found[name, config]["exported"], found[name, config]["logits"])

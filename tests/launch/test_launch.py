@@ -21,7 +21,10 @@ def test_help_and_dry_run() -> None:
     assert "deepspeed --log_level critical --master_port " in dry
     command = "--num_accelerators 4 recipes/causal_lm.py --deepspeed_config ds_configs/causal_lm/zero3.json --max_steps 3 --run_dir runs/causal_lm-zero3-"
     assert command in dry.splitlines()[-1]
-    assert "ds_configs/causal_lm/zero3_offload.json" in launch("causal_lm", "--ds_config", "zero3_offload", "--dry_run").stdout
+    assert (
+        "ds_configs/causal_lm/zero3_offload.json"
+        in launch("causal_lm", "--ds_config", "zero3_offload", "--dry_run").stdout
+    )
 
 
 @pytest.mark.parametrize(
@@ -52,7 +55,9 @@ def test_a_mistake_in_the_launch_is_refused(arguments: list[str], words: list[st
         (["--learning_rate", "1e30", "--log_every", "20"], ["the loss is nan at step", "--not_finite skip"]),
     ],
 )
-def test_a_mistake_in_the_settings_ends_all_ranks_with_one_line(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+def test_a_mistake_in_the_settings_ends_all_ranks_with_one_line(
+    tmp_path: Path, arguments: list[str], words: list[str]
+) -> None:
     started = time.monotonic()
     done = launch("text_classification", "--quick", "--run_dir", tmp_path / "run", *arguments)
     assert done.returncode != 0
@@ -83,7 +88,13 @@ def test_results_are_a_table_of_runs_that_are_not_run_twice() -> None:
 @pytest.mark.slow
 def test_the_plain_launcher_trains_and_leaves_nothing_behind(tmp_path: Path) -> None:
     shared_memory = set(Path("/dev/shm").glob("deepspeed*"))  # other programs have theirs there
-    arguments = ["--deepspeed_config", "ds_configs/text_classification/zero3.json", "--quick", "--run_dir", tmp_path / "run"]
+    arguments = [
+        "--deepspeed_config",
+        "ds_configs/text_classification/zero3.json",
+        "--quick",
+        "--run_dir",
+        tmp_path / "run",
+    ]
     done = deepspeed(2, "recipes/text_classification.py", *arguments)
     assert done.returncode == 0, done.stderr
     assert "macro_f1" in done.stdout and "majority class" in done.stdout
@@ -104,7 +115,11 @@ def command_lines() -> dict[int, bytes]:
 
 def processes_of(run_dir: Path, *words: str) -> list[int]:
     """The ids of the processes of a run whose command line has these words."""
-    return [process for process, line in command_lines().items() if all(word.encode() in line for word in (str(run_dir), *words))]
+    return [
+        process
+        for process, line in command_lines().items()
+        if all(word.encode() in line for word in (str(run_dir), *words))
+    ]
 
 
 LONG = ["causal_lm", "--quick", "--max_steps", 200, "--log_every", 1, "--samples", 0]
@@ -114,7 +129,16 @@ LONG = ["causal_lm", "--quick", "--max_steps", 200, "--log_every", 1, "--samples
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of LONG, undisturbed."""
     run = tmp_path_factory.mktemp("uninterrupted") / "run"
-    run_ranks(2, "recipe_worker", LONG[0], "--deepspeed_config", "ds_configs/causal_lm/zero2.json", *LONG[1:], "--run_dir", run)
+    run_ranks(
+        2,
+        "recipe_worker",
+        LONG[0],
+        "--deepspeed_config",
+        "ds_configs/causal_lm/zero2.json",
+        *LONG[1:],
+        "--run_dir",
+        run,
+    )
     return run
 
 
@@ -122,7 +146,15 @@ def start(run_dir: Path, *settings: object, steps: int) -> subprocess.Popen[str]
     """Start LONG and return when it has done so many steps."""
     environment = os.environ | {"PATH": f"{SCRIPTS}:{os.environ['PATH']}"}
     command = [str(part) for part in (ROOT / "launch.sh", *LONG, "--run_dir", run_dir, *settings)]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     deadline = time.monotonic() + 120
     while not (run_dir / "metrics.jsonl").exists() or len(read_losses(run_dir)) < steps:
         assert process.poll() is None and time.monotonic() < deadline
@@ -138,7 +170,9 @@ def end(process: subprocess.Popen[str], run_dir: Path, seconds: float = 120) -> 
 
 
 def same_result(run_dir: Path, expected: Path) -> bool:
-    weights = [[file.read_bytes() for file in sorted((run / "model").glob("*.safetensors"))] for run in (run_dir, expected)]
+    weights = [
+        [file.read_bytes() for file in sorted((run / "model").glob("*.safetensors"))] for run in (run_dir, expected)
+    ]
     return bool(weights[0]) and weights[0] == weights[1] and read_losses(run_dir) == read_losses(expected)
 
 
@@ -146,12 +180,20 @@ def same_result(run_dir: Path, expected: Path) -> bool:
 def test_what_is_stopped_is_saved_and_goes_on_as_if_nothing_had_been(tmp_path: Path, uninterrupted: Path) -> None:
     run = tmp_path / "run"
     limited = launch(*LONG, "--run_dir", run, "--resume", "--time_limit", 0.01)
-    assert limited.returncode == 75 and "stopped by the time limit after step" in limited.stderr and "there is no checkpoint" in limited.stdout
+    assert (
+        limited.returncode == 75
+        and "stopped by the time limit after step" in limited.stderr
+        and "there is no checkpoint" in limited.stdout
+    )
     for number in (signal.SIGUSR1, signal.SIGINT):
         process = start(run, "--resume", steps=len(read_losses(run)) + 30)
         process.send_signal(number)
         output = end(process, run)
-        assert process.returncode == 75 and f"saved; --run_dir {run} --resume goes on" in output and "Traceback" not in output
+        assert (
+            process.returncode == 75
+            and f"saved; --run_dir {run} --resume goes on" in output
+            and "Traceback" not in output
+        )
         assert "resume   after step" in output
     assert launch(*LONG, "--run_dir", run, "--resume").returncode == 0
     assert same_result(run, uninterrupted)
@@ -188,7 +230,11 @@ def test_a_silent_rank_ends_the_run(tmp_path: Path) -> None:
     stopped_at = time.monotonic()
     output = end(process, run)
     assert time.monotonic() - stopped_at < 6 + 60
-    assert process.returncode == 1 and "rank 0 lost contact with another rank (Timed out)" in output and "Traceback" not in output
+    assert (
+        process.returncode == 1
+        and "rank 0 lost contact with another rank (Timed out)" in output
+        and "Traceback" not in output
+    )
 
 
 @pytest.mark.slow
@@ -204,5 +250,8 @@ def test_a_copy_is_a_recipe(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "result.json").read_text())["scores"]["unigram"]["perplexity"] > 1
     assert list((tmp_path / "run" / "tensorboard").glob("*"))
     assert (tmp_path / "run" / "samples.txt").read_text().startswith("The state of our Union")
-    collected = execute([sys.executable, "-m", "pytest", "--collect-only", "-o", "addopts=", "-q", "tests/contract/test_recipes.py"], cwd=tree)
+    collected = execute(
+        [sys.executable, "-m", "pytest", "--collect-only", "-o", "addopts=", "-q", "tests/contract/test_recipes.py"],
+        cwd=tree,
+    )
     assert "test_every_stage_trains_as_plain_torch_does[mine]" in collected.stdout

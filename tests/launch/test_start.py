@@ -39,7 +39,9 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def make(gpus: int, driver: str = "580.65.06", cuda: str | None = "13.0") -> dict[str, str]:
         (tmp_path / "bin").mkdir(exist_ok=True)
         smi = tmp_path / "bin" / "nvidia-smi"
-        smi.write_text("#!/bin/sh\n" + f"echo '{driver}, Disabled'\n" * gpus + "echo No devices were found\n" * (not gpus))
+        smi.write_text(
+            "#!/bin/sh\n" + f"echo '{driver}, Disabled'\n" * gpus + "echo No devices were found\n" * (not gpus)
+        )
         smi.chmod(0o755)
         (tmp_path / "torch").mkdir(exist_ok=True)
         (tmp_path / "torch" / "__init__.py").write_text(
@@ -52,7 +54,9 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             monkeypatch.setenv(name, value)
         monkeypatch.delenv("DS_ACCELERATOR", raising=False)
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        monkeypatch.setattr(devices, "_torch_build", lambda: dict(re.findall(r"^(\w+).* = '(.*)'$", version, re.MULTILINE)))
+        monkeypatch.setattr(
+            devices, "_torch_build", lambda: dict(re.findall(r"^(\w+).* = '(.*)'$", version, re.MULTILINE))
+        )
         return changed
 
     devices.find.cache_clear()
@@ -67,12 +71,16 @@ def ids_of(options: list[str], gpus: int) -> list[int]:
     given = runner.parse_args([*options, "recipe.py"])
     assert not (given.include and given.num_gpus >= 0)  # which it refuses
     pool = runner.fetch_hostfile(given.hostfile) or OrderedDict(localhost=gpus)
-    active = runner.apply_num_nodes_and_gpus(runner.parse_inclusion_exclusion(pool, given.include, given.exclude), given.num_nodes, given.num_gpus)
+    active = runner.apply_num_nodes_and_gpus(
+        runner.parse_inclusion_exclusion(pool, given.include, given.exclude), given.num_nodes, given.num_gpus
+    )
     assert list(active) == ["localhost"]
     return list(active["localhost"])
 
 
-@pytest.mark.parametrize(("variable", "ranks", "ids"), [(None, 8, range(8)), (None, 3, range(3)), ("2,3", 2, [2, 3]), ("5, 2,7", 2, [2, 5])])
+@pytest.mark.parametrize(
+    ("variable", "ranks", "ids"), [(None, 8, range(8)), (None, 3, range(3)), ("2,3", 2, [2, 3]), ("5, 2,7", 2, [2, 5])]
+)
 def test_the_launcher_takes_the_devices_that_were_chosen(
     machine: Any, monkeypatch: pytest.MonkeyPatch, variable: str | None, ranks: int, ids: list[int]
 ) -> None:
@@ -84,7 +92,9 @@ def test_the_launcher_takes_the_devices_that_were_chosen(
     assert ids_of(found.launcher_options(ranks), gpus=8) == list(ids)  # the launcher sorts them
 
 
-def test_a_hostfile_on_the_machine_does_not_start_ranks_elsewhere(machine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hostfile_on_the_machine_does_not_start_ranks_elsewhere(
+    machine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     machine(8)
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("one slots=8\ntwo slots=8\n")
@@ -106,7 +116,9 @@ def test_a_hostfile_on_the_machine_does_not_start_ranks_elsewhere(machine: Any, 
         ("2", ["--ranks is 2, but there is 1 GPU in CUDA_VISIBLE_DEVICES=2"]),
     ],
 )
-def test_devices_that_the_launcher_cannot_carry_are_refused(machine: Any, monkeypatch: pytest.MonkeyPatch, variable: str, words: list[str]) -> None:
+def test_devices_that_the_launcher_cannot_carry_are_refused(
+    machine: Any, monkeypatch: pytest.MonkeyPatch, variable: str, words: list[str]
+) -> None:
     machine(8)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
     with pytest.raises(UserError) as error:
@@ -117,9 +129,14 @@ def test_devices_that_the_launcher_cannot_carry_are_refused(machine: Any, monkey
 
 @pytest.mark.parametrize(
     ("driver", "cuda", "words"),
-    [("535.104.05", "13.0", ["are 8 GPUs", "driver 535.104.05", "CUDA 13.0, which needs driver 580 or newer"]), ("580.65.06", None, ["built without CUDA"])],
+    [
+        ("535.104.05", "13.0", ["are 8 GPUs", "driver 535.104.05", "CUDA 13.0, which needs driver 580 or newer"]),
+        ("580.65.06", None, ["built without CUDA"]),
+    ],
 )
-def test_gpus_that_torch_cannot_use_are_no_silent_run_on_the_cpu(machine: Any, driver: str, cuda: str | None, words: list[str]) -> None:
+def test_gpus_that_torch_cannot_use_are_no_silent_run_on_the_cpu(
+    machine: Any, driver: str, cuda: str | None, words: list[str]
+) -> None:
     machine(8, driver, cuda)
     with pytest.raises(UserError) as error:
         devices.find()
@@ -127,8 +144,12 @@ def test_gpus_that_torch_cannot_use_are_no_silent_run_on_the_cpu(machine: Any, d
         assert word in str(error.value)
 
 
-@pytest.mark.parametrize("hidden", [{"CUDA_VISIBLE_DEVICES": ""}, {"CUDA_VISIBLE_DEVICES": "-1"}, {"DS_ACCELERATOR": "cpu"}])
-def test_gpus_that_are_not_wanted_are_not_looked_at(machine: Any, monkeypatch: pytest.MonkeyPatch, hidden: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "hidden", [{"CUDA_VISIBLE_DEVICES": ""}, {"CUDA_VISIBLE_DEVICES": "-1"}, {"DS_ACCELERATOR": "cpu"}]
+)
+def test_gpus_that_are_not_wanted_are_not_looked_at(
+    machine: Any, monkeypatch: pytest.MonkeyPatch, hidden: dict[str, str]
+) -> None:
     machine(8, "535.104.05")
     for name, value in hidden.items():
         monkeypatch.setenv(name, value)
@@ -147,12 +168,19 @@ def test_the_users_accelerator_stays(machine: Any, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("DS_ACCELERATOR", "xpu")
     monkeypatch.setenv("ZE_AFFINITY_MASK", "1,3")
     monkeypatch.setattr(devices, "_ask", lambda _: ["xpu", 4, "ZE_AFFINITY_MASK"])
-    assert devices.find() == devices.Devices("xpu", (1, 3), "ZE_AFFINITY_MASK=1,3") and os.environ["DS_ACCELERATOR"] == "xpu"
+    assert (
+        devices.find() == devices.Devices("xpu", (1, 3), "ZE_AFFINITY_MASK=1,3")
+        and os.environ["DS_ACCELERATOR"] == "xpu"
+    )
 
 
 def test_launch_and_comparison_carry_the_devices(machine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changed = machine(8)
-    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"} | changed | {"CUDA_VISIBLE_DEVICES": "2,3"}
+    environment = (
+        {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+        | changed
+        | {"CUDA_VISIBLE_DEVICES": "2,3"}
+    )
     environment["PATH"] = f"{tmp_path / 'bin'}:{SCRIPTS}:{os.environ['PATH']}"
     command = [str(ROOT / "launch.sh"), "causal_lm", "--dry_run"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
@@ -172,7 +200,10 @@ def test_launch_and_comparison_carry_the_devices(machine: Any, tmp_path: Path, m
     monkeypatch.setattr(supervise, "run_once", run_once)
     spec = {"steps": 4, "repeat_steps": 4, "settings": [], "fields": [], "recipe": "causal_lm"}
     compare.run_one(tmp_path / "comparison" / "runs" / "one", spec, 1, 2, "zero2")
-    assert commands[0][commands[0].index("--include") + 1] == "localhost:2,3" and commands[0][: len(supervise.START_RANKS)] == supervise.START_RANKS
+    assert (
+        commands[0][commands[0].index("--include") + 1] == "localhost:2,3"
+        and commands[0][: len(supervise.START_RANKS)] == supervise.START_RANKS
+    )
 
 
 # --- the ranks of the printed command -----------------------------------------------------------------------------------
@@ -188,20 +219,41 @@ def test_ranks_start_as_deepspeed_starts_them(tmp_path: Path) -> None:
     found = []
     programs: dict[str, list[Any]] = {"deepspeed": [SCRIPTS / "deepspeed"], "ours": supervise.START_RANKS}
     for name, program in programs.items():
-        done = execute([*program, "--log_level", "critical", "--master_port", 29511, "--num_accelerators", 2, script, tmp_path / name, "--max_steps", "3"])
+        done = execute(
+            [
+                *program,
+                "--log_level",
+                "critical",
+                "--master_port",
+                29511,
+                "--num_accelerators",
+                2,
+                script,
+                tmp_path / name,
+                "--max_steps",
+                "3",
+            ]
+        )
         assert done.returncode == 0, done.stderr
         found.append([json.loads((tmp_path / f"{name}-{rank}").read_text()) for rank in range(2)])
     for rank in range(2):
         (arguments, *_, environment), (own_arguments, *_, own_environment) = found[0][rank], found[1][rank]
-        of_deepspeed = {name for name in environment if name.startswith(("PYTORCH_", "TORCH", "KMP", "DS_"))} | {"_", "TRITON_CACHE_DIR"}
+        of_deepspeed = {name for name in environment if name.startswith(("PYTORCH_", "TORCH", "KMP", "DS_"))} | {
+            "_",
+            "TRITON_CACHE_DIR",
+        }
         assert arguments == own_arguments and found[0][rank][1] == found[1][rank][1]
-        assert {k: v for k, v in environment.items() if k not in of_deepspeed} == {k: v for k, v in own_environment.items() if k not in of_deepspeed}
+        assert {k: v for k, v in environment.items() if k not in of_deepspeed} == {
+            k: v for k, v in own_environment.items() if k not in of_deepspeed
+        }
 
 
 @pytest.mark.parametrize(("code", "status"), [("sys.exit(2)", 2), ("os.kill(os.getpid(), 9)", 247), ("pass", 0)])
 def test_a_rank_that_fails_ends_the_others(tmp_path: Path, code: str, status: int) -> None:
     script = tmp_path / "rank.py"
-    script.write_text(f"import os, sys, time\nif os.environ['RANK'] == '1':\n    {code}\nelif {status}:\n    time.sleep(60)\n")
+    script.write_text(
+        f"import os, sys, time\nif os.environ['RANK'] == '1':\n    {code}\nelif {status}:\n    time.sleep(60)\n"
+    )
     started = time.monotonic()
     done = execute([*supervise.START_RANKS, "--master_port", free_port(), "--num_accelerators", 2, script])
     assert done.returncode == status and time.monotonic() - started < 50
@@ -211,7 +263,9 @@ def test_a_rank_that_fails_ends_the_others(tmp_path: Path, code: str, status: in
 def test_a_rank_that_has_stopped_as_asked_lets_the_others_finish(tmp_path: Path) -> None:
     """The monitor of rank 0 may still be uploading."""
     script = tmp_path / "rank.py"
-    script.write_text("import os, sys, time\nif os.environ['RANK'] == '0':\n    time.sleep(3)\n    open('done', 'w')\nsys.exit(75)\n")
+    script.write_text(
+        "import os, sys, time\nif os.environ['RANK'] == '0':\n    time.sleep(3)\n    open('done', 'w')\nsys.exit(75)\n"
+    )
     command = [*supervise.START_RANKS, "--master_port", free_port(), "--num_accelerators", 2, script]
     assert execute(command, cwd=tmp_path).returncode == 75 and (tmp_path / "done").exists()
 
@@ -253,7 +307,10 @@ def test_help_is_read_from_the_source_as_the_recipe_would_show_it(capsys: pytest
 
 def test_preflight_imports_nothing_large() -> None:
     code = "import sys; from lib.launch import preflight; print([name for name in ('torch', 'deepspeed', 'transformers', 'numpy') if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        == "[]\n"
+    )
 
 
 # --- signs of life ------------------------------------------------------------------------------------------------------
@@ -282,7 +339,9 @@ def test_what_takes_long_says_what_it_is_and_how_long_it_will_take(short_silence
 
     started = time.monotonic()
     lines = spoken(work)
-    assert 2 <= len(lines) <= 2 + math.log2((time.monotonic() - started) / 0.1)  # after 0.1, 0.3 and 0.7 seconds: each sign after twice the silence
+    assert (
+        2 <= len(lines) <= 2 + math.log2((time.monotonic() - started) / 0.1)
+    )  # after 0.1, 0.3 and 0.7 seconds: each sign after twice the silence
     assert all(re.fullmatch(r"evaluating: \d+ of 1,000 rows, 0:0\d so far(, 0:0\d left)?", line) for line in lines)
 
 
@@ -339,17 +398,28 @@ def test_work_is_counted_by_what_everything_passes_through(one_rank: None, short
     lines = spoken(lambda _: inference.for_each_row(Engine(), splits["train"], collate, 4, answer))
     assert any(re.fullmatch(r"evaluating: [1-9]\d* of 40 rows, 0:0\d so far, 0:0\d left", line) for line in lines)
     texts, labels = [f"word{number} and more" for number in range(3000)], [number % 2 for number in range(3000)]
-    assert spoken(lambda _: [baselines.tfidf_logistic_regression(texts, labels, texts, labels) for _ in range(10)])[0].startswith("TF-IDF")
+    assert spoken(lambda _: [baselines.tfidf_logistic_regression(texts, labels, texts, labels) for _ in range(10)])[
+        0
+    ].startswith("TF-IDF")
 
 
 def test_a_run_shows_what_its_rank_0_does_and_the_other_ranks_nothing(
-    one_rank: None, short_silence: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    one_rank: None,
+    short_silence: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     from lib.distributed import ranks
     from lib.run.run import Run
 
     recipe: Any = importlib.import_module("recipes.causal_lm")
-    cfg = config.load(recipe.Config, ROOT / "recipes" / "causal_lm.yaml", {"run_dir": str(tmp_path / "run"), "max_steps": "3"}, quick=True)
+    cfg = config.load(
+        recipe.Config,
+        ROOT / "recipes" / "causal_lm.yaml",
+        {"run_dir": str(tmp_path / "run"), "max_steps": "3"},
+        quick=True,
+    )
     threads = threading.active_count()
     run = Run(cfg, {"zero_optimization": {"stage": 2}}, "recipes/causal_lm.py")
     assert threading.active_count() == threads + 1

@@ -46,7 +46,14 @@ from lib.models.hub import load_config, load_tokenizer, load_weights, model_fold
 from lib.models.scratch import END_OF_TEXT, new_config, train_tokenizer
 from lib.scores.search import save_index, save_sentence_transformer, search
 
-TINY_BERT = BertConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, initializer_range=0.5)
+TINY_BERT = BertConfig(
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    initializer_range=0.5,
+)
 
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -59,14 +66,20 @@ def test_dropout_is_set_under_each_architectures_own_names() -> None:
     both = set_dropout(EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(), GPT2Config()), 0.0)
     assert both.encoder.hidden_dropout_prob == both.decoder.resid_pdrop == 0.0
     layers = set_dropout(M2M100Config(), 0.3)
-    assert layers.dropout == 0.3 and layers.encoder_layerdrop == layers.decoder_layerdrop == 0.0  # ranks would ask for other parameters
+    assert (
+        layers.dropout == 0.3 and layers.encoder_layerdrop == layers.decoder_layerdrop == 0.0
+    )  # ranks would ask for other parameters
 
 
 def test_a_learned_tokenizer_joins_a_question_and_a_text() -> None:
-    tokenizer = train_tokenizer(["a few words"], 262, {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>"}, "<s> $A </s>")
+    tokenizer = train_tokenizer(
+        ["a few words"], 262, {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>"}, "<s> $A </s>"
+    )
     pair = tokenizer("few", "words")
     assert tokenizer.decode(pair["input_ids"]) == "<s>few</s>words</s>"
-    assert [part for part in pair.sequence_ids() if part is not None] == [0] * 3 + [1] * 5 and "token_type_ids" not in pair
+    assert [part for part in pair.sequence_ids() if part is not None] == [0] * 3 + [
+        1
+    ] * 5 and "token_type_ids" not in pair
 
 
 def test_a_model_that_sees_the_future_is_refused() -> None:
@@ -75,7 +88,15 @@ def test_a_model_that_sees_the_future_is_refused() -> None:
     check_causal(GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2)))
 
 
-SIZES = {"decoder": None, "hidden_size": 20, "num_heads": 2, "intermediate_size": 16, "num_layers": 1, "max_source_length": 8, "max_target_length": 8}
+SIZES = {
+    "decoder": None,
+    "hidden_size": 20,
+    "num_heads": 2,
+    "intermediate_size": 16,
+    "num_layers": 1,
+    "max_source_length": 8,
+    "max_target_length": 8,
+}
 
 
 def test_a_decoder_is_no_encoder_to_translate_with(tmp_path: Path) -> None:
@@ -89,7 +110,9 @@ def test_a_decoder_is_no_encoder_to_translate_with(tmp_path: Path) -> None:
 
 
 def test_what_is_exported_does_not_say_where_minilm_lay(tmp_path: Path) -> None:
-    cfg = SimpleNamespace(model="minilm", trust_remote_code=False, pretrained_learning_rate=0.0, vocab_size=259, **SIZES)
+    cfg = SimpleNamespace(
+        model="minilm", trust_remote_code=False, pretrained_learning_rate=0.0, vocab_size=259, **SIZES
+    )
     source_tokenizer, target_tokenizer = load_tokenizers(cfg, ["a few words"], ["a few words"])
     build_model(cfg, target_tokenizer).config.save_pretrained(tmp_path)
     source_tokenizer.save_pretrained(tmp_path)
@@ -100,7 +123,9 @@ def test_what_is_exported_does_not_say_where_minilm_lay(tmp_path: Path) -> None:
 def test_a_model_that_cannot_write_what_is_asked_for_is_refused(tmp_path: Path) -> None:
     tokenizer = train_tokenizer(["a few words"], 259, SPECIAL_TOKENS)
     BertModel(BertConfig(**TINY_BERT.to_diff_dict() | {"vocab_size": 262})).save_pretrained(tmp_path / "encoder")
-    cfg = SimpleNamespace(model=str(tmp_path / "encoder"), trust_remote_code=False, pretrained_learning_rate=1e-4, **SIZES)
+    cfg = SimpleNamespace(
+        model=str(tmp_path / "encoder"), trust_remote_code=False, pretrained_learning_rate=1e-4, **SIZES
+    )
     build_model(cfg, tokenizer).save_pretrained(tmp_path / "both")
     tokenizer.save_pretrained(tmp_path / "both")
     tokenizer.save_pretrained(tmp_path / "both" / "target_tokenizer")
@@ -128,7 +153,9 @@ def test_a_model_that_cannot_write_what_is_asked_for_is_refused(tmp_path: Path) 
         ("llama", AutoModelForCausalLM, 10, "cannot be made with these sizes: RoPE requires an even"),
     ],
 )
-def test_an_architecture_that_does_not_fit_is_refused(architecture: str, auto_class: Any, hidden_size: int, words: str) -> None:
+def test_an_architecture_that_does_not_fit_is_refused(
+    architecture: str, auto_class: Any, hidden_size: int, words: str
+) -> None:
     with pytest.raises(UserError, match=words):
         new_config(architecture, auto_class, 2, hidden_size, num_hidden_layers=1)
     assert new_config("gpt2", AutoModelForCausalLM, 2, 10).hidden_size == 10  # learned positions need no even number
@@ -138,12 +165,16 @@ def test_fewer_layers_than_the_model_has(tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
     AutoModel.from_config(
-        ModernBertConfig(vocab_size=32, **sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2)
+        ModernBertConfig(
+            vocab_size=32, **sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2
+        )
     ).save_pretrained(whole)
     cfg = SimpleNamespace(model=str(whole), dropout=0.0, trust_remote_code=False, num_layers=2)
     importlib.import_module("recipes.text_classification").build_model(cfg, ["no", "yes"], 0).save_pretrained(cut)
     assert load_config(str(cut), 0.0, False).num_hidden_layers == 2
-    (cut / "config.json").write_text(json.dumps(json.loads((cut / "config.json").read_text()) | {"num_hidden_layers": 1}))
+    (cut / "config.json").write_text(
+        json.dumps(json.loads((cut / "config.json").read_text()) | {"num_hidden_layers": 1})
+    )
     with pytest.raises(UserError, match="cannot be read"):  # and not a traceback
         load_config(str(cut), 0.0, False)
 
@@ -154,13 +185,26 @@ def test_samples_that_the_model_could_not_generate_are_refused() -> None:
     check_model = importlib.import_module("recipes.causal_lm").check_model
     check_model(SimpleNamespace(prompt="words", samples=1, sample_tokens=12), model, tokenizer)
     check_model(SimpleNamespace(prompt="words", samples=0, sample_tokens=13), model, tokenizer)
-    with pytest.raises(UserError, match="the prompt has 5 tokens and sample_tokens is 13, but the model reads at most 16"):
+    with pytest.raises(
+        UserError, match="the prompt has 5 tokens and sample_tokens is 13, but the model reads at most 16"
+    ):
         check_model(SimpleNamespace(prompt="words", samples=1, sample_tokens=13), model, tokenizer)
     rotary = LlamaForCausalLM(
-        LlamaConfig(vocab_size=257, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16)
+        LlamaConfig(
+            vocab_size=257,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+        )
     )
-    check_model(SimpleNamespace(prompt="words", samples=1, sample_tokens=99), rotary, tokenizer)  # whose positions have no end
-    headless = GPT2Model(model.config)  # as a model with code of its own may be, which transformers cannot generate with
+    check_model(
+        SimpleNamespace(prompt="words", samples=1, sample_tokens=99), rotary, tokenizer
+    )  # whose positions have no end
+    headless = GPT2Model(
+        model.config
+    )  # as a model with code of its own may be, which transformers cannot generate with
     with pytest.raises(UserError, match="cannot generate with it; set --samples 0"):
         check_model(SimpleNamespace(prompt="words", samples=1, sample_tokens=12), headless, tokenizer)
     check_model(SimpleNamespace(prompt="words", samples=0, sample_tokens=12), headless, tokenizer)
@@ -171,7 +215,9 @@ def test_damaged_weights_and_what_does_not_fit_them_are_one_line(tmp_path: Path)
     wider = load_config(str(tmp_path), 0.0, False, intermediate_size=32)
     with pytest.raises(UserError, match=r"a local folder, but it cannot be read .*other sizes than its config"):
         load_weights(AutoModel, str(tmp_path), wider, False)
-    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")  # cloned without git-lfs
+    (tmp_path / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\n"
+    )  # cloned without git-lfs
     with pytest.raises(UserError, match=r"a local folder, but it cannot be read .*Safetensor"):
         load_weights(AutoModel, str(tmp_path), load_config(str(tmp_path), 0.0, False), False)
 
@@ -182,7 +228,9 @@ def test_bigbird_attends_alike_on_every_rank(tmp_path: Path) -> None:
 
 
 def test_activation_checkpointing_that_a_model_lacks_is_refused() -> None:
-    model = AutoModel.from_config(MPNetConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
+    model = AutoModel.from_config(
+        MPNetConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    )
     with pytest.raises(UserError, match="but MPNetModel has none"):
         load_model(lambda: model, {"zero_optimization": {"stage": 2}, "activation_checkpointing": {}}, 0)
 
@@ -194,25 +242,47 @@ def test_a_model_of_another_kind_is_called_one(tmp_path: Path) -> None:
 
 
 def test_a_pretrained_decoder_keeps_its_weights_and_writes_with_its_own_tokens(tmp_path: Path) -> None:
-    cfg = SimpleNamespace(model=str(small_encoder(tmp_path / "bert")), trust_remote_code=False, pretrained_learning_rate=0.0, vocab_size=259, **SIZES)
+    cfg = SimpleNamespace(
+        model=str(small_encoder(tmp_path / "bert")),
+        trust_remote_code=False,
+        pretrained_learning_rate=0.0,
+        vocab_size=259,
+        **SIZES,
+    )
     cfg.decoder = cfg.model
     source_tokenizer, target_tokenizer = load_tokenizers(cfg, ["unread"], ["unread"])
-    assert target_tokenizer("a word")["input_ids"] == [*source_tokenizer("a word", add_special_tokens=False)["input_ids"], source_tokenizer.sep_token_id]
+    assert target_tokenizer("a word")["input_ids"] == [
+        *source_tokenizer("a word", add_special_tokens=False)["input_ids"],
+        source_tokenizer.sep_token_id,
+    ]
     model = build_model(cfg, target_tokenizer)
-    assert (model.config.decoder_start_token_id, model.config.eos_token_id) == (source_tokenizer.cls_token_id, source_tokenizer.sep_token_id)
+    assert (model.config.decoder_start_token_id, model.config.eos_token_id) == (
+        source_tokenizer.cls_token_id,
+        source_tokenizer.sep_token_id,
+    )
     weights, of_encoder = model.decoder.bert.state_dict(), model.encoder.state_dict()
     new = [name for name in weights if "crossattention" in name]
     assert new and all((weights[name] == of_encoder[name]).all() for name in weights if name not in new)
     frozen = {id(parameter) for parameter in pretrained_parameters(cfg, model)}
-    assert {name.split(".")[0] for name, parameter in model.named_parameters() if id(parameter) not in frozen} == {"decoder"}
+    assert {name.split(".")[0] for name, parameter in model.named_parameters() if id(parameter) not in frozen} == {
+        "decoder"
+    }
 
     # What is exported of it is a model to go on with.
-    for part, folder in ((model, "export"), (source_tokenizer, "export"), (target_tokenizer, "export/target_tokenizer")):
+    for part, folder in (
+        (model, "export"),
+        (source_tokenizer, "export"),
+        (target_tokenizer, "export/target_tokenizer"),
+    ):
         part.save_pretrained(tmp_path / folder)
     cfg.model, cfg.decoder, cfg.pretrained_learning_rate = str(tmp_path / "export"), None, 1e-4
     again = load_tokenizers(cfg, ["unread"], ["unread"])
-    assert [tokenizer("a word")["input_ids"] for tokenizer in again] == [tokenizer("a word")["input_ids"] for tokenizer in (source_tokenizer, target_tokenizer)]
-    assert all((weights == model.state_dict()[name]).all() for name, weights in build_model(cfg, again[1]).state_dict().items())
+    assert [tokenizer("a word")["input_ids"] for tokenizer in again] == [
+        tokenizer("a word")["input_ids"] for tokenizer in (source_tokenizer, target_tokenizer)
+    ]
+    assert all(
+        (weights == model.state_dict()[name]).all() for name, weights in build_model(cfg, again[1]).state_dict().items()
+    )
 
 
 @pytest.mark.parametrize(
@@ -224,7 +294,11 @@ def test_a_pretrained_decoder_keeps_its_weights_and_writes_with_its_own_tokens(t
         ("bert", "small", "knows 32 tokens, the tokenizer beside it 30,522"),
         ("bert", "llama", "llama, cannot attend to an encoder"),
         ("bert", "nowhere", "nowhere: neither a local folder nor"),
-        ("bert", "big_bird", "EncoderDecoderModel: this transformers cannot generate with it"),  # which was known after the training only
+        (
+            "bert",
+            "big_bird",
+            "EncoderDecoderModel: this transformers cannot generate with it",
+        ),  # which was known after the training only
         ("bert", "big_code", "big_code: .*Cross-attention not implemented for MQA"),
     ],
 )
@@ -233,9 +307,16 @@ def test_a_decoder_that_does_not_fit_is_refused(tmp_path: Path, model: str | Non
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=259, **sizes)).save_pretrained(tmp_path / "llama")
     BigBirdModel(BigBirdConfig(vocab_size=259, **sizes)).save_pretrained(tmp_path / "big_bird")
-    GPTBigCodeForCausalLM(GPTBigCodeConfig(vocab_size=259, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "big_code")
+    GPTBigCodeForCausalLM(GPTBigCodeConfig(vocab_size=259, n_embd=16, n_layer=1, n_head=2)).save_pretrained(
+        tmp_path / "big_code"
+    )
     small_encoder(tmp_path / "bert")
-    cfg = SimpleNamespace(trust_remote_code=False, pretrained_learning_rate=1e-4, vocab_size=259, **SIZES | {"decoder": str(tmp_path / decoder)})
+    cfg = SimpleNamespace(
+        trust_remote_code=False,
+        pretrained_learning_rate=1e-4,
+        vocab_size=259,
+        **SIZES | {"decoder": str(tmp_path / decoder)},
+    )
     cfg.model = str(tmp_path / "bert")
     build_model(SimpleNamespace(**vars(cfg) | {"decoder": None}), tokenizer).save_pretrained(tmp_path / "both")
     for folder in ("llama", "big_bird", "big_code"):
@@ -247,9 +328,17 @@ def test_a_decoder_that_does_not_fit_is_refused(tmp_path: Path, model: str | Non
 
 
 @pytest.mark.parametrize(
-    ("given", "rate", "prefix"), [("nothing", 1e-4, "-"), ("an encoder", 1e-4, "encoder."), ("an encoder", 0.0, "encoder."), ("an encoder-decoder", 1e-4, "")]
+    ("given", "rate", "prefix"),
+    [
+        ("nothing", 1e-4, "-"),
+        ("an encoder", 1e-4, "encoder."),
+        ("an encoder", 0.0, "encoder."),
+        ("an encoder-decoder", 1e-4, ""),
+    ],
 )
-def test_what_is_pre_trained_learns_at_its_own_rate_or_not_at_all(given: str, rate: float, prefix: str, tmp_path: Path) -> None:
+def test_what_is_pre_trained_learns_at_its_own_rate_or_not_at_all(
+    given: str, rate: float, prefix: str, tmp_path: Path
+) -> None:
     tokenizer = train_tokenizer(["a few words"], 259, SPECIAL_TOKENS)
     cfg = SimpleNamespace(model=None, trust_remote_code=False, **SIZES)
     if given != "nothing":
@@ -257,7 +346,9 @@ def test_what_is_pre_trained_learns_at_its_own_rate_or_not_at_all(given: str, ra
         whole.save_pretrained(tmp_path)
         cfg.model = str(tmp_path)
     model = build_model(cfg, tokenizer)
-    of_adam = SimpleNamespace(learning_rate=1e-3, weight_decay=0.1, adam_betas=[0.9, 0.999], adam_eps=1e-8, pretrained_learning_rate=rate)
+    of_adam = SimpleNamespace(
+        learning_rate=1e-3, weight_decay=0.1, adam_betas=[0.9, 0.999], adam_eps=1e-8, pretrained_learning_rate=rate
+    )
     optimizer = make_adamw(of_adam, model, {"zero_optimization": {"stage": 2}}, pretrained_parameters(cfg, model))
     group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
@@ -265,18 +356,27 @@ def test_what_is_pre_trained_learns_at_its_own_rate_or_not_at_all(given: str, ra
         if parameter.requires_grad:
             assert group_of[id(parameter)]["lr"] == (rate if name.startswith(prefix) else 1e-3), name
             assert group_of[id(parameter)]["weight_decay"] == (0.1 if parameter.dim() > 1 else 0.0), name
-    assert optimizer.param_groups[0]["lr"] == (1e-4 if given == "an encoder-decoder" else 1e-3)  # which is what a run logs
+    assert optimizer.param_groups[0]["lr"] == (
+        1e-4 if given == "an encoder-decoder" else 1e-3
+    )  # which is what a run logs
 
 
 def test_from_scratch_a_token_starts_as_one_vector_on_both_sides() -> None:
     cfg = SimpleNamespace(model=None, trust_remote_code=False, **SIZES)
     model = build_model(cfg, train_tokenizer(["a few words"], 259, SPECIAL_TOKENS))
     of_sources, of_targets = (half.embed_tokens.weight for half in (model.get_encoder(), model.get_decoder()))
-    assert of_sources is not of_targets and torch.equal(of_sources, of_targets) and of_targets is model.get_output_embeddings().weight
+    assert (
+        of_sources is not of_targets
+        and torch.equal(of_sources, of_targets)
+        and of_targets is model.get_output_embeddings().weight
+    )
 
 
 def test_a_whole_encoder_decoder_brings_its_tokenizers_and_needs_a_rate(tmp_path: Path) -> None:
-    tokenizer, of_targets = train_tokenizer(["a few words"], 259, SPECIAL_TOKENS), train_tokenizer(["many more words"] * 9, 264, SPECIAL_TOKENS)
+    tokenizer, of_targets = (
+        train_tokenizer(["a few words"], 259, SPECIAL_TOKENS),
+        train_tokenizer(["many more words"] * 9, 264, SPECIAL_TOKENS),
+    )
     cfg = SimpleNamespace(model=None, trust_remote_code=False, pretrained_learning_rate=0.0, **SIZES)
     for part in (build_model(cfg, of_targets), tokenizer):
         part.save_pretrained(tmp_path)
@@ -296,7 +396,10 @@ def test_a_model_with_code_of_its_own_can_be_searched_with(tmp_path: Path) -> No
         "from transformers import BertConfig, BertModel\n\n\nclass OwnConfig(BertConfig):\n    model_type = 'own'\n\n\n"
         "class OwnModel(BertModel):\n    config_class = OwnConfig\n"
     )
-    config = json.loads((source / "config.json").read_text()) | {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"}}
+    config = json.loads((source / "config.json").read_text()) | {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"},
+    }
     (source / "config.json").write_text(json.dumps(config))
     load_weights(AutoModel, str(source), load_config(str(source), 0.0, True), True).save_pretrained(run / "model")
     train_tokenizer(["a few words"], 259, SPECIAL_TOKENS).save_pretrained(run / "model")
@@ -311,7 +414,10 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path), 8, trust_remote_code=False)
 
 
-@pytest.mark.parametrize(("config", "longest"), [(RobertaConfig(max_position_embeddings=18, pad_token_id=1), 16), (BertConfig(max_position_embeddings=16), 16)])
+@pytest.mark.parametrize(
+    ("config", "longest"),
+    [(RobertaConfig(max_position_embeddings=18, pad_token_id=1), 16), (BertConfig(max_position_embeddings=16), 16)],
+)
 def test_a_text_longer_than_the_model_reads_is_refused(config: PretrainedConfig, longest: int, tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=f"at most {longest} tokens"):
@@ -329,7 +435,9 @@ def test_a_context_of_which_the_tokenizer_leaves_nothing_is_refused() -> None:
         "row": [0, 1],
     }
     with pytest.raises(UserError, match=r"'What\?'.*nothing"):
-        question_answering.tokenize(rows, load_tokenizer("minilm", 32, trust_remote_code=False), max_length=32, stride=8)
+        question_answering.tokenize(
+            rows, load_tokenizer("minilm", 32, trust_remote_code=False), max_length=32, stride=8
+        )
 
 
 def test_a_loaded_model_is_in_training_mode() -> None:

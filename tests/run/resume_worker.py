@@ -32,7 +32,12 @@ from lib.settings.ds_config import load_ds_config
 
 causal_lm: Any = importlib.import_module("recipes.causal_lm")
 STEPS, BATCH = 8, 4
-KNOBS = ["stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size"]
+KNOBS = [
+    "stage3_param_persistence_threshold",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_prefetch_bucket_size",
+]
 
 
 class Model(LlamaForCausalLM):  # type: ignore[misc]  # transformers is not followed by mypy
@@ -46,7 +51,13 @@ class Model(LlamaForCausalLM):  # type: ignore[misc]  # transformers is not foll
 
 
 def build(hidden_size: int) -> Model:
-    sizes = {"vocab_size": 67, "hidden_size": hidden_size, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {
+        "vocab_size": 67,
+        "hidden_size": hidden_size,
+        "intermediate_size": 37,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     return Model(LlamaConfig(**sizes, tie_word_embeddings=True, max_position_embeddings=16))
 
 
@@ -55,17 +66,41 @@ def train(
     rows: int = 100, max_steps: int = STEPS,
 ) -> list[float]:  # fmt: skip
     """The losses of the steps after the checkpoint in the folder, or of all."""
-    own = {"vocab_size": "257", "learning_rate": "1e-2", "gradient_clipping": "0.5", "warmup_steps": "2", "batch_size": str(BATCH), "max_steps": str(max_steps)}
-    saving = {"save_every": str(STEPS // 2), "save_minutes": "null", "keep_checkpoints": "9", "rank_timeout": "2", "log_every": "1"}
-    given = {"run_dir": str(folder), "resume": str(resume), "precision": precision, "not_finite": not_finite, **own, **saving}
+    own = {
+        "vocab_size": "257",
+        "learning_rate": "1e-2",
+        "gradient_clipping": "0.5",
+        "warmup_steps": "2",
+        "batch_size": str(BATCH),
+        "max_steps": str(max_steps),
+    }
+    saving = {
+        "save_every": str(STEPS // 2),
+        "save_minutes": "null",
+        "keep_checkpoints": "9",
+        "rank_timeout": "2",
+        "log_every": "1",
+    }
+    given = {
+        "run_dir": str(folder),
+        "resume": str(resume),
+        "precision": precision,
+        "not_finite": not_finite,
+        **own,
+        **saving,
+    }
     cfg: Any = settings.load(causal_lm.Config, ROOT / "recipes" / "causal_lm.yaml", given)
     name, _, variant = config.partition("+")
-    section = json.loads((ROOT / "ds_configs" / "causal_lm" / f"{name}.json").read_text()) | {"train_micro_batch_size_per_gpu": 1}
+    section = json.loads((ROOT / "ds_configs" / "causal_lm" / f"{name}.json").read_text()) | {
+        "train_micro_batch_size_per_gpu": 1
+    }
     if variant == "fp32_grads":  # with stage 1 and bf16, another class of DeepSpeed
         section["data_types"] = {"grad_accum_dtype": "fp32"}
     elif variant:
         section["zero_optimization"][variant] = True
-    if config == "zero3":  # so that a small model is partitioned as a large one is; zero3_offload keeps small parameters whole
+    if (
+        config == "zero3"
+    ):  # so that a small model is partitioned as a large one is; zero3_offload keeps small parameters whole
         section["zero_optimization"] |= dict.fromkeys(KNOBS, 0)
     path = folder.with_suffix(".json")
     ranks.on_rank0(lambda: path.write_text(json.dumps(section)))
@@ -83,7 +118,9 @@ def train(
     accumulation = engine.gradient_accumulation_steps()
     losses = []
     for step in run.steps(done):
-        ids = torch.randint(0, 67, (BATCH, 16), generator=torch.Generator().manual_seed(step % 2))  # few rows: it learns them, so that any lost state shows
+        ids = torch.randint(
+            0, 67, (BATCH, 16), generator=torch.Generator().manual_seed(step % 2)
+        )  # few rows: it learns them, so that any lost state shows
         total = torch.zeros(())
         for row in ids[ranks.rank() :: ranks.world_size()]:
             logits = engine(input_ids=row[None, :-1]).logits.float()
@@ -99,7 +136,9 @@ def train(
     if poisoned_step:
         assert run.skipped_steps == 1
     forwards_before = done * BATCH // run.checkpoint[1]["world_size"] if run.checkpoint else 0
-    assert float(engine.module.seen) == forwards_before + (run.total_steps - done) * BATCH // ranks.world_size()  # the buffer was restored too
+    assert (
+        float(engine.module.seen) == forwards_before + (run.total_steps - done) * BATCH // ranks.world_size()
+    )  # the buffer was restored too
     run.close()
     engine.destroy()
     return losses
@@ -118,7 +157,9 @@ def poison(config: str, folder: Path, precision: str) -> dict[str, Any]:
     except UserError as found:
         error = str(found)
     evidence = sorted(path.name for path in (folder / "not_finite-step-00000003").iterdir())
-    skipping = train(config, folder.with_name(f"{folder.name}-skip"), precision, resume=False, poisoned_step=3, not_finite="skip")
+    skipping = train(
+        config, folder.with_name(f"{folder.name}-skip"), precision, resume=False, poisoned_step=3, not_finite="skip"
+    )
     return {"error": error, "evidence": evidence, "skipping": skipping}
 
 

@@ -43,7 +43,10 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, float],
     """(largest relative difference of a loss by ordered pair of config and ranks, pairs that are equal bit for bit, folder)"""
     folder = tmp_path_factory.mktemp("resumed")
     whole = {world_size: worker("write", world_size, folder, "fp32", CONFIGS) for world_size in (1, 2)}
-    return *compare(whole, {world_size: worker("read", world_size, folder, "fp32", configs) for world_size, configs in READERS.items()}), folder
+    return *compare(
+        whole,
+        {world_size: worker("read", world_size, folder, "fp32", configs) for world_size, configs in READERS.items()},
+    ), folder
 
 
 def compare(whole: dict[int, Any], cut: dict[int, Any]) -> tuple[dict[str, float], list[str]]:
@@ -54,7 +57,9 @@ def compare(whole: dict[int, Any], cut: dict[int, Any]) -> tuple[dict[str, float
             source_config, source_ranks = source.split("-")
             expected = whole[int(source_ranks)][source_config][4:]
             assert len(losses) == len(expected) == 4
-            differences[f"{source} to {config}-{world_size}"] = max(abs(x - y) / abs(y) for x, y in zip(losses, expected, strict=True))
+            differences[f"{source} to {config}-{world_size}"] = max(
+                abs(x - y) / abs(y) for x, y in zip(losses, expected, strict=True)
+            )
             if losses == expected:
                 exact.append(f"{source} to {config}-{world_size}")
     return differences, exact
@@ -64,13 +69,19 @@ def compare(whole: dict[int, Any], cut: dict[int, Any]) -> tuple[dict[str, float
 def test_every_config_resumes_every_other(resumed: tuple[dict[str, float], list[str], Path]) -> None:
     differences, _, _ = resumed
     assert len(differences) == 12 * sum(map(len, READERS.values()))
-    MEASURED.append(f"{f'resumed, {len(differences)} ordered pairs':<24} {'fp32':<24} {'uninterrupted':<16} {max(differences.values()):.1e}")
+    MEASURED.append(
+        f"{f'resumed, {len(differences)} ordered pairs':<24} {'fp32':<24} {'uninterrupted':<16} {max(differences.values()):.1e}"
+    )
     assert max(differences.values()) < 1e-5, max(differences, key=lambda pair: differences[pair])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size, config", [(world_size, config) for world_size, configs in READERS.items() for config in configs])
-def test_the_same_config_resumes_bit_for_bit(resumed: tuple[dict[str, float], list[str], Path], config: str, world_size: int) -> None:
+@pytest.mark.parametrize(
+    "world_size, config", [(world_size, config) for world_size, configs in READERS.items() for config in configs]
+)
+def test_the_same_config_resumes_bit_for_bit(
+    resumed: tuple[dict[str, float], list[str], Path], config: str, world_size: int
+) -> None:
     assert f"{config}-{world_size} to {config}-{world_size}" in resumed[1]
 
 
@@ -78,14 +89,22 @@ def test_the_same_config_resumes_bit_for_bit(resumed: tuple[dict[str, float], li
 def test_another_layout_in_memory_is_the_same_checkpoint(tmp_path: Path) -> None:
     """With round_robin_gradients, stage 2 lays the parameters out in another order."""
     configs = ["zero2+round_robin_gradients", "zero2", "zero3"]
-    differences, _ = compare({2: worker("write", 2, tmp_path, "fp32", configs)}, {2: worker("read", 2, tmp_path, "fp32", configs)})
+    differences, _ = compare(
+        {2: worker("write", 2, tmp_path, "fp32", configs)}, {2: worker("read", 2, tmp_path, "fp32", configs)}
+    )
     assert len(differences) == 9 and max(differences.values()) < 1e-5
 
 
 @pytest.mark.slow
 def test_bf16_keeps_its_fp32_weights(tmp_path: Path) -> None:
-    configs = ["zero0", "zero1+fp32_grads", "zero2", "zero3_offload"] if ALL else ["zero0", "zero1+fp32_grads", "zero3_offload"]
-    differences, exact = compare({2: worker("write", 2, tmp_path, "bf16", configs)}, {2: worker("read", 2, tmp_path, "bf16", configs)})
+    configs = (
+        ["zero0", "zero1+fp32_grads", "zero2", "zero3_offload"]
+        if ALL
+        else ["zero0", "zero1+fp32_grads", "zero3_offload"]
+    )
+    differences, exact = compare(
+        {2: worker("write", 2, tmp_path, "bf16", configs)}, {2: worker("read", 2, tmp_path, "bf16", configs)}
+    )
     assert max(differences.values()) < 2e-3
     assert {f"{config}-2 to {config}-2" for config in configs} <= set(exact)
 
@@ -93,14 +112,24 @@ def test_bf16_keeps_its_fp32_weights(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_an_infinite_loss_on_one_rank_changes_no_weight_on_any(tmp_path: Path, precision: str) -> None:
-    found = worker("poison", 2, tmp_path, precision, CONFIGS if precision == "fp32" else ["zero0", "zero1+fp32_grads", "zero2", "zero3"])
+    found = worker(
+        "poison",
+        2,
+        tmp_path,
+        precision,
+        CONFIGS if precision == "fp32" else ["zero0", "zero1+fp32_grads", "zero2", "zero3"],
+    )
     for config, outcome in found.items():
         assert "the loss is" in outcome["error"] and "at step 3" in outcome["error"], config
         assert outcome["evidence"] == ["batch-rank-00000.safetensors", "batch-rank-00001.safetensors", "report.json"]
         before = tmp_path / f"{config}-2" / "checkpoints" / checkpoint_files.folder_of(2)
-        assert checkpoint_files.read_manifest(before)["scalars"] == {"step": 2.0}  # of Adam: the third step was not taken
+        assert checkpoint_files.read_manifest(before)["scalars"] == {
+            "step": 2.0
+        }  # of Adam: the third step was not taken
         assert [math.isfinite(loss) for loss in outcome["skipping"]] == [step != 3 for step in range(1, 9)]
-        assert outcome["skipping"] == pytest.approx(found["zero2"]["skipping"], rel=1e-5 if precision == "fp32" else 2e-3)
+        assert outcome["skipping"] == pytest.approx(
+            found["zero2"]["skipping"], rel=1e-5 if precision == "fp32" else 2e-3
+        )
 
 
 # --- what is on the disk, in this process ---------------------------------------------------------------------------------
@@ -117,7 +146,11 @@ def recipe_settings(run_folder: Path, **changes: Any) -> Any:
     values = yaml.safe_load((run_folder / "config.yaml").read_text()).items()
     given = {name: ",".join(map(str, value)) if isinstance(value, list) else str(value) for name, value in values}
     recipe = importlib.import_module("recipes.causal_lm")
-    return settings.load(recipe.Config, ROOT / "recipes" / "causal_lm.yaml", given | {"run_dir": str(run_folder), "resume": "true"} | changes)
+    return settings.load(
+        recipe.Config,
+        ROOT / "recipes" / "causal_lm.yaml",
+        given | {"run_dir": str(run_folder), "resume": "true"} | changes,
+    )
 
 
 def open_run(run_folder: Path, **changes: Any) -> tuple[int, list[str]]:
@@ -153,7 +186,10 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(run_folder: Path, damage:
     assert step == 4
     (note,) = notes
     assert LAST in note and "damaged" in note and "\n" not in note
-    assert {path.name for path in (run_folder / "checkpoints").iterdir()} == {HALF, LAST}  # nothing was changed before training goes on
+    assert {path.name for path in (run_folder / "checkpoints").iterdir()} == {
+        HALF,
+        LAST,
+    }  # nothing was changed before training goes on
 
 
 @pytest.mark.slow
@@ -180,12 +216,21 @@ def test_a_checkpoint_of_a_newer_format_is_refused(run_folder: Path) -> None:
 @pytest.mark.usefixtures("one_rank")
 def test_what_would_change_the_result_is_refused_and_the_rest_is_not(run_folder: Path) -> None:
     assert open_run(run_folder, save_every="2", rank_timeout="3", time_limit="9")[0] == 8
-    for changes in ({"learning_rate": "1e-4"}, {"batch_size": "8"}, {"seed": "9"}, {"dataset": "other.csv"}, {"precision": "bf16"}, {"hidden_size": "512"}):
+    for changes in (
+        {"learning_rate": "1e-4"},
+        {"batch_size": "8"},
+        {"seed": "9"},
+        {"dataset": "other.csv"},
+        {"precision": "bf16"},
+        {"hidden_size": "512"},
+    ):
         with pytest.raises(UserError, match=f"{next(iter(changes))} was .* and is .*"):
             open_run(run_folder, **changes)
     step, notes = open_run(run_folder, max_steps="16")
     assert step == 8 and "max_steps was 8 and is 16" in notes[0]
-    assert yaml.safe_load((run_folder / "config.yaml").read_text())["max_steps"] == 8  # nothing is written before all is checked
+    assert (
+        yaml.safe_load((run_folder / "config.yaml").read_text())["max_steps"] == 8
+    )  # nothing is written before all is checked
     with pytest.raises(UserError, match="set one of max_steps and epochs"):  # before rows are read
         open_run(run_folder, max_steps="20", epochs="2")
     with pytest.raises(UserError, match="keep_best is true, but eval_every is null"):
@@ -202,7 +247,10 @@ def test_a_setting_that_one_of_them_lacks_is_refused(run_folder: Path) -> None:
     manifest = run_folder / "checkpoints" / LAST / "checkpoint.json"
     original = json.loads(manifest.read_text())
     without_seed = {name: value for name, value in original["settings"].items() if name != "seed"}
-    for changed, words in ((original["settings"] | {"betas": 0.9}, "has a setting 'betas'"), (without_seed, "lacks the setting 'seed'")):
+    for changed, words in (
+        (original["settings"] | {"betas": 0.9}, "has a setting 'betas'"),
+        (without_seed, "lacks the setting 'seed'"),
+    ):
         newer = original | {"settings": changed}
         manifest.write_text(json.dumps(newer | {"checksum": checkpoint_files._checksum_of(newer)}))
         with pytest.raises(UserError, match=words):
@@ -262,8 +310,14 @@ def test_a_run_in_use_is_not_touched(run_folder: Path) -> None:
         ({"max_steps": 7}, "is beyond the 7 steps"),
     ],
 )
-def test_another_model_or_other_data_is_refused_and_nothing_is_changed(run_folder: Path, changes: dict[str, int], words: str) -> None:
-    before = {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file() and path.name not in (".lock", "log.txt")}
+def test_another_model_or_other_data_is_refused_and_nothing_is_changed(
+    run_folder: Path, changes: dict[str, int], words: str
+) -> None:
+    before = {
+        path: path.read_bytes()
+        for path in run_folder.rglob("*")
+        if path.is_file() and path.name not in (".lock", "log.txt")
+    }
     changed = ",".join(f"{name}={value}" for name, value in changes.items())
     with pytest.raises(AssertionError, match=re.escape(words)):
         run_ranks(2, "resume_worker", "resume", run_folder, "fp32", "zero2", changed)
@@ -274,7 +328,9 @@ def test_another_model_or_other_data_is_refused_and_nothing_is_changed(run_folde
 def test_a_longer_run_goes_on_with_the_rates_of_its_own_schedule(run_folder: Path) -> None:
     run_ranks(2, "resume_worker", "resume", run_folder, "fp32", "zero2", "max_steps=16")
     entries = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-    expected = [0.5e-2 * (1 + math.cos(math.pi * (step - 2) / 14)) for step in range(9, 17)]  # after each step; cosine, 2 steps of warm-up
+    expected = [
+        0.5e-2 * (1 + math.cos(math.pi * (step - 2) / 14)) for step in range(9, 17)
+    ]  # after each step; cosine, 2 steps of warm-up
     assert [entry["learning_rate"] for entry in entries[8:]] == pytest.approx(expected)
 
 
@@ -283,7 +339,9 @@ def test_a_longer_run_goes_on_with_the_rates_of_its_own_schedule(run_folder: Pat
 
 def train(*settings: Any) -> str:
     """What rank 0 of a quick run of causal_lm printed."""
-    return run_ranks(2, "recipe_worker", "causal_lm", "--deepspeed_config", "ds_configs/causal_lm/zero2.json", "--quick", *settings)
+    return run_ranks(
+        2, "recipe_worker", "causal_lm", "--deepspeed_config", "ds_configs/causal_lm/zero2.json", "--quick", *settings
+    )
 
 
 @pytest.mark.slow
@@ -291,7 +349,9 @@ def test_the_newest_and_the_best_are_kept_and_the_best_is_exported(tmp_path: Pat
     settings = "--max_steps 40 --learning_rate 3 --warmup_steps 40 --gradient_clipping 0 --eval_every 3 --save_every 5 --keep_checkpoints 1 --keep_best"
     train("--run_dir", tmp_path / "run", *settings.split())
     entries = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    perplexity = {entry["step"]: entry["validation_perplexity"] for entry in entries if "validation_perplexity" in entry}
+    perplexity = {
+        entry["step"]: entry["validation_perplexity"] for entry in entries if "validation_perplexity" in entry
+    }
     best = min(perplexity, key=lambda step: perplexity[step])
     folders = checkpoint_files.list_complete(tmp_path / "run" / "checkpoints")
     assert {manifest["step"] for _, manifest in folders} == {40, best} and best != 40
@@ -331,12 +391,15 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(small_disk: Any) -> None:
     printed = train("--run_dir", disk / "run", "--save_every", 8)
     warnings = [line for line in printed.splitlines() if line.startswith("warning")]
     assert len(warnings) == 2
-    assert re.search(r"no checkpoint of step 16: rank [01]: No space left on device; the newest is step-00000008", warnings[0])
+    assert re.search(
+        r"no checkpoint of step 16: rank [01]: No space left on device; the newest is step-00000008", warnings[0]
+    )
     assert [path.name for path in (disk / "run" / "checkpoints").iterdir()] == ["step-00000008"]
     whole = disk / "run" / "checkpoints" / "step-00000008"
     assert (
         checkpoint_files._file_problem(
-            whole / "rank-00000-of-00002.safetensors", checkpoint_files.read_manifest(whole)["files"]["rank-00000-of-00002.safetensors"]
+            whole / "rank-00000-of-00002.safetensors",
+            checkpoint_files.read_manifest(whole)["files"]["rank-00000-of-00002.safetensors"],
         )
         is None
     )
@@ -365,7 +428,9 @@ def test_a_compilation_that_was_killed_is_found_and_explained(tmp_path: Path, mo
 
 @pytest.mark.usefixtures("one_rank")
 def test_pickled_weights_are_read_only_when_trusted(tmp_path: Path) -> None:
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=17, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2))
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=17, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    )
     model.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()

@@ -65,7 +65,11 @@ pytestmark = pytest.mark.usefixtures("one_rank", "run_signals")
 def settings_of(folder: Path, **changes: Any) -> Any:
     recipe = importlib.import_module("recipes.recurrent_lm")
     short = {"max_steps": "6", "log_every": "4", "eval_every": "null", "save_minutes": "null", "batch_size": "1"}
-    return settings.load(recipe.Config, ROOT / "recipes" / "recurrent_lm.yaml", {"run_dir": str(folder), **short, **{k: str(v) for k, v in changes.items()}})
+    return settings.load(
+        recipe.Config,
+        ROOT / "recipes" / "recurrent_lm.yaml",
+        {"run_dir": str(folder), **short, **{k: str(v) for k, v in changes.items()}},
+    )
 
 
 class Training:
@@ -85,7 +89,11 @@ class Training:
         self.schedule: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
         self.checkpoints = Checkpoints(self.run, self.engine, self.schedule)
 
-    def train(self, in_step: Callable[[int], Any] = lambda _: None, evaluate: Callable[[int], float] = lambda step: float(step)) -> None:
+    def train(
+        self,
+        in_step: Callable[[int], Any] = lambda _: None,
+        evaluate: Callable[[int], float] = lambda step: float(step),
+    ) -> None:
         for step in self.run.steps(self.checkpoints.restore()):
             loss = self.engine.module(torch.ones(4)).square().sum()
             loss.backward()
@@ -123,7 +131,11 @@ def entries_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.name.startswith(".")
+    }
 
 
 # --- clocks -------------------------------------------------------------------------------------------------------------
@@ -153,12 +165,18 @@ class Clock:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_only_steps_count_as_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], fails: bool) -> None:
+def test_only_steps_count_as_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], fails: bool
+) -> None:
     """A step takes 1 s here, all else 1000: evaluations and saves that are not at a step that is logged, failed saves, a slow disk, slow deletion."""
     clock = Clock(monkeypatch)
     for name in ("write", "remove"):
         monkeypatch.setattr(
-            checkpoint_files, name, clock.takes(1000, (lambda *_: "it is full") if fails and name == "write" else getattr(checkpoint_files, name))
+            checkpoint_files,
+            name,
+            clock.takes(
+                1000, (lambda *_: "it is full") if fails and name == "write" else getattr(checkpoint_files, name)
+            ),
         )
     monkeypatch.setattr(checkpoint_files.Flush, "outcome", clock.takes(1000, checkpoint_files.Flush.outcome))
     training = Training(tmp_path / "run", max_steps=20, eval_every=3, save_every=5, log_every=4)
@@ -186,7 +204,9 @@ def test_what_follows_an_evaluation_counts_as_no_step_either(tmp_path: Path, mon
     training.run.close()
 
 
-def test_seconds_and_the_time_limit_do_not_go_by_the_wall_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seconds_and_the_time_limit_do_not_go_by_the_wall_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = Clock(monkeypatch)
     training = Training(tmp_path / "run", time_limit=1)
     clock.now += 50
@@ -201,7 +221,9 @@ def test_seconds_and_the_time_limit_do_not_go_by_the_wall_clock(tmp_path: Path, 
 
 def test_an_overwrite_that_does_not_begin_leaves_the_old_run(tmp_path: Path) -> None:
     old = contents(trained(tmp_path / "run", save_every=3))
-    training = Training(tmp_path / "run", overwrite=True, max_steps=4)  # it has its data, model and engine, and ends before restore()
+    training = Training(
+        tmp_path / "run", overwrite=True, max_steps=4
+    )  # it has its data, model and engine, and ends before restore()
     print("what a library says")
     assert contents(tmp_path / "run") == old
     training.run.close()
@@ -246,7 +268,9 @@ def test_an_overwrite_that_begins_leaves_nothing_of_the_old_run(tmp_path: Path) 
 def test_room_that_the_old_run_takes_counts_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained(tmp_path / "run")
     (tmp_path / "run" / "metrics.jsonl").write_bytes(bytes(1000))
-    monkeypatch.setattr("lib.run.checkpoints.shutil.disk_usage", lambda _: SimpleNamespace(free=0))  # a checkpoint of these weights takes 180 bytes
+    monkeypatch.setattr(
+        "lib.run.checkpoints.shutil.disk_usage", lambda _: SimpleNamespace(free=0)
+    )  # a checkpoint of these weights takes 180 bytes
     Training(tmp_path / "run", overwrite=True, save_every=3).run.close()
     with pytest.raises(UserError, match="a checkpoint takes about"):
         Training(tmp_path / "other", save_every=3)
@@ -257,9 +281,17 @@ def test_a_restart_resumes_only_what_began(tmp_path: Path, began: bool) -> None:
     """Else --overwrite --restarts would go on with the old run, and call it finished."""
     run = trained(tmp_path / "run")
     recipe = tmp_path / "recipe.py"
-    begin = f"shutil.copy('{run}/config.yaml', '{run}/new'); os.replace('{run}/new', '{run}/config.yaml')" if began else "pass"
-    recipe.write_text(f"import os, shutil, sys\nprint(*sys.argv[1:], file=open('{tmp_path}/said', 'a'))\n{begin}\nsys.exit(1)\n")
-    status = supervise.run_until_it_ends("deepspeed", ["--num_accelerators", "1", str(recipe), "--overwrite", "--run_dir", str(run)], str(run), 1, False)
+    begin = (
+        f"shutil.copy('{run}/config.yaml', '{run}/new'); os.replace('{run}/new', '{run}/config.yaml')"
+        if began
+        else "pass"
+    )
+    recipe.write_text(
+        f"import os, shutil, sys\nprint(*sys.argv[1:], file=open('{tmp_path}/said', 'a'))\n{begin}\nsys.exit(1)\n"
+    )
+    status = supervise.run_until_it_ends(
+        "deepspeed", ["--num_accelerators", "1", str(recipe), "--overwrite", "--run_dir", str(run)], str(run), 1, False
+    )
     first, second = (tmp_path / "said").read_text().splitlines()
     assert status == 1 and first.endswith(f"--overwrite --run_dir {run}")
     assert second.endswith("--resume true --overwrite false" if began else f"--overwrite --run_dir {run}")
@@ -273,7 +305,11 @@ def lost_console(kind: str) -> Iterator[Callable[[], None]]:
     """Descriptors 1 and 2 of this process are one that, from the call of what this yields on, takes no more writing."""
     kept = os.dup(1), os.dup(2)
     reader, writer = (
-        os.openpty() if kind == "terminal" else os.pipe() if kind == "pipe" else (os.open("/dev/null", os.O_RDONLY), os.open("/dev/full", os.O_WRONLY))
+        os.openpty()
+        if kind == "terminal"
+        else os.pipe()
+        if kind == "pipe"
+        else (os.open("/dev/null", os.O_RDONLY), os.open("/dev/full", os.O_WRONLY))
     )
     for descriptor in (1, 2):
         os.dup2(writer, descriptor)
@@ -297,7 +333,9 @@ def test_a_run_goes_on_without_its_console(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["terminal", "pipe", "full disk"])
-def test_a_run_that_is_asked_to_stop_as_its_terminal_closes_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_a_run_that_is_asked_to_stop_as_its_terminal_closes_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     """And says so by its exit code, through the recipes' own way out."""
     codes: list[int] = []
     monkeypatch.setattr(cli, "leave", codes.append)
@@ -316,7 +354,9 @@ def test_a_run_that_is_asked_to_stop_as_its_terminal_closes_is_saved(tmp_path: P
 
         cli.cli(main, object)
     assert codes[0] == errors.STOPPED
-    assert [folder.name for folder, _ in checkpoint_files.list_complete(tmp_path / "run" / "checkpoints")] == [folder_of(3)]
+    assert [folder.name for folder, _ in checkpoint_files.list_complete(tmp_path / "run" / "checkpoints")] == [
+        folder_of(3)
+    ]
     assert ranks.asked_to_stop.is_set()
 
 
@@ -328,7 +368,9 @@ def test_under_nohup_a_terminal_that_closes_stops_nothing(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("asked", [False, True])
-def test_a_rank_whose_launcher_is_gone_still_saves_where_it_was_asked_to_stop(monkeypatch: pytest.MonkeyPatch, asked: bool) -> None:
+def test_a_rank_whose_launcher_is_gone_still_saves_where_it_was_asked_to_stop(
+    monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
     """With the plain launcher, Ctrl-C and a terminal that closes end the launcher at once."""
     slept, codes = list[float](), list[int]()
     asked_to_stop = threading.Event()
@@ -355,7 +397,9 @@ def test_the_supervisor_survives_its_console(tmp_path: Path) -> None:
     assert (tmp_path / "said").read_text() == "launched\n" * 3
 
 
-def test_a_log_and_a_monitor_without_room_do_not_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_log_and_a_monitor_without_room_do_not_end_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "stdout", os.fdopen(1, "w", closefd=False))  # as where pytest captures nothing
 
     def no_room(_: Any) -> None:
@@ -371,8 +415,13 @@ def test_a_log_and_a_monitor_without_room_do_not_end_a_run(tmp_path: Path, monke
     assert "the monitor misses events until step 6: No space left on device" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize(("of_locale", "seen"), [("ISO-8859-1", b"\xfc ??\n"), ("UTF-8", "ü 日本\n".encode()), ("ANSI_X3.4-1968", "ü 日本\n".encode())])
-def test_signs_that_the_console_lacks_are_replaced(monkeypatch: pytest.MonkeyPatch, of_locale: str, seen: bytes) -> None:
+@pytest.mark.parametrize(
+    ("of_locale", "seen"),
+    [("ISO-8859-1", b"\xfc ??\n"), ("UTF-8", "ü 日本\n".encode()), ("ANSI_X3.4-1968", "ü 日本\n".encode())],
+)
+def test_signs_that_the_console_lacks_are_replaced(
+    monkeypatch: pytest.MonkeyPatch, of_locale: str, seen: bytes
+) -> None:
     monkeypatch.setattr(locale, "getencoding", lambda: of_locale)
     reader, writer = os.pipe()
     print("ü 日本", file=Console(writer), flush=True)
@@ -443,7 +492,9 @@ def test_every_rank_has_the_same_settings(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("own", "of_rank_0"), [(5.0, False), (-5.0, True)])
-def test_rank_0_decides_which_checkpoint_is_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: float, of_rank_0: bool) -> None:
+def test_rank_0_decides_which_checkpoint_is_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: float, of_rank_0: bool
+) -> None:
     """A rank whose score differs in the last digit would save alone, and wait for ever."""
     training = Training(tmp_path / "run", keep_best=True, eval_every=1)
     saved, told = list[int](), list[list[float]]()
@@ -470,7 +521,9 @@ def test_rank_0_decides_which_checkpoint_is_the_best(tmp_path: Path, monkeypatch
 # --- checkpoints --------------------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_that_cannot_be_deleted_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_that_cannot_be_deleted_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     rename = Path.rename
 
     def stuck(path: Path, target: Path) -> Path:
@@ -482,7 +535,10 @@ def test_a_checkpoint_that_cannot_be_deleted_ends_nothing(tmp_path: Path, monkey
     trained(tmp_path / "run", save_every=1, keep_checkpoints=1)
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [folder_of(1), folder_of(6)]
     warnings = [line for line in capfd.readouterr().out.splitlines() if "warning" in line]
-    assert len(warnings) == 1 and f"{folder_of(1)} cannot be deleted: Device or resource busy; training goes on" in warnings[0]
+    assert (
+        len(warnings) == 1
+        and f"{folder_of(1)} cannot be deleted: Device or resource busy; training goes on" in warnings[0]
+    )
 
 
 def test_a_resume_that_is_refused_renames_nothing(tmp_path: Path) -> None:
@@ -493,7 +549,9 @@ def test_a_resume_that_is_refused_renames_nothing(tmp_path: Path) -> None:
         with pytest.raises(UserError):
             Training(run, resume=True, **changes).checkpoints.restore()
         let_go()
-        assert {name: data for name, data in contents(run).items() if name != "log.txt"} == {name: data for name, data in before.items() if name != "log.txt"}
+        assert {name: data for name, data in contents(run).items() if name != "log.txt"} == {
+            name: data for name, data in before.items() if name != "log.txt"
+        }
     training = Training(run, resume=True, max_steps=8)
     assert f"{folder_of(6)} is damaged" in training.run.notes[0]
     assert training.checkpoints.restore() == 3
@@ -519,9 +577,18 @@ def hostile(manifest: dict[str, Any]) -> dict[str, Any]:
         return {"files": {name: facts | {"pieces": pieces}}}
 
     found: dict[str, Any] = {
-        f"the file {other}": {"files": {other: facts}} for other in (f"../../{name}", f"/{name}", f"x/{name}", f"{name}\n", "rank-x-of-1.safetensors", "")
+        f"the file {other}": {"files": {other: facts}}
+        for other in (f"../../{name}", f"/{name}", f"x/{name}", f"{name}\n", "rank-x-of-1.safetensors", "")
     }
-    faulty: list[Any] = [[], good[:1], [["weight", 0, 12]], [["weight", -1, 13], ["bias", 0, 3]], [[]], [7], [["weight", 0]]]
+    faulty: list[Any] = [
+        [],
+        good[:1],
+        [["weight", 0, 12]],
+        [["weight", -1, 13], ["bias", 0, 3]],
+        [[]],
+        [7],
+        [["weight", 0]],
+    ]
     found |= {f"pieces {pieces}": of(pieces) for pieces in faulty}
     found |= {
         "a gap": of([["weight", 0, 4], ["weight", 5, 7], ["bias", 0, 3]]),
@@ -569,8 +636,12 @@ def test_a_hostile_manifest_is_a_damaged_one(tmp_path: Path) -> None:
     missing = [name for name in json.loads(original) if name not in ("format", "checksum", "data")]
     for name in missing:
         manifest = {key: value for key, value in json.loads(original).items() if key != name}
-        (last / checkpoint_files.MANIFEST).write_text(json.dumps(manifest | {"checksum": checkpoint_files._checksum_of(manifest)}))
-        assert [folder.name for folder, _ in checkpoint_files.list_complete(run / "checkpoints")] == [folder_of(3)], name
+        (last / checkpoint_files.MANIFEST).write_text(
+            json.dumps(manifest | {"checksum": checkpoint_files._checksum_of(manifest)})
+        )
+        assert [folder.name for folder, _ in checkpoint_files.list_complete(run / "checkpoints")] == [folder_of(3)], (
+            name
+        )
     (last / checkpoint_files.MANIFEST).write_text("[" * 100_000)
     assert "RecursionError" in checkpoint_files.find_newest(run / "checkpoints")[2][0]
     (last / checkpoint_files.MANIFEST).write_text(original)
@@ -586,11 +657,21 @@ def test_what_a_hostile_checkpoint_holds_goes_nowhere_else(tmp_path: Path, fault
     if fault == "attributes":
         forge(last, {"loss_scale": {"step": 0.0, "cur_scale": 8.0, "last_overflow_iter": None}})  # as bf16 has it
     else:
-        tensors["fp32/weight@0"] = tensors["fp32/weight@0"][: 5 if fault == "shorter" else 1].clone()  # copy_ would repeat the one number
+        tensors["fp32/weight@0"] = tensors["fp32/weight@0"][
+            : 5 if fault == "shorter" else 1
+        ].clone()  # copy_ would repeat the one number
         save_file(tensors, file)
         manifest = json.loads((last / checkpoint_files.MANIFEST).read_text())
         (facts,) = manifest["files"].values()
-        forge(last, {"files": {file.name: facts | {"bytes": file.stat().st_size, "xxh3_128": checkpoint_files._checksum_of_file(file)}}})
+        forge(
+            last,
+            {
+                "files": {
+                    file.name: facts
+                    | {"bytes": file.stat().st_size, "xxh3_128": checkpoint_files._checksum_of_file(file)}
+                }
+            },
+        )
     training = Training(run, resume=True, max_steps=8)
     training.engine.optimizer.loss_scaler = scaler = SimpleNamespace(step=7, cur_scale=1.0)
     if fault == "attributes":
@@ -604,19 +685,25 @@ def test_what_a_hostile_checkpoint_holds_goes_nowhere_else(tmp_path: Path, fault
 # --- run folders --------------------------------------------------------------------------------------------------------
 
 
-def test_where_there_are_no_locks_a_run_folder_is_still_one_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_there_are_no_locks_a_run_folder_is_still_one_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def no_locks(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     claim = tmp_path / "run" / run_module.IN_USE
     training = Training(tmp_path / "run")
-    with pytest.raises(UserError, match=rf"in use by another run.*{os.getpid()}.*if that process has ended, delete the file"):
+    with pytest.raises(
+        UserError, match=rf"in use by another run.*{os.getpid()}.*if that process has ended, delete the file"
+    ):
         Training(tmp_path / "run", overwrite=True)
     training.train()
     training.finish()
     assert claim.exists()  # until this process ends, for its exit functions may still be writing there
-    claim.write_text(json.dumps({"host": os.uname().nodename, "process": os.getpid(), "started": 1.0}))  # of a process that had this one's number before
+    claim.write_text(
+        json.dumps({"host": os.uname().nodename, "process": os.getpid(), "started": 1.0})
+    )  # of a process that had this one's number before
     trained(tmp_path / "run", overwrite=True)
     claim.write_text(json.dumps({"host": "elsewhere", "process": 1, "started": 1.0}))
     with pytest.raises(UserError, match="elsewhere"):
@@ -649,15 +736,22 @@ def test_two_runs_in_the_same_second_get_two_folders(tmp_path: Path, monkeypatch
     recipe.write_text(
         "import os, sys, pathlib\nprint(sys.argv[-1], file=open('said', 'a'))\n'EMPTY' in os.environ or pathlib.Path(sys.argv[-1], 'log.txt').touch()\nsys.exit(2)\n"
     )
-    yaml_path, launcher = str(ROOT / RECIPE).replace(".py", ".yaml"), ["deepspeed", "--num_accelerators", "1", str(recipe)]
+    yaml_path, launcher = (
+        str(ROOT / RECIPE).replace(".py", ".yaml"),
+        ["deepspeed", "--num_accelerators", "1", str(recipe)],
+    )
     command = [sys.executable, "-m", "lib.launch.supervise", "x-zero2", yaml_path, "0", "", "--", *launcher]
     both = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [process.wait(60) for process in both] == [2, 2]
     folders = (tmp_path / "said").read_text().split()
     assert len(set(folders)) == 2 and all((tmp_path / folder / "log.txt").exists() for folder in folders)
-    subprocess.run(command, stdout=subprocess.DEVNULL, check=False, env=os.environ | {"EMPTY": "1"})  # a mistake that is found before there is a run
+    subprocess.run(
+        command, stdout=subprocess.DEVNULL, check=False, env=os.environ | {"EMPTY": "1"}
+    )  # a mistake that is found before there is a run
     assert sorted(f"runs/{path.name}" for path in Path("runs").iterdir()) == sorted(folders)
-    plain = [Run(settings_of(tmp_path, run_dir="null"), json.loads(json.dumps(DS_CONFIG)), RECIPE) for _ in range(2)]  # without launch.sh
+    plain = [
+        Run(settings_of(tmp_path, run_dir="null"), json.loads(json.dumps(DS_CONFIG)), RECIPE) for _ in range(2)
+    ]  # without launch.sh
     assert plain[0].folder != plain[1].folder and plain[0].folder.name.startswith("recurrent_lm-zero0-")
     for run in plain:
         run.close()
@@ -667,9 +761,17 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("HOME", str(tmp_path))
     recipe = importlib.import_module("recipes.causal_lm")
     text = (ROOT / "recipes" / "causal_lm.yaml").read_text().replace("model: null", "model: ~/model")
-    (tmp_path / "mine.yaml").write_text(text.replace("dataset: sotu", "dataset: ~/rows").replace('prompt: "The state of our Union"', "prompt: ~/bin holds"))
-    cfg, json_path = settings.parse(recipe.Config, str(recipe.__file__), ["--config=~/mine.yaml", "--run_dir=~/run", "--deepspeed_config=~/x.json"])
-    assert (cfg.model, cfg.dataset, cfg.run_dir, str(json_path)) == tuple(f"{tmp_path}/{name}" for name in ("model", "rows", "run", "x.json"))
+    (tmp_path / "mine.yaml").write_text(
+        text.replace("dataset: sotu", "dataset: ~/rows").replace(
+            'prompt: "The state of our Union"', "prompt: ~/bin holds"
+        )
+    )
+    cfg, json_path = settings.parse(
+        recipe.Config, str(recipe.__file__), ["--config=~/mine.yaml", "--run_dir=~/run", "--deepspeed_config=~/x.json"]
+    )
+    assert (cfg.model, cfg.dataset, cfg.run_dir, str(json_path)) == tuple(
+        f"{tmp_path}/{name}" for name in ("model", "rows", "run", "x.json")
+    )
     assert cfg.prompt == "~/bin holds"
     (tmp_path / "mine.yaml").write_text(text.replace("run_dir: null", "run_dir: ~/there"))
     assert supervise.resolve(["--config=~/mine.yaml"], "x.yaml") == (f"{tmp_path}/there", False)
@@ -679,7 +781,10 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert compare.config_files(options) == {"x": tmp_path / "x.json"}
     dry = [str(ROOT / "launch.sh"), "causal_lm", "--ds_config=~/x.json", "--dry_run"]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    assert f"--deepspeed_config {tmp_path}/x.json" in subprocess.run(dry, capture_output=True, text=True, env=environment, check=True).stdout
+    assert (
+        f"--deepspeed_config {tmp_path}/x.json"
+        in subprocess.run(dry, capture_output=True, text=True, env=environment, check=True).stdout
+    )
 
 
 # --- ends ---------------------------------------------------------------------------------------------------------------
@@ -692,7 +797,9 @@ def test_the_supervisor_reads_resume_as_the_recipe_does(answer: str) -> None:
     assert supervise.resolve([f"--resume={answer}"], str(ROOT / RECIPE).replace(".py", ".yaml"))[1] == expected
 
 
-def test_a_process_that_cannot_be_killed_is_left_with_a_word(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_process_that_cannot_be_killed_is_left_with_a_word(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(supervise, "UNKILLABLE_SECONDS", 0.1)
     monkeypatch.setattr(supervise, "session_of", lambda _: [SimpleNamespace(pid=123, kill=lambda: None)])
     assert supervise.run_once(["true"]) == 0
@@ -703,7 +810,9 @@ def test_a_process_that_cannot_be_killed_is_left_with_a_word(monkeypatch: pytest
 def test_exit_functions_run_whatever_the_end_is_but_not_for_ever(last: str, code: int) -> None:
     text = f"import atexit, time; from lib.run import cli; cli.EXIT_SECONDS = 1; atexit.register(lambda: {last.replace('pass', 'None')})"
     text += f"; atexit.register(print, 'uploaded'); cli.leave({code})"
-    done = subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == code and done.stdout == "uploaded\n"
 
 
@@ -730,18 +839,28 @@ def test_no_string_from_outside_is_part_of_the_page(tmp_path: Path) -> None:
     }  # fmt: skip
     results = Results(tmp_path / "new", spec, [], device=evil, model=evil)
     score = f"score_{evil}"
-    numbers: dict[str, Any] = {column.name: 1.0 for column in results.columns() if column.kind != "text"} | {score: 1.0, "loss_left_at_step": 3}
+    numbers: dict[str, Any] = {column.name: 1.0 for column in results.columns() if column.kind != "text"} | {
+        score: 1.0,
+        "loss_left_at_step": 3,
+    }
     for config in (evil, "b"):
         for ranks_of_it in (1, 2):
             results.rows.append({**numbers, "config": config, "ranks": ranks_of_it, "failed": None, "precision": evil})
             results.losses[config, ranks_of_it] = [1.0, 0.5]
     results.rows.append({**dict.fromkeys(numbers), "config": "failed", "ranks": 1, "failed": evil})
     results.notes[evil, evil] = [evil]
-    other = Results(tmp_path / f"old{evil.replace('/', '')}", spec | {"commit": "older", "configs": {evil: {"x": 1}}}, results.rows, results.losses)
+    other = Results(
+        tmp_path / f"old{evil.replace('/', '')}",
+        spec | {"commit": "older", "configs": {evil: {"x": 1}}},
+        results.rows,
+        results.losses,
+    )
     page = report.as_html(results, other)
     tags = set(Tags(page).found)
     assert evil not in page and "i" not in tags and not any("onclick" in tag for tag in tags)
     markdown = report.as_markdown(results, other).replace("\\<", "").replace("\\|", "")
     assert "<" not in markdown
-    tables = [[line.count("|") for line in lines.splitlines() if line.startswith("|")] for lines in markdown.split("\n\n")]
+    tables = [
+        [line.count("|") for line in lines.splitlines() if line.startswith("|")] for lines in markdown.split("\n\n")
+    ]
     assert [len(set(table)) for table in tables if table] == [1, 1], "a string made a cell of its own"

@@ -44,7 +44,14 @@ def main(where: str, *configs: str) -> None:
         lengths = torch.randint(1, 30, (count,), generator=random).tolist()
         sources = [torch.randint(3, len(tokenizer), (length,), generator=random).tolist() for length in lengths]
         data[name] = Dataset.from_dict({"input_ids": sources, "labels": [[5]] * count, "length": lengths})
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 1, "num_heads": 2, "max_source_length": 64, "max_target_length": MAX_LENGTH}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_layers": 1,
+        "num_heads": 2,
+        "max_source_length": 64,
+        "max_target_length": MAX_LENGTH,
+    }
     encoder = str(ranks.on_rank0(lambda: small_encoder(file.with_suffix(""))))
     decoder = str(ranks.on_rank0(lambda: small_decoder(file.with_suffix(".decoder"), len(tokenizer))))
     # --model and --decoder of the recipes, and a factor of the end-of-text embedding, with which some texts end early
@@ -67,12 +74,22 @@ def main(where: str, *configs: str) -> None:
         ds_config = json.loads((ROOT / "ds_configs" / "translation" / f"{name}.json").read_text())
         ds_config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
         if name.startswith("zero3"):
-            knobs = ["stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size"]
+            knobs = [
+                "stage3_param_persistence_threshold",
+                "stage3_max_live_parameters",
+                "stage3_max_reuse_distance",
+                "stage3_prefetch_bucket_size",
+            ]
             ds_config["zero_optimization"] |= dict.fromkeys(knobs, 0)
         model = load_model(functools.partial(build, *models[kind]), ds_config, seed=0)
         engine, *_ = deepspeed.initialize(model=model, optimizer=make_adamw(cfg, model, ds_config), config=ds_config)
         for search in SEARCHES:
-            texts = [generate_texts(engine, rows, collator(engine.module, tokenizer, tokenizer), 2, tokenizer, MAX_LENGTH, *search) for rows in data.values()]
+            texts = [
+                generate_texts(
+                    engine, rows, collator(engine.module, tokenizer, tokenizer), 2, tokenizer, MAX_LENGTH, *search
+                )
+                for rows in data.values()
+            ]
             found[" ".join(map(str, (kind, name, *search)))] = [*texts[0], *texts[1]]
         engine.destroy()
     if ranks.rank() == 0:

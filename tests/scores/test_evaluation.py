@@ -42,9 +42,25 @@ def test_translation_scores_are_those_of_the_sacrebleu_command(tmp_path: Path, t
     references, hypotheses = drawn(1, 100, 20)
     (tmp_path / "references").write_text("\n".join(references) + "\n")
     (tmp_path / "hypotheses").write_text("\n".join(hypotheses) + "\n")
-    command = [sys.executable, "-m", "sacrebleu", "references", "-i", "hypotheses", "-m", "bleu", "chrf", "-tok", tokenize, "-w", "9"]
+    command = [
+        sys.executable,
+        "-m",
+        "sacrebleu",
+        "references",
+        "-i",
+        "hypotheses",
+        "-m",
+        "bleu",
+        "chrf",
+        "-tok",
+        tokenize,
+        "-w",
+        "9",
+    ]
     bleu, chrf = json.loads(execute(command, cwd=tmp_path).stdout)
-    assert evaluation.translation_scores(hypotheses, references, tokenize) == exactly({"bleu": bleu["score"], "chrf": chrf["score"]})
+    assert evaluation.translation_scores(hypotheses, references, tokenize) == exactly(
+        {"bleu": bleu["score"], "chrf": chrf["score"]}
+    )
     assert evaluation.bleu_signature(tokenize) == bleu["signature"]
     assert 20 < bleu["score"] < 90 and chrf["name"] == "chrF2"
 
@@ -52,10 +68,14 @@ def test_translation_scores_are_those_of_the_sacrebleu_command(tmp_path: Path, t
 def test_summarization_scores_are_rouge_scores_of_sentences_on_lines_of_their_own() -> None:
     kinds = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
     references, summaries = drawn(2, 120, 12)
-    rows = [(references[i : i + 3], summaries[i + 1 : i + 3] + summaries[i : i + 1]) for i in range(0, 120, 3)]  # three sentences, in another order
+    rows = [
+        (references[i : i + 3], summaries[i + 1 : i + 3] + summaries[i : i + 1]) for i in range(0, 120, 3)
+    ]  # three sentences, in another order
     scorer = RougeScorer(kinds, use_stemmer=True)
     expected = [scorer.score("\n".join(reference), "\n".join(summary)) for reference, summary in rows]
-    scores = evaluation.summarization_scores([" ".join(summary) for _, summary in rows], ["  ".join(reference) for reference, _ in rows])
+    scores = evaluation.summarization_scores(
+        [" ".join(summary) for _, summary in rows], ["  ".join(reference) for reference, _ in rows]
+    )
     assert scores == exactly({kind: 100 * float(np.mean([row[kind].fmeasure for row in expected])) for kind in kinds})
     assert scores["rougeLsum"] > scores["rougeL"] + 10
 
@@ -81,8 +101,12 @@ def test_summarization_scores_are_rouge_scores_of_sentences_on_lines_of_their_ow
         ("a", ["the"], 100, 100),  # and means no answer where there is none
     ],
 )
-def test_question_answering_scores_are_squads(prediction: str, answers: list[str], exact_match: float, f1: float) -> None:
-    assert evaluation.question_answering_scores([prediction], [answers]) == exactly({"exact_match": exact_match, "f1": f1})
+def test_question_answering_scores_are_squads(
+    prediction: str, answers: list[str], exact_match: float, f1: float
+) -> None:
+    assert evaluation.question_answering_scores([prediction], [answers]) == exactly(
+        {"exact_match": exact_match, "f1": f1}
+    )
 
 
 def test_question_answering_scores_are_means_over_questions() -> None:
@@ -94,7 +118,9 @@ def test_question_answering_scores_are_means_over_questions() -> None:
 def test_retrieval_scores_are_trec_evals(depth: int) -> None:
     random_numbers = np.random.default_rng(depth)
     ranking = np.array([random_numbers.permutation(200)[:depth] for _ in range(150)])
-    relevant = [set(random_numbers.choice(200, size=random_numbers.integers(1, 25), replace=False).tolist()) for _ in ranking]
+    relevant = [
+        set(random_numbers.choice(200, size=random_numbers.integers(1, 25), replace=False).tolist()) for _ in ranking
+    ]
     for query in range(0, 150, 3):
         ranking[query, random_numbers.integers(0, depth + 1) :] = -1  # short ones, some of them empty
     for query in range(0, 150, 10):
@@ -104,10 +130,16 @@ def test_retrieval_scores_are_trec_evals(depth: int) -> None:
             relevant[query].add(int(ranking[query, 0]))  # and some finds at the top
     relevant[0] = set()
 
-    judged = {str(query): {"none": 0} | {str(document): 1 for document in documents} for query, documents in enumerate(relevant)}
+    judged = {
+        str(query): {"none": 0} | {str(document): 1 for document in documents}
+        for query, documents in enumerate(relevant)
+    }
 
     def mean(measure: str, depth: int = depth) -> float:
-        found = {str(query): {str(document): -float(rank) for rank, document in enumerate(row[:depth]) if document >= 0} for query, row in enumerate(ranking)}
+        found = {
+            str(query): {str(document): -float(rank) for rank, document in enumerate(row[:depth]) if document >= 0}
+            for query, row in enumerate(ranking)
+        }
         results = pytrec_eval.RelevanceEvaluator(judged, {measure}).evaluate(found)
         return sum(score for result in results.values() for score in result.values()) / len(ranking)
 
@@ -124,7 +156,12 @@ def test_retrieval_scores_are_trec_evals(depth: int) -> None:
 
 def word_vectors() -> KeyedVectors:
     """Random ones, not of length 1, for half of the rated words, some of them in two cases, the most frequent first."""
-    rated = {word for file in ("wordsim353.tsv", "simlex999.txt") for line in Path(datapath(file)).read_text().splitlines() for word in line.split("\t")[:2]}
+    rated = {
+        word
+        for file in ("wordsim353.tsv", "simlex999.txt")
+        for line in Path(datapath(file)).read_text().splitlines()
+        for word in line.split("\t")[:2]
+    }
     words = sorted(word for word in rated if "#" not in word)[::2]
     words += [word.capitalize() for word in words[::5] if word.capitalize() not in words]
     known = KeyedVectors(20, dtype=np.float64)
@@ -152,8 +189,12 @@ def test_classification_scores_of_the_majority_class() -> None:
 
 
 def test_tfidf_and_logistic_regression_tell_words_apart() -> None:
-    scores = baselines.tfidf_logistic_regression(["good film", "good play", "bad film", "bad play"], [1, 1, 0, 0], ["good book", "bad book"], [1, 0])
-    of_letters = baselines.tfidf_logistic_regression(["M K V", "M K L", "G P G", "G P A"], [1, 1, 0, 0], ["M K A", "G P V"], [1, 0])  # proteins, say
+    scores = baselines.tfidf_logistic_regression(
+        ["good film", "good play", "bad film", "bad play"], [1, 1, 0, 0], ["good book", "bad book"], [1, 0]
+    )
+    of_letters = baselines.tfidf_logistic_regression(
+        ["M K V", "M K L", "G P G", "G P A"], [1, 1, 0, 0], ["M K A", "G P V"], [1, 0]
+    )  # proteins, say
     assert of_letters["accuracy"] == 1.0
     assert scores == {"accuracy": 1, "macro_f1": 1}
 
@@ -169,8 +210,15 @@ def test_the_unigram_baseline_of_hidden_tokens() -> None:
 
 
 def test_the_nearest_training_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    sources, targets = ["Delete this folder", "Save changes", "Search results"], ["Supprimer ce dossier", "Enregistrer", "Chercher"]
-    assert baselines.nearest_training_target(sources, targets, ["changes saved", "searching", "Folder deleted"]) == [targets[1], targets[2], targets[0]]
+    sources, targets = (
+        ["Delete this folder", "Save changes", "Search results"],
+        ["Supprimer ce dossier", "Enregistrer", "Chercher"],
+    )
+    assert baselines.nearest_training_target(sources, targets, ["changes saved", "searching", "Folder deleted"]) == [
+        targets[1],
+        targets[2],
+        targets[0],
+    ]
     monkeypatch.setattr(baselines, "MEMORY_ROWS", 2)  # the first and the last
     assert baselines.nearest_training_target(sources, targets, ["searching", "changes saved"])[0] == targets[2]
     assert targets[1] not in baselines.nearest_training_target(sources, targets, ["changes saved", "Save changes"])
@@ -178,14 +226,23 @@ def test_the_nearest_training_target(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_sentences() -> None:
     text = " It is 3.5 m, e.g.  long.  Is it?\nYes!\n\nA heading\n \nand a line\nthat goes on. "
-    assert evaluation.sentences(text) == ["It is 3.5 m, e.g. long.", "Is it?", "Yes!", "A heading", "and a line that goes on."]
+    assert evaluation.sentences(text) == [
+        "It is 3.5 m, e.g. long.",
+        "Is it?",
+        "Yes!",
+        "A heading",
+        "and a line that goes on.",
+    ]
     assert evaluation.sentences(" \n\n ") == []
 
 
 def test_sentences_as_answers_and_summaries() -> None:
     context = "Whales are mammals. The blue whale eats krill, which is small. Krill is small."
     assert baselines.first_sentence(context) == "Whales are mammals."
-    assert baselines.longest_overlap("What does the Blue Whale eat?", context) == "The blue whale eats krill, which is small."
+    assert (
+        baselines.longest_overlap("What does the Blue Whale eat?", context)
+        == "The blue whale eats krill, which is small."
+    )
     assert baselines.longest_overlap("Why?", context) == "Whales are mammals."
     assert baselines.first_sentence("") == baselines.longest_overlap("Why?", "") == ""
 
@@ -202,10 +259,14 @@ def test_bm25_ranks_in_silence_and_fills_up(capfd: pytest.CaptureFixture[str]) -
 def test_gensims_word_vectors_know_the_company_that_words_keep() -> None:
     draw = random.Random(0)
     warm, cold = [f"warm{i}" for i in range(9)], [f"cold{i}" for i in range(9)]
-    document = draw.choices(warm, k=12_000) + draw.choices(cold, k=6_000) + ["once"]  # gensim alone would not read beyond 10,000 words
+    document = (
+        draw.choices(warm, k=12_000) + draw.choices(cold, k=6_000) + ["once"]
+    )  # gensim alone would not read beyond 10,000 words
 
     def train(sample: float = 0) -> tuple[list[str], np.ndarray, float]:
-        return baselines.gensim_word2vec([document], dims=16, window=3, negatives=5, min_count=2, epochs=3, sample=sample, seed=1)
+        return baselines.gensim_word2vec(
+            [document], dims=16, window=3, negatives=5, min_count=2, epochs=3, sample=sample, seed=1
+        )
 
     words, vectors, words_per_second = train()
     assert set(words[:9]) == set(warm) and set(words[9:]) == set(cold)  # by frequency, without the rare word

@@ -23,7 +23,9 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, list[
 
 @pytest.mark.parametrize("model", ["scratch", "encoder", "warm"])
 @pytest.mark.parametrize("search", ["1 1 0", "3 1 0", "3 4 0", "3 4 2"])
-@pytest.mark.parametrize("world_size, config", [(world_size, config) for world_size, configs in CASES.items() for config in configs])
+@pytest.mark.parametrize(
+    "world_size, config", [(world_size, config) for world_size, configs in CASES.items() for config in configs]
+)
 def test_the_same_text_at_every_stage_and_number_of_ranks(
     texts: dict[int, dict[str, list[str]]], model: str, config: str, search: str, world_size: int
 ) -> None:
@@ -33,7 +35,9 @@ def test_the_same_text_at_every_stage_and_number_of_ranks(
 @pytest.mark.parametrize("model", ["scratch", "encoder", "warm"])
 def test_the_texts_tell_the_rows_and_the_searches_apart(texts: dict[int, dict[str, list[str]]], model: str) -> None:
     """Else the test above would hold for a model that says always the same."""
-    greedy, beams, longer, unrepeated = (texts[1][f"{model} zero0 {search}"] for search in ("1 1 0", "3 1 0", "3 4 0", "3 4 2"))
+    greedy, beams, longer, unrepeated = (
+        texts[1][f"{model} zero0 {search}"] for search in ("1 1 0", "3 1 0", "3 4 0", "3 4 2")
+    )
     assert len(set(greedy)) > 8 and greedy != beams
     assert sum(map(len, longer)) > sum(map(len, beams))
     assert unrepeated != longer

@@ -15,12 +15,24 @@ from lib.settings.ds_config import load_ds_config
 
 # What the HF Trainer's documentation has its users write, for ZeRO-3.
 HF_TRAINER = {
-    "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16, "hysteresis": 2, "min_loss_scale": 1},
+    "fp16": {
+        "enabled": "auto",
+        "loss_scale": 0,
+        "loss_scale_window": 1000,
+        "initial_scale_power": 16,
+        "hysteresis": 2,
+        "min_loss_scale": 1,
+    },
     "bf16": {"enabled": "auto"},
     "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
     "scheduler": {
         "type": "WarmupDecayLR",
-        "params": {"total_num_steps": "auto", "warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"},
+        "params": {
+            "total_num_steps": "auto",
+            "warmup_min_lr": "auto",
+            "warmup_max_lr": "auto",
+            "warmup_num_steps": "auto",
+        },
     },
     "zero_optimization": {
         "stage": 3,
@@ -71,7 +83,10 @@ def test_every_config_in_the_tree_is_accepted(recipe: str, world_size: int) -> N
     cfg = config.load(importlib.import_module(f"recipes.{recipe}").Config, ROOT / "recipes" / f"{recipe}.yaml", {})
     for path in sorted((ROOT / "ds_configs" / recipe).glob("*.json")):
         filled = load_ds_config(path, cfg, world_size)
-        assert filled["train_micro_batch_size_per_gpu"] * filled["gradient_accumulation_steps"] * world_size == cfg.batch_size
+        assert (
+            filled["train_micro_batch_size_per_gpu"] * filled["gradient_accumulation_steps"] * world_size
+            == cfg.batch_size
+        )
 
 
 def test_how_long_to_train_is_said_in_one_way() -> None:
@@ -91,7 +106,9 @@ def test_every_key_of_the_configs_is_explained() -> None:
     explained = (ROOT / "ds_configs" / "README.md").read_text()
 
     def keys(value: Any) -> set[str]:
-        return set(value) | {key for inner in value.values() for key in keys(inner)} if isinstance(value, dict) else set()
+        return (
+            set(value) | {key for inner in value.values() for key in keys(inner)} if isinstance(value, dict) else set()
+        )
 
     for path in (ROOT / "ds_configs").glob("*/*.json"):
         for key in keys(json.loads(path.read_text())):
@@ -102,7 +119,11 @@ def test_an_hf_trainer_json_runs_unchanged_and_is_filled_in(tmp_path: Path) -> N
     filled = load(tmp_path, HF_TRAINER, precision="bf16")
     assert '"auto"' not in json.dumps(filled)
     assert filled["bf16"] == {"enabled": True} and "fp16" not in filled
-    assert (filled["train_batch_size"], filled["train_micro_batch_size_per_gpu"], filled["gradient_accumulation_steps"]) == (64, 32, 1)
+    assert (
+        filled["train_batch_size"],
+        filled["train_micro_batch_size_per_gpu"],
+        filled["gradient_accumulation_steps"],
+    ) == (64, 32, 1)
     assert filled["gradient_clipping"] == 1.0
     assert "optimizer" not in filled and "scheduler" not in filled  # the recipe makes them, as the settings say
 
@@ -126,7 +147,9 @@ def test_an_hf_trainer_json_runs_unchanged_and_is_filled_in(tmp_path: Path) -> N
         (["zero_optimization", "offload_optimizer"], {"device": "auto"}, ["offload_optimizer.device", "auto"]),
     ],
 )
-def test_an_hf_trainer_json_that_contradicts_the_settings_is_refused(tmp_path: Path, place: list[str], value: Any, words: list[str]) -> None:
+def test_an_hf_trainer_json_that_contradicts_the_settings_is_refused(
+    tmp_path: Path, place: list[str], value: Any, words: list[str]
+) -> None:
     ds_config = copy.deepcopy(HF_TRAINER)
     inner: Any = ds_config
     for key in place[:-1]:
@@ -142,15 +165,24 @@ def test_an_hf_trainer_json_that_contradicts_the_settings_is_refused(tmp_path: P
     [
         (changed(zero_optimisation={"stage": 3}), ["zero_optimisation", "did you mean 'zero_optimization'"]),
         (changed(gradient_clippping=5.0), ["gradient_clippping", "did you mean 'gradient_clipping'"]),
-        (changed(zero_optimization={"stage": 2, "overlap_com": True}), ["zero_optimization.overlap_com", "did you mean 'overlap_comm'"]),
-        (changed(zero_optimization={"stage": 2, "offload_optimizer": {"devise": "cpu"}}), ["offload_optimizer.devise", "did you mean 'device'"]),
+        (
+            changed(zero_optimization={"stage": 2, "overlap_com": True}),
+            ["zero_optimization.overlap_com", "did you mean 'overlap_comm'"],
+        ),
+        (
+            changed(zero_optimization={"stage": 2, "offload_optimizer": {"devise": "cpu"}}),
+            ["offload_optimizer.devise", "did you mean 'device'"],
+        ),
         (changed(zero_optimization={"stage": 4}), ["zero_optimization.stage"]),
         (changed(zero_optimization={"stage": True}), ["zero_optimization.stage"]),
         (changed(zero_optimization={"stage": 2, "reduce_bucket_size": "large"}), ["reduce_bucket_size"]),
         (changed(zero_optimization={}), ["stage is missing"]),
         (changed(zero_optimization=3), ["zero_optimization"]),
         (changed(zero_optimization={"stage": 2, "offload_param": {"device": "cpu"}}), ["offload_param", "stage 2"]),
-        (changed(zero_optimization={"stage": 0, "offload_optimizer": {"device": "cpu"}}), ["offload_optimizer", "stage 0"]),
+        (
+            changed(zero_optimization={"stage": 0, "offload_optimizer": {"device": "cpu"}}),
+            ["offload_optimizer", "stage 0"],
+        ),
         (changed(zero_optimization={"stage": 3, "mics_shard_size": 2}), ["mics_shard_size", "removed"]),
         (changed(nebula={"enabled": False}), ["nebula"]),
         (changed(curriculum_learning={"enabled": False}), ["curriculum_learning"]),
