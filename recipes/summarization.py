@@ -4,68 +4,60 @@
     ./launch.sh summarization --model null
     deepspeed --num_accelerators 2 recipes/summarization.py --deepspeed_config ds_configs/summarization/zero2.json
 
-The default puts a new decoder, with a byte-level BPE of its own, on MiniLM, a pre-trained encoder that stays as it is, and trains that
-decoder to write the first paragraph of a docstring, mostly a sentence, from the rest of it. `--model` takes any pre-trained encoder or
-encoder-decoder, `--decoder` a pre-trained decoder for the encoder; with `--model null`, a small T5Gemma and one BPE start from scratch.
-The summaries are scored beside the lead sentence, and beside the summary of the most similar text of the training rows (both read
-whole texts).
+The default puts a new decoder, with a byte-level BPE of its own, on MiniLM, a pre-trained encoder that stays as it is,
+and trains that decoder to write the first paragraph of a docstring, mostly a sentence, from the rest of it. `--model`
+takes any pre-trained encoder or encoder-decoder, `--decoder` a pre-trained decoder for the encoder; with `--model
+null`, a small T5Gemma and one BPE start from scratch. The summaries are scored beside the lead sentence, and beside the
+summary of the most similar text of the training rows (both read whole texts).
 
-Method: minimize the mean of the cross entropy of each token of the summary, given the text and the tokens before it, with label
-smoothing (Szegedy et al. 2016, section 7); write by beam search. Batches are grouped by length, and there is no dropout.
+Method: minimize the mean of the cross entropy of each token of the summary, given the text and the tokens before it,
+with label smoothing (Szegedy et al. 2016, section 7); write by beam search. Batches are grouped by length, and there is
+no dropout.
 
-Change first: the YAML beside this file (model, dataset, columns); the model and its texts are in lib/models/encoder_decoder.py.
+Change first: the YAML beside this file (model, dataset, columns); the model and its texts are in
+lib/models/encoder_decoder.py.
 """
 
+import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import deepspeed
 import torch
+from datasets import Dataset
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from transformers import PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
-from lib.data.batches import IGNORED, training_batches
+from lib.data.batches import IGNORED, Batch, pad, pad_tokens
 from lib.data.rows import load_rows, map_rows
 from lib.distributed import ranks
 from lib.distributed.export import export
 from lib.distributed.loading import load_model
 from lib.distributed.optimizer import make_adamw, make_schedule
-from lib.distributed.repairs import repair_stage0, veto_if_not_finite
-from lib.models.encoder_decoder import (
-    build_model,
-    collator,
-    load_tokenizers,
-    logits_of,
-    pair_notes,
-    pretrained_parameters,
-    tokenize_pairs,
-)
+from lib.models import encoder_decoder
 from lib.models.losses import token_losses
-from lib.run.checkpoints import Checkpoints
 from lib.run.cli import cli
+from lib.run.result import Scores
 from lib.run.run import Run
 from lib.scores import baselines
 from lib.scores.evaluation import rouge_tokens, summarization_scores
 from lib.scores.generation import generate_texts
-from lib.settings.config import Betas, LengthPenalty, Probability, Seed
+from lib.settings.config import Betas, LearningRateSchedule, LengthPenalty, Precision, Probability, Seed
 from lib.settings.run_settings import RunSettings
+
+Tokenizers = tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]  # of the sources, of the targets
 
 
 @dataclass
 class Config(RunSettings):
     model: str | None  # "minilm", a folder or a hub id: an encoder or an encoder-decoder; null: from scratch
-    decoder: (
-        str | None
-    )  # with an encoder as the model: "minilm", a folder or a hub id, whose weights its decoder starts from; null: a new one
-    trust_remote_code: (
-        bool  # whether code and pickled weights that come with the model may run; only for sources that you trust
-    )
-    vocab_size: PositiveInt  # tokens of the BPE that is learned, unless the model or the decoder has one for its output; at least 259
-    hidden_size: (
-        PositiveInt  # width of what starts from scratch; a multiple of num_heads, and of twice that if all does
-    )
+    decoder: str | None  # with an encoder as the model: whose weights its decoder starts from; null: a new decoder
+    trust_remote_code: bool  # whether code and pickled weights of the model may run; only for sources that you trust
+    vocab_size: PositiveInt  # tokens of the BPE that is learned, if the decoder brings none; at least 259
+    hidden_size: PositiveInt  # width of what starts from scratch; a multiple of num_heads, or of twice that if all does
     intermediate_size: PositiveInt  # width inside its MLPs
     num_layers: PositiveInt  # its layers: of the decoder, and of the encoder if that starts from scratch, too
     num_heads: PositiveInt  # its attention heads
@@ -74,7 +66,7 @@ class Config(RunSettings):
     summary_column: str  # the column with its summary
     max_rows: PositiveInt | None  # rows to take of each split, drawn at random; null: all
     seed: Seed  # of the weights and the order of the rows
-    precision: Literal["fp32", "bf16", "fp16"]  # of the forward and backward pass; the optimizer's is always fp32
+    precision: Precision  # of the forward and backward pass; the optimizer's is always fp32
     batch_size: PositiveInt  # rows an optimizer step, over all ranks
     max_steps: PositiveInt | None  # optimizer steps; null: epochs decide
     epochs: PositiveFloat | None  # passes over the training rows; null: max_steps decide
@@ -82,112 +74,139 @@ class Config(RunSettings):
     max_target_length: Annotated[int, Field(ge=2)]  # tokens, also of what is generated
     label_smoothing: Probability  # share of the probability that is spread over the vocabulary
     learning_rate: PositiveFloat  # of all but the weights that `model` brings; the highest, after the warm-up
-    pretrained_learning_rate: (
-        NonNegativeFloat  # of the weights that `model` brings; 0: they are frozen, which takes less time
-    )
-    lr_schedule: Literal["linear", "cosine", "constant"]  # what the learning rate does after the warm-up
+    pretrained_learning_rate: NonNegativeFloat  # of the weights that `model` brings; 0: frozen, which takes less time
+    lr_schedule: LearningRateSchedule  # what the learning rate does after the warm-up
     warmup_steps: NonNegativeInt  # optimizer steps over which the learning rate rises from 0
     weight_decay: NonNegativeFloat  # of matrices and embeddings, not of biases and norms
     adam_betas: Betas  # of AdamW: how much each step keeps of the mean gradient and of the mean squared gradient
-    adam_eps: (
-        PositiveFloat  # of AdamW: added to the root of the mean squared gradient, by which the mean gradient is divided
-    )
+    adam_eps: PositiveFloat  # of AdamW: added to the root of the mean squared gradient, by which it divides
     gradient_clipping: NonNegativeFloat  # highest norm of the gradient; 0: no clipping
     beams: PositiveInt  # of the beam search; 1: greedy
-    length_penalty: LengthPenalty  # of a beam search: the higher, the longer its texts; 1: those with the highest mean log probability of a token
+    length_penalty: LengthPenalty  # of the beam search: the higher, the longer the texts; 1: mean log probability
     no_repeat_ngram: NonNegativeInt  # no run of so many tokens occurs twice in a summary; 0: it may
 
 
-def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
-    device = ranks.init(cfg.rank_timeout)
-    run = Run(cfg, ds_config, __file__)
-    micro_batch_size, accumulation_steps = (
-        ds_config["train_micro_batch_size_per_gpu"],
-        ds_config["gradient_accumulation_steps"],
+def tokenize(rows: dict[str, list[Any]], tokenizers: Tokenizers, max_lengths: tuple[int, int]) -> dict[str, list[Any]]:
+    """Columns source and target -> input_ids, labels, and their length together; what notes_on counts.
+
+    A truncated target lacks its end-of-text token, or the model would learn to stop there.
+    """
+    sources = tokenizers[0](rows["source"], truncation=True, max_length=max_lengths[0])
+    targets = tokenizers[1](text_target=rows["target"], truncation=True, max_length=max_lengths[1])
+    truncated, end = [bool(target.overflowing) for target in targets.encodings], tokenizers[1].eos_token_id
+    labels = [
+        ids[:-1] if cut and ids[-1] == end else ids for ids, cut in zip(targets["input_ids"], truncated, strict=True)
+    ]
+    written = tokenizers[1].batch_decode(labels, skip_special_tokens=True)
+    read_back = zip(truncated, rows["target"], written, strict=True)
+    return {
+        "input_ids": sources["input_ids"],
+        "labels": labels,
+        "length": [len(source) + len(target) for source, target in zip(sources["input_ids"], labels, strict=True)],
+        "source_truncated": [bool(source.overflowing) for source in sources.encodings],
+        "target_truncated": truncated,
+        "target_altered": [not cut and text.strip() != back.strip() for cut, text, back in read_back],
+    }
+
+
+def notes_on(train: Dataset) -> list[str]:
+    """What the header says of the training rows: truncated ones, and targets that the tokenizer cannot write as they
+    are."""
+    sources, targets, altered = (
+        sum(train[name]) for name in ("source_truncated", "target_truncated", "target_altered")
     )
+    pairs, notes = f"of {len(train):,} training", []
+    if sources or targets:
+        notes.append(f"truncated: {sources:,} sources and {targets:,} targets {pairs} pairs")
+    if altered:
+        why = "cannot be written as they are by the model's tokenizer (letter case, accents, spaces)"
+        notes.append(f"{altered:,} {pairs} targets {why}")
+    return notes
+
+
+def collate(rows: dict[str, list[Any]], tokenizers: Tokenizers, decoder_start: int) -> Batch:
+    """Pairs -> input_ids, attention_mask [rows, longest source]; decoder_input_ids, labels [rows, longest target].
+
+    The decoder reads a start token and then the target; its label at each place is the token that comes next.
+    """
+    shifted = [[decoder_start, *labels[:-1]] for labels in rows["labels"]]
+    targets = {"decoder_input_ids": pad(shifted, tokenizers[1].pad_token_id), "labels": pad(rows["labels"], IGNORED)}
+    return pad_tokens(rows["input_ids"], tokenizers[0].pad_token_id) | targets
+
+
+def count(batch: Batch) -> torch.Tensor:
+    """[2]: labels, and tokens of the sources."""
+    return torch.stack([(batch["labels"] != IGNORED).sum(), batch["attention_mask"].sum()])
+
+
+def logits_of(engine: Any, batch: Batch) -> torch.Tensor:
+    """[rows, longest target, tokens of the vocabulary], in fp32."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "decoder_input_ids")}
+    return engine(**inputs).logits.float()
+
+
+def generate(
+    engine: Any, rows: Dataset, collate_pairs: Any, tokenizer: PreTrainedTokenizerBase, cfg: Config, batch_size: int
+) -> list[str]:
+    """The summary of each row's source, by beam search."""
+    return generate_texts(
+        engine, rows, collate_pairs, batch_size, tokenizer, cfg.max_target_length,
+        beams=cfg.beams, length_penalty=cfg.length_penalty, no_repeat_ngram=cfg.no_repeat_ngram,
+    )  # fmt: skip
+
+
+def baseline_scores(texts: tuple[list[str], list[str]], test: Dataset) -> Scores:
+    """Of the target of the most similar training source, and of the text's first sentence."""
+    nearest = ranks.on_rank0(lambda: baselines.nearest_training_target(*texts, test["source"]))
+    lead = [baselines.first_sentence(text) for text in test["source"]]
+    written = {"nearest training text's": nearest, "lead sentence": lead}
+    return {name: summarization_scores(found, test["target"]) for name, found in written.items()}
+
+
+def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
+    run = Run(cfg, ds_config, __file__)
 
     # Data: pairs of texts to token ids.
     splits = load_rows(cfg.dataset, cfg.max_rows, text={"source": cfg.text_column, "target": cfg.summary_column})
-    texts = splits["train"]["source"], splits["train"]["target"]
-    source_tokenizer, target_tokenizer = load_tokenizers(cfg, *texts)
-    lengths = {"max_source_length": cfg.max_source_length, "max_target_length": cfg.max_target_length}
-    tokenized = map_rows(
-        splits, tokenize_pairs, source_tokenizer=source_tokenizer, target_tokenizer=target_tokenizer, **lengths
-    )
+    texts, test = (splits["train"]["source"], splits["train"]["target"]), splits["test"]
+    tokenizers = encoder_decoder.load_tokenizers(cfg, *texts)
+    lengths = cfg.max_source_length, cfg.max_target_length
+    tokenized = map_rows(splits, tokenize, tokenizers=tokenizers, max_lengths=lengths)
     train = tokenized["train"]
     run.plan(len(train), splits)
 
     # Model, optimizer, engine.
-    model: Any = load_model(lambda: build_model(cfg, target_tokenizer), ds_config, cfg.seed)
-    optimizer = make_adamw(cfg, model, ds_config, pretrained_parameters(cfg, model))
+    model: Any = load_model(lambda: encoder_decoder.build_model(cfg, tokenizers[1]), ds_config, cfg.seed)
+    optimizer = make_adamw(cfg, model, ds_config, encoder_decoder.pretrained_parameters(cfg, model))
     schedule = make_schedule(cfg, optimizer, run.total_steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
-    repair_stage0(engine)
-    run.attach(engine)
-    run.header(model, {name: len(rows) for name, rows in tokenized.items()}, pair_notes(train))
-
-    collate = collator(model, source_tokenizer, target_tokenizer)
+    run.attach(engine, {name: len(rows) for name, rows in tokenized.items()}, notes_on(train))
+    start = encoder_decoder.decoder_start(model)
+    collate_pairs = functools.partial(collate, tokenizers=tokenizers, decoder_start=start)
 
     def evaluate(split: str) -> tuple[dict[str, float], list[str]]:
-        summaries = generate_texts(
-            engine,
-            tokenized[split],
-            collate,
-            micro_batch_size,
-            target_tokenizer,
-            cfg.max_target_length,
-            cfg.beams,
-            cfg.length_penalty,
-            cfg.no_repeat_ngram,
-        )
-        return summarization_scores(summaries, splits[split]["target"]), summaries
+        written = generate(engine, tokenized[split], collate_pairs, tokenizers[1], cfg, run.micro_batch_size)
+        return summarization_scores(written, splits[split]["target"]), written
 
-    checkpoints = Checkpoints(run, engine, schedule)
-    done = checkpoints.restore()  # optimizer steps: 0, or those of the checkpoint that --resume found
-    batches = training_batches(
-        train, collate, cfg.batch_size, micro_batch_size, cfg.seed, device, train["length"], start=done
-    )
-    for step in run.steps(done):
-        micro_batches = next(batches)  # this rank's share of one optimizer step
-        learning_rate = schedule.get_last_lr()[0]
-        counts = [
-            torch.stack([(batch["labels"] != IGNORED).sum(), batch["attention_mask"].sum()]) for batch in micro_batches
-        ]
-        labels, sources = ranks.all_sum(torch.stack(counts).sum(0))  # tokens over every rank and micro-batch
-        step_loss = torch.zeros((), device=device)
+    for step, micro_batches in run.steps(train, collate_pairs, train["length"]):  # this rank's share of a step
+        labels, sources = ranks.sum_over_ranks(map(count, micro_batches))
+        step_loss = torch.zeros((), device=run.device)
         for batch in micro_batches:
             loss = token_losses(logits_of(engine, batch), batch["labels"], cfg.label_smoothing).sum() / labels
-            engine.backward(
-                veto_if_not_finite(loss) * accumulation_steps * ranks.world_size()
-            )  # undoes DeepSpeed's two divisions
+            engine.backward(run.undivided(loss))  # DeepSpeed divides by accumulation steps and data-parallel ranks
             engine.step()  # changes the weights after the last micro-batch only
             step_loss += loss.detach()
-        run.log_step(step, step_loss, labels + sources, learning_rate, engine.get_global_grad_norm())
-        if run.due(step, cfg.eval_every):
-            scores, _ = evaluate("validation")
-            run.log_evaluation(step, "validation", scores)
-            checkpoints.score(step, scores["rouge1"])
-        checkpoints.end_step(
-            step, micro_batches
-        )  # saves when due, or asked to stop; a loss that is not finite has changed no weight
+        run.log_step(step, step_loss, tokens=labels + sources)
+        if run.evaluation_due(step):
+            run.log_scores(step, "validation", evaluate("validation")[0], higher_is_better="rouge1")
 
-    checkpoints.take_best()
-    export(engine, source_tokenizer, run.folder / "model", target_tokenizer)
+    export(engine, tokenizers[0], run.folder / "model", tokenizers[1])
     scores, summaries = evaluate("test")
-    run.log_evaluation(run.total_steps, "test", scores)
-    test = splits["test"]
-    for row in range(min(3, len(test))):
-        run.say(f"sample   {summaries[row]}  (was: {test['target'][row]})")
-    nearest = ranks.on_rank0(lambda: baselines.nearest_training_target(*texts, test["source"]))
-    beside = {
-        "nearest training text's": summarization_scores(nearest, test["target"]),
-        "lead sentence": summarization_scores(
-            [baselines.first_sentence(text) for text in test["source"]], test["target"]
-        ),
-    }
+    run.log_scores(run.total_steps, "test", scores)
+    for summary, target in zip(summaries[:3], test["target"][:3], strict=True):
+        run.say(f"sample   {summary}  (was: {target})")
     run.say(f"ROUGE    over {rouge_tokens(test['target'])}")
-    run.finish({f"this model, {len(test):,} test rows": scores, **beside})
-    return {"model": scores, **beside}
+    return run.finish(scores, f"{len(test):,} test rows", baseline_scores(texts, test))
 
 
 if __name__ == "__main__":

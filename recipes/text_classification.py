@@ -1,23 +1,25 @@
 """Fine-tune an encoder to classify text.
 
     ./launch.sh text_classification --stage 2
-    deepspeed --num_accelerators 2 recipes/text_classification.py --deepspeed_config ds_configs/text_classification/zero2.json
+    deepspeed --num_accelerators 2 recipes/text_classification.py \
+        --deepspeed_config ds_configs/text_classification/zero2.json
 
-The default teaches MiniLM (22.7 M parameters) from which of eight Python libraries the first paragraph of a docstring comes, the
-libraries' names masked, and compares it with logistic regression on TF-IDF fitted on the same rows.
+The default teaches MiniLM (22.7 M parameters) from which of eight Python libraries the first paragraph of a docstring
+comes, the libraries' names masked, and compares it with logistic regression on TF-IDF fitted on the same rows.
 
-Method: minimize the cross entropy -log softmax(W h + b)[label] over the encoder and a new linear layer W, b, where h is the encoder's
-pooled vector of the first token (Devlin et al. 2019, BERT, section 4.1). Batches are grouped by length, and there is no dropout unless
-it is set, so that the losses do not depend on the number of ranks.
+Method: minimize the cross entropy -log softmax(W h + b)[label] over the encoder and a new linear layer W, b, where h is
+the encoder's pooled vector of the first token (Devlin et al. 2019, BERT, section 4.1). Batches are grouped by length,
+and there is no dropout unless it is set, so that the losses do not depend on the number of ranks.
 
-Change first: the YAML beside this file (model, dataset, columns), then tokenize(), build_model() and the scores in evaluate().
+Change first: the YAML beside this file (model, dataset, columns), then tokenize(), build_model() and the scores in
+evaluate().
 """
 
 import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import deepspeed
 import torch
@@ -27,47 +29,42 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
-from lib.data.batches import Batch, pad_tokens, training_batches
+from lib.data.batches import Batch, pad_tokens
 from lib.data.rows import load_rows, map_rows
 from lib.distributed import ranks
 from lib.distributed.export import export
 from lib.distributed.loading import load_model
 from lib.distributed.optimizer import make_adamw, make_schedule
-from lib.distributed.repairs import repair_stage0, veto_if_not_finite
 from lib.errors import UserError
-from lib.models.hub import load_config, load_tokenizer, load_weights
-from lib.run.checkpoints import Checkpoints
+from lib.models import hub
 from lib.run.cli import cli
+from lib.run.result import Scores
 from lib.run.run import Run
 from lib.scores import baselines, evaluation, inference
-from lib.settings.config import Betas, Probability, Seed
+from lib.settings.config import Betas, LearningRateSchedule, Precision, Probability, Seed
 from lib.settings.run_settings import RunSettings
 
 
 @dataclass
 class Config(RunSettings):
     model: str  # "minilm" (installed with the requirements), a folder, or a Hugging Face hub id
-    trust_remote_code: (
-        bool  # whether code and pickled weights that come with the model may run; only for sources that you trust
-    )
+    trust_remote_code: bool  # whether code and pickled weights of the model may run; only for sources that you trust
     dataset: str  # "docstrings" (built in), a file (.jsonl, .csv, .parquet, ...), a folder of them, or a hub id
     text_column: str  # the column to read
     label_column: str  # the column to predict; text, whole numbers, true or false
     max_rows: PositiveInt | None  # rows to take of each split, drawn at random; null: all
     seed: Seed  # of the new layer's weights, the order of the rows and the dropout
-    precision: Literal["fp32", "bf16", "fp16"]  # of the forward and backward pass; the optimizer's is always fp32
+    precision: Precision  # of the forward and backward pass; the optimizer's is always fp32
     batch_size: PositiveInt  # rows an optimizer step, over all ranks
     max_steps: PositiveInt | None  # optimizer steps; null: epochs decide
     epochs: PositiveFloat | None  # passes over the training rows; null: max_steps decide
     max_length: PositiveInt  # tokens; longer texts are truncated and counted
     learning_rate: PositiveFloat  # the highest, after the warm-up
-    lr_schedule: Literal["linear", "cosine", "constant"]  # what the learning rate does after the warm-up
+    lr_schedule: LearningRateSchedule  # what the learning rate does after the warm-up
     warmup_steps: NonNegativeInt  # optimizer steps over which the learning rate rises from 0
     weight_decay: NonNegativeFloat  # of matrices and embeddings, not of biases and norms
     adam_betas: Betas  # of AdamW: how much each step keeps of the mean gradient and of the mean squared gradient
-    adam_eps: (
-        PositiveFloat  # of AdamW: added to the root of the mean squared gradient, by which the mean gradient is divided
-    )
+    adam_eps: PositiveFloat  # of AdamW: added to the root of the mean squared gradient, by which it divides
     gradient_clipping: NonNegativeFloat  # highest norm of the gradient; 0: no clipping
     dropout: Probability  # of every dropout in the model; above 0, the losses depend on the number of ranks
     num_layers: PositiveInt | None  # keep only the first layers of the encoder; null: all
@@ -75,29 +72,22 @@ class Config(RunSettings):
 
 def build_model(cfg: Config, label_names: list[str], pad_token_id: int) -> torch.nn.Module:
     """The encoder with a new linear layer on top, whole, in host memory."""
-    config = load_config(
-        cfg.model,
-        cfg.dropout,
-        cfg.trust_remote_code,
-        num_labels=len(label_names),
-        id2label=dict(enumerate(label_names)),
-        label2id={name: number for number, name in enumerate(label_names)},
-        pad_token_id=pad_token_id,
-    )
+    config = hub.load_config(
+        cfg.model, cfg.dropout, cfg.trust_remote_code, pad_token_id=pad_token_id, num_labels=len(label_names),
+        id2label=dict(enumerate(label_names)), label2id={name: number for number, name in enumerate(label_names)},
+    )  # fmt: skip
     if cfg.num_layers is not None:
         if cfg.num_layers > config.num_hidden_layers:
             raise UserError(
-                f"num_layers is {cfg.num_layers}, but the model has {config.num_hidden_layers} layers; set --num_layers null to keep all"
+                f"num_layers is {cfg.num_layers}, but the model has {config.num_hidden_layers} layers; "
+                "set --num_layers null to keep all"
             )
         config.num_hidden_layers = cfg.num_layers
-        for of_each in (
-            "layer_types",
-            "mlp_layer_types",
-            "attention_window",
-        ):  # where an architecture has layers of several kinds
-            if isinstance(getattr(config, of_each, None), list):
-                setattr(config, of_each, getattr(config, of_each)[: cfg.num_layers])
-    return load_weights(
+        # Lists with an entry for each layer, in architectures that have layers of several kinds.
+        for name in ("layer_types", "mlp_layer_types", "attention_window"):
+            if isinstance(getattr(config, name, None), list):
+                setattr(config, name, getattr(config, name)[: cfg.num_layers])
+    return hub.load_weights(
         AutoModelForSequenceClassification, cfg.model, config, cfg.trust_remote_code, ignore_mismatched_sizes=True
     )
 
@@ -111,6 +101,11 @@ def tokenize(rows: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, max
         "length": [len(ids) for ids in encoded["input_ids"]],
         "truncated": [bool(encoding.overflowing) for encoding in encoded.encodings],
     }
+
+
+def truncation_notes(train: Dataset, max_length: int) -> list[str]:
+    truncated = sum(train["truncated"])
+    return [f"{truncated:,} training texts truncated to {max_length} tokens"] if truncated else []
 
 
 def collate(rows: dict[str, list[Any]], pad_token_id: int) -> Batch:
@@ -131,20 +126,15 @@ def evaluate(engine: Any, rows: Dataset, collate_rows: Any, batch_size: int) -> 
     return evaluation.classification_scores(rows["labels"], predicted.tolist())
 
 
-def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
-    device = ranks.init(cfg.rank_timeout)
+def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     run = Run(cfg, ds_config, __file__)
-    micro_batch_size, accumulation_steps = (
-        ds_config["train_micro_batch_size_per_gpu"],
-        ds_config["gradient_accumulation_steps"],
-    )
 
     # Data: texts and labels to token ids.
     splits = load_rows(cfg.dataset, cfg.max_rows, text={"text": cfg.text_column}, label={"label": cfg.label_column})
     label_names = splits["train"].features["label"].names
-    tokenizer = load_tokenizer(cfg.model, cfg.max_length, cfg.trust_remote_code)
+    tokenizer = hub.load_tokenizer(cfg.model, cfg.max_length, cfg.trust_remote_code)
     tokenized = map_rows(splits, tokenize, tokenizer=tokenizer, max_length=cfg.max_length)
-    train, validation, test = tokenized["train"], tokenized["validation"], tokenized["test"]
+    train, test = tokenized["train"], tokenized["test"]
     collate_rows = functools.partial(collate, pad_token_id=tokenizer.pad_token_id)
     run.plan(len(train), splits)
 
@@ -153,54 +143,30 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     optimizer = make_adamw(cfg, model, ds_config)
     schedule = make_schedule(cfg, optimizer, run.total_steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
-    repair_stage0(engine)
-    run.attach(engine)
-    truncated = sum(train["truncated"])
-    run.header(
-        model,
-        {name: len(rows) for name, rows in tokenized.items()},
-        [f"{truncated:,} training texts truncated to {cfg.max_length} tokens"] if truncated else [],
-    )
+    run.attach(engine, {name: len(rows) for name, rows in tokenized.items()}, truncation_notes(train, cfg.max_length))
 
-    checkpoints = Checkpoints(run, engine, schedule)
-    done = checkpoints.restore()  # optimizer steps: 0, or those of the checkpoint that --resume found
-    batches = training_batches(
-        train, collate_rows, cfg.batch_size, micro_batch_size, cfg.seed, device, train["length"], start=done
-    )
-    for step in run.steps(done):
-        micro_batches = next(batches)  # this rank's share of one optimizer step
-        learning_rate = schedule.get_last_lr()[0]
-        tokens = ranks.all_sum(
-            torch.stack([batch["attention_mask"].sum() for batch in micro_batches]).sum()
-        )  # of all ranks
-        step_loss = torch.zeros((), device=device)
+    for step, micro_batches in run.steps(train, collate_rows, train["length"]):  # this rank's share of a step
+        tokens = ranks.sum_over_ranks(batch["attention_mask"].sum() for batch in micro_batches)
+        step_loss = torch.zeros((), device=run.device)
         for batch in micro_batches:
             loss = F.cross_entropy(logits_of(engine, batch), batch["labels"], reduction="sum") / cfg.batch_size
-            engine.backward(
-                veto_if_not_finite(loss) * accumulation_steps * ranks.world_size()
-            )  # undoes DeepSpeed's two divisions
+            engine.backward(run.undivided(loss))  # DeepSpeed divides by accumulation steps and data-parallel ranks
             engine.step()  # changes the weights after the last micro-batch only
             step_loss += loss.detach()
-        run.log_step(step, step_loss, tokens, learning_rate, engine.get_global_grad_norm())
-        if run.due(step, cfg.eval_every):
-            scores = evaluate(engine, validation, collate_rows, micro_batch_size)
-            run.log_evaluation(step, "validation", scores)
-            checkpoints.score(step, scores["macro_f1"])
-        checkpoints.end_step(
-            step, micro_batches
-        )  # saves when due, or asked to stop; a loss that is not finite has changed no weight
+        run.log_step(step, step_loss, tokens)
+        if run.evaluation_due(step):
+            scores = evaluate(engine, tokenized["validation"], collate_rows, run.micro_batch_size)
+            run.log_scores(step, "validation", scores, higher_is_better="macro_f1")
 
-    checkpoints.take_best()
     export(engine, tokenizer, run.folder / "model")
-    scores = evaluate(engine, test, collate_rows, micro_batch_size)
-    run.log_evaluation(run.total_steps, "test", scores)
+    scores = evaluate(engine, test, collate_rows, run.micro_batch_size)
+    run.log_scores(run.total_steps, "test", scores)
     texts = splits["train"]["text"], train["labels"], splits["test"]["text"], test["labels"]
-    beside = {
+    baseline_scores = {
         "TF-IDF + logistic regression": ranks.on_rank0(lambda: baselines.tfidf_logistic_regression(*texts)),
         "majority class": baselines.majority_class(train["labels"], test["labels"]),
     }
-    run.finish({f"this model, {len(test):,} test rows": scores, **beside})
-    return {"model": scores, **beside}
+    return run.finish(scores, f"{len(test):,} test rows", baseline_scores)
 
 
 if __name__ == "__main__":

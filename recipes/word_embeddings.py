@@ -4,24 +4,23 @@
     ./launch.sh word_embeddings --method glove
     deepspeed --num_accelerators 2 recipes/word_embeddings.py --deepspeed_config ds_configs/word_embeddings/zero2.json
 
-The default trains on the State of the Union addresses and compares the vectors with those of gensim's word2vec on the same words: how
-well their cosines agree with human ratings of similarity, and how many words a second each reads.
+The default trains on the State of the Union addresses and compares the vectors with those of gensim's word2vec on the
+same words: how well their cosines agree with human ratings of similarity, and how many words a second each reads.
 
 Methods, both over a vector v and a context vector u for each word:
-skip_gram: for each word w and each word c beside it, minimize -log s(v_w u_c) - sum over k random words n of log s(-v_w u_n), where s is
-the logistic function (Mikolov et al. 2013, equation 4). Unlike there, the random words are drawn once for each w, which costs less; frequent
-words are subsampled once and not in each epoch; and the optimizer is AdamW with large batches, not SGD word by word; a random word may be one that stands beside it. There is no
-validation beside the ratings that are the test, so there is no best checkpoint to keep.
-glove: for each pair that occurs X times, words d apart counting 1 / d, minimize f(X) (v_w u_c + a_w + b_c - log X)^2 with
-f(X) = min(1, (X / x_max)^0.75), and take v + u (Pennington et al. 2014, equations 8 and 9; AdaGrad and a larger window and x_max there).
+skip_gram: for each word w and each word c beside it, minimize -log s(v_w u_c) - sum over k random words n of log s(-v_w
+u_n), where s is the logistic function (Mikolov et al. 2013, equation 4). Unlike there, the random words are drawn once
+for each w and may stand beside it, frequent words are subsampled once and not in each epoch, and the optimizer is AdamW
+with large batches.
+glove: for each pair that occurs X times, words d apart counting 1 / d, minimize f(X) (v_w u_c + a_w + b_c - log X)^2
+with f(X) = min(1, (X / x_max)^0.75), and take v + u (Pennington et al. 2014, equations 8 and 9; AdaGrad and a larger
+window and x_max there).
 
 Change first: the YAML beside this file (data, sizes), then words_of() and the two classes of rows.
 """
 
-import functools
 import re
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,19 +33,19 @@ import torch.nn.functional as F
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
-from lib.data.batches import Batch, random_numbers, training_batches
+from lib.data.batches import Batch, random_numbers, tensors_of
 from lib.data.rows import load_rows
+from lib.data.words import number_words
 from lib.distributed import ranks
 from lib.distributed.export import export, full_state_dict
 from lib.distributed.loading import load_model
 from lib.distributed.optimizer import make_adamw, make_schedule
-from lib.distributed.repairs import repair_stage0, veto_if_not_finite
 from lib.errors import UserError
-from lib.run.checkpoints import Checkpoints
 from lib.run.cli import cli
+from lib.run.result import Scores
 from lib.run.run import Run
-from lib.scores import baselines, evaluation
-from lib.settings.config import Betas, Seed
+from lib.scores import baselines, evaluation, word_vectors
+from lib.settings.config import Betas, LearningRateSchedule, Precision, Seed
 from lib.settings.run_settings import RunSettings
 
 
@@ -57,7 +56,7 @@ class Config(RunSettings):
     text_column: str  # the column to read, one document a row
     max_rows: PositiveInt | None  # rows to take of each split, drawn at random; null: all
     seed: Seed  # of the weights, the order of the rows, and what is drawn
-    precision: Literal["fp32", "bf16", "fp16"]  # of the forward and backward pass; the optimizer's is always fp32
+    precision: Precision  # of the forward and backward pass; the optimizer's is always fp32
     dimensions: PositiveInt  # of a word's vector
     window: PositiveInt  # words to each side; skip_gram takes a random part of it for each word
     min_count: PositiveInt  # a word that occurs less often is left out of the text
@@ -68,13 +67,11 @@ class Config(RunSettings):
     max_steps: PositiveInt | None  # optimizer steps; null: epochs decide
     epochs: PositiveFloat | None  # passes over the words or pairs; null: max_steps decide
     learning_rate: PositiveFloat  # the highest, after the warm-up
-    lr_schedule: Literal["linear", "cosine", "constant"]  # what the learning rate does after the warm-up
+    lr_schedule: LearningRateSchedule  # what the learning rate does after the warm-up
     warmup_steps: NonNegativeInt  # optimizer steps over which the learning rate rises from 0
     weight_decay: NonNegativeFloat  # of all vectors
     adam_betas: Betas  # of AdamW: how much each step keeps of the mean gradient and of the mean squared gradient
-    adam_eps: (
-        PositiveFloat  # of AdamW: added to the root of the mean squared gradient, by which the mean gradient is divided
-    )
+    adam_eps: PositiveFloat  # of AdamW: added to the root of the mean squared gradient, by which it divides
     gradient_clipping: NonNegativeFloat  # highest norm of the gradient; 0: no clipping
     neighbours_of: str  # words, with spaces between them, whose nearest neighbours are shown in the end
 
@@ -94,13 +91,13 @@ class WordVectors(torch.nn.Module):
 
     def forward(self, words: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
         scores = torch.einsum("rd,rkd->rk", self.vectors(words), self.contexts(others))
-        return (
-            scores + self.biases(words) + self.context_biases(others).squeeze(-1) if self.config["biases"] else scores
-        )
+        if not self.config["biases"]:
+            return scores
+        return scores + self.biases(words) + self.context_biases(others).squeeze(-1)
 
 
 def words_of(text: str) -> list[str]:
-    """Runs of letters, with an apostrophe inside perhaps; single letters in scripts that put no spaces between words."""
+    """Runs of letters, perhaps with an apostrophe inside; single letters in scripts without spaces between words."""
     return re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?", evaluation.spaced(text.lower()))
 
 
@@ -115,8 +112,7 @@ class SkipGrams:
         self.places = np.flatnonzero(self.stream >= 0)
         self.offsets = np.array([offset for offset in range(-cfg.window, cfg.window + 1) if offset])
         noise = np.cumsum(counts**0.75)
-        self.noise = noise / noise[-1]
-        self.cfg = cfg
+        self.noise, self.cfg = noise / noise[-1], cfg
 
     def __len__(self) -> int:
         return len(self.places)
@@ -127,25 +123,17 @@ class SkipGrams:
         return {"words": self.stream[places], "around": self.stream[places[:, None] + self.offsets]}
 
     def collate(self, rows: dict[str, np.ndarray]) -> Batch:
-        """words [rows], others [rows, 2 * window + negatives], of each the target (1: beside the word) and weight; pairs: how many of the first."""
+        """words and pairs (how many words are beside it) [rows]; others, target (1: beside), weight [rows, columns]."""
         random = random_numbers(rows["draw"], 1 + self.cfg.negatives)
         reach = 1 + np.floor(random[:, :1] * self.cfg.window)
         beside = (np.abs(self.offsets) <= reach) & (rows["around"] >= 0)
         pairs = beside.sum(1, keepdims=True)
         others = np.concatenate([rows["around"].clip(min=0), np.searchsorted(self.noise, random[:, 1:])], axis=1)
-        weight = np.concatenate(
-            [beside, np.repeat(pairs, self.cfg.negatives, axis=1)], axis=1
-        )  # random words stand for those of each pair
+        # A random word stands for those of each pair.
+        weight = np.concatenate([beside, np.repeat(pairs, self.cfg.negatives, axis=1)], axis=1).astype(np.float32)
         target = np.zeros(others.shape, np.float32)
         target[:, : len(self.offsets)] = 1
-        arrays = {
-            "words": rows["words"],
-            "others": others,
-            "target": target,
-            "weight": weight.astype(np.float32),
-            "pairs": pairs,
-        }
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return tensors_of(words=rows["words"], others=others, target=target, weight=weight, pairs=pairs)
 
     def loss(self, scores: torch.Tensor, batch: Batch) -> torch.Tensor:
         return F.binary_cross_entropy_with_logits(scores, batch["target"], batch["weight"], reduction="sum")
@@ -163,81 +151,66 @@ class Cooccurrences:
             first, second = stream[:-distance][both], stream[distance:][both]
             found += scipy.sparse.csr_array((np.full(len(first), 1 / distance), (first, second)), shape=found.shape)
         pairs = (found + found.T).tocoo()
-        self.words, self.others, self.together = (
-            pairs.row.astype(np.int64),
-            pairs.col.astype(np.int64),
-            pairs.data.astype(np.float32),
-        )
-        self.cfg = cfg
+        self.words, self.others = pairs.row.astype(np.int64), pairs.col.astype(np.int64)
+        self.together, self.cfg = pairs.data.astype(np.float32), cfg
 
     def __len__(self) -> int:
         return len(self.words)
 
     def __getitem__(self, numbers: list[int]) -> dict[str, np.ndarray]:
-        return {
-            "words": self.words[numbers],
-            "others": self.others[numbers, None],
-            "together": self.together[numbers, None],
-        }
+        others, together = self.others[numbers, None], self.together[numbers, None]
+        return {"words": self.words[numbers], "others": others, "together": together}
 
     def collate(self, rows: dict[str, np.ndarray]) -> Batch:
-        """words [rows], others [rows, 1], and of each pair the target log X, the weight f(X), and that it is one pair."""
+        """words [rows]; of each pair others, the target log X, the weight f(X), and pairs, which is 1: [rows, 1]."""
         together = rows["together"]
         weight = np.minimum(1, (together / self.cfg.x_max) ** 0.75)
-        arrays = {
-            "words": rows["words"],
-            "others": rows["others"],
-            "target": np.log(together),
-            "weight": weight,
-            "pairs": np.ones_like(rows["others"]),
-        }
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        one = np.ones_like(rows["others"])
+        return tensors_of(words=rows["words"], others=rows["others"], target=np.log(together), weight=weight, pairs=one)
 
     def loss(self, scores: torch.Tensor, batch: Batch) -> torch.Tensor:
         return (batch["weight"] * (scores - batch["target"]) ** 2).sum()
 
 
+def training_rows(documents: list[np.ndarray], counts: np.ndarray, cfg: Config) -> SkipGrams | Cooccurrences:
+    if len(counts) > 1:
+        rows = (Cooccurrences if cfg.method == "glove" else SkipGrams)(documents, counts, cfg)
+        if len(rows):
+            return rows
+    raise UserError(
+        f"dataset {cfg.dataset}: {len(counts)} words occur {cfg.min_count} times or more, and no two are left beside "
+        "each other; set a smaller --min_count or a larger --subsample, or give more text"
+    )
+
+
 def trained_vectors(engine: Any, method: str) -> np.ndarray:
     """[words, dimensions], on every rank."""
-
-    def vectors(state: dict[str, torch.Tensor]) -> np.ndarray:
-        both = state["vectors.weight"] + state["contexts.weight"] if method == "glove" else state["vectors.weight"]
-        return both.float().numpy()
-
-    state = full_state_dict(engine)
-    return ranks.on_rank0(lambda: vectors(state))
+    state = full_state_dict(engine)  # on rank 0 alone
+    names = ["vectors.weight", "contexts.weight"] if method == "glove" else ["vectors.weight"]
+    return ranks.on_rank0(lambda: torch.stack([state[name] for name in names]).sum(0).float().numpy())
 
 
-def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
-    device = ranks.init(cfg.rank_timeout)
+def compare_with_gensim(run: Run, cfg: Config, texts: list[list[str]], rows: int) -> Scores:
+    """The scores of gensim's word2vec after as many passes over the text, and how fast both read it."""
+    trained_rows = (run.total_steps - run.resumed_at) * cfg.batch_size
+    speed = sum(map(len, texts)) * trained_rows / rows / max(run.metrics.step_seconds, 1e-9)  # resumed at its end: 0
+    passes = 5 if cfg.method == "glove" else max(1, round(run.total_steps * cfg.batch_size / rows))  # GloVe's: of pairs
+    options = cfg.dimensions, cfg.window, cfg.negatives, cfg.min_count, passes, cfg.subsample, cfg.seed
+    names, vectors, gensim_speed = ranks.on_rank0(lambda: baselines.gensim_word2vec(texts, *options))
+    run.say(f"speed    {speed:,.0f} words/s on {ranks.world_size()} ranks; gensim {gensim_speed:,.0f} on one thread")
+    return {f"gensim's word2vec, {passes} epochs": evaluation.similarity_scores(names, vectors)}
+
+
+def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     if cfg.keep_best:
         raise UserError("keep_best is true, but word vectors have no validation scores to choose by; set it to false")
     run = Run(cfg, ds_config, __file__)
-    micro_batch_size, accumulation_steps = (
-        ds_config["train_micro_batch_size_per_gpu"],
-        ds_config["gradient_accumulation_steps"],
-    )
 
-    # Data: documents of all splits (the ratings are the test) to numbers of words, the most frequent first.
+    # Data: documents of all splits (the ratings are the test) to numbers of words.
     splits = load_rows(cfg.dataset, cfg.max_rows, text={"text": cfg.text_column})
     texts = [words_of(text) for rows in splits.values() for text in rows["text"]]
-    found = [
-        (word, count)
-        for word, count in Counter(word for text in texts for word in text).most_common()
-        if count >= cfg.min_count
-    ]
-    words, counts = [word for word, _ in found], np.array([count for _, count in found])
-    number = {word: place for place, word in enumerate(words)}
-    documents = [np.array([number[word] for word in text if word in number], dtype=np.int64) for text in texts]
-    if len(words) < 2:
-        raise UserError(
-            f"dataset {cfg.dataset}: {len(words)} words occur {cfg.min_count} times or more; set a smaller --min_count, or give more text"
-        )
-    rows = (Cooccurrences if cfg.method == "glove" else SkipGrams)(documents, counts, cfg)
-    if not len(rows):
-        raise UserError(
-            f"dataset {cfg.dataset}: no words are left beside each other; set a larger --subsample or a smaller --min_count, or give more text"
-        )
+    words, counts, documents = number_words(texts, cfg.min_count)
+    rows = training_rows(documents, counts, cfg)
     run.plan(len(rows), splits)
 
     # Model, optimizer, engine.
@@ -246,65 +219,31 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> dict[str, dict[str, float]]:
     optimizer = make_adamw(cfg, model, ds_config)
     schedule = make_schedule(cfg, optimizer, run.total_steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
-    repair_stage0(engine)
-    run.attach(engine)
     counted = {"words of text": sum(map(len, texts)), "different words": len(words), "training rows": len(rows)}
-    run.header(model, counted, evaluation.ratings_notes(words))
+    run.attach(engine, counted, evaluation.ratings_notes(words))
 
-    checkpoints = Checkpoints(run, engine, schedule)
-    done = checkpoints.restore()  # optimizer steps: 0, or those of the checkpoint that --resume found
-    batches = training_batches(rows, rows.collate, cfg.batch_size, micro_batch_size, cfg.seed, device, start=done)
-    for step in run.steps(done):
-        micro_batches = next(batches)  # this rank's share of one optimizer step
-        learning_rate = schedule.get_last_lr()[0]
-        pairs = ranks.all_sum(
-            torch.stack([batch["pairs"].sum() for batch in micro_batches]).sum()
-        )  # over every rank and micro-batch
-        step_loss = torch.zeros((), device=device)
+    for step, micro_batches in run.steps(rows, rows.collate):  # this rank's share of a step
+        pairs = ranks.sum_over_ranks(batch["pairs"].sum() for batch in micro_batches)
+        step_loss = torch.zeros((), device=run.device)
         for batch in micro_batches:
-            loss = rows.loss(engine(words=batch["words"], others=batch["others"]).float(), batch) / pairs.clamp(min=1)
-            engine.backward(
-                veto_if_not_finite(loss) * accumulation_steps * ranks.world_size()
-            )  # undoes DeepSpeed's two divisions
+            scores = engine(words=batch["words"], others=batch["others"]).float()
+            loss = rows.loss(scores, batch) / pairs.clamp(min=1)
+            engine.backward(run.undivided(loss))  # DeepSpeed divides by accumulation steps and data-parallel ranks
             engine.step()  # changes the weights after the last micro-batch only
             step_loss += loss.detach()
-        run.log_step(step, step_loss, pairs, learning_rate, engine.get_global_grad_norm())
-        if run.due(step, cfg.eval_every):
-            run.log_evaluation(
-                step, "ratings", evaluation.similarity_scores(words, trained_vectors(engine, cfg.method))
-            )
-        checkpoints.end_step(
-            step, micro_batches
-        )  # saves when due, or asked to stop; a loss that is not finite has changed no weight
-
-    words_per_second = (
-        sum(map(len, texts)) * (run.total_steps - done) * cfg.batch_size / len(rows) / max(run.step_seconds, 1e-9)
-    )  # resumed at its end: 0
-    from gensim.models import KeyedVectors  # here: it takes a second, which the first step need not wait for
+        run.log_step(step, step_loss, tokens=pairs)
+        if run.evaluation_due(step):
+            run.log_scores(step, "ratings", evaluation.similarity_scores(words, trained_vectors(engine, cfg.method)))
 
     export(engine, None, run.folder / "model")
     vectors = trained_vectors(engine, cfg.method)
-    keyed = KeyedVectors(cfg.dimensions)
-    keyed.add_vectors(words, vectors)
-    ranks.on_rank0(lambda: keyed.save_word2vec_format(run.folder / "model" / "vectors.txt"))
     scores = evaluation.similarity_scores(words, vectors)
-    run.log_evaluation(run.total_steps, "test", scores)
-    for word in cfg.neighbours_of.split():
-        if word in number:
-            run.say(f"nearest  {word}: {', '.join(near for near, _ in keyed.similar_by_word(word, 8))}")
-    gensim = functools.partial(
-        baselines.gensim_word2vec, texts, cfg.dimensions, cfg.window, cfg.negatives, cfg.min_count
-    )
-    passes = (
-        max(1, round(run.total_steps * cfg.batch_size / len(rows))) if cfg.method == "skip_gram" else 5
-    )  # GloVe's are not over the text
-    names, beside, speed = ranks.on_rank0(lambda: gensim(passes, cfg.subsample, cfg.seed))
-    run.say(
-        f"speed    {words_per_second:,.0f} words/s on {ranks.world_size()} ranks; gensim {speed:,.0f} on one thread"
-    )
-    baseline = evaluation.similarity_scores(names, beside)
-    run.finish({f"this model, {len(words):,} words": scores, f"gensim's word2vec, {passes} epochs": baseline})
-    return {"model": scores, "gensim": baseline}
+    run.log_scores(run.total_steps, "test", scores)
+    keyed = word_vectors.keyed_vectors(words, vectors)
+    ranks.on_rank0(lambda: word_vectors.save(keyed, run.folder / "model" / "vectors.txt"))
+    for word, nearest in word_vectors.neighbours(keyed, cfg.neighbours_of).items():
+        run.say(f"nearest  {word}: {nearest}")
+    return run.finish(scores, f"{len(words):,} words", compare_with_gensim(run, cfg, texts, len(rows)))
 
 
 if __name__ == "__main__":

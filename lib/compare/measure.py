@@ -243,10 +243,10 @@ class Meter:
 
         return timed_save
 
-    def log_evaluation(self, real: Callable[..., Any]) -> Callable[..., Any]:
+    def log_scores(self, real: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(real)
-        def note_scores(of: Any, step: int, split: str, scores: dict[str, float]) -> None:
-            real(of, step, split, scores)
+        def note_scores(of_run: Any, step: int, split: str, scores: dict[str, float], **best: str) -> None:
+            real(of_run, step, split, scores, **best)
             if split == "test":  # all is measured, and the baselines are the same for every config
                 self.result["scores"] = scores
                 self.write()
@@ -315,7 +315,7 @@ def main() -> None:
     batches.training_batches = meter.training_batches(batches.training_batches)
     # Replaced on purpose, so that the recipe, which is imported after this, needs no line for being measured.
     checkpoints.Checkpoints.save = meter.save(checkpoints.Checkpoints.save)  # type: ignore[method-assign]
-    run.Run.log_evaluation = meter.log_evaluation(run.Run.log_evaluation)  # type: ignore[method-assign]
+    run.Run.log_scores = meter.log_scores(run.Run.log_scores)  # type: ignore[method-assign]
     try:
         runpy.run_path(recipe, run_name="__main__")
     except Stopped:  # a recipe that does not go through lib.run.cli.cli

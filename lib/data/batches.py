@@ -1,7 +1,7 @@
 """Which rows a step trains on, which of them are this rank's, and how they become tensors.
 
-The order depends on the seed and the global batch size only. How many ranks there are and how large a micro-batch is decide
-who computes which rows of a step, never which rows a step has."""
+The order depends on the seed and the global batch size only. How many ranks there are and how large a micro-batch is
+decide who computes which rows of a step, never which rows a step has."""
 
 import functools
 import itertools
@@ -18,16 +18,16 @@ IGNORED = -100  # the label that torch's cross entropy leaves out
 Batch = dict[str, torch.Tensor]
 
 
-# --- batches ------------------------------------------------------------------------------------------------------------
+# --- batches --------------------------------------------------------------------------------------
 
 
 class StepRows:
     """Which rows an optimizer step trains on, as a function of the step alone, so that a run can start at any step.
 
-    Epochs follow each other without a gap: step s takes the rows s * batch_size up to (s + 1) * batch_size of the endless
-    sequence of the epochs' shuffles, so each row comes exactly once an epoch. With `lengths`, the sequence is taken in windows of
-    up to 64 steps, sorted by length inside a window and cut into batches, whose order is shuffled again: rows of one batch
-    then have nearly one length, and little is padded.
+    Epochs follow each other without a gap: step s takes the rows s * batch_size up to (s + 1) * batch_size of the
+    endless sequence of the epochs' shuffles, so each row comes exactly once an epoch. With `lengths`, the sequence is
+    taken in windows of up to 64 steps, sorted by length inside a window and cut into batches, whose order is shuffled
+    again: rows of one batch then have nearly one length, and little is padded.
     """
 
     def __init__(self, total: int, batch_size: int, seed: int, lengths: Sequence[int] | np.ndarray | None = None):
@@ -64,16 +64,18 @@ def training_batches(
 ) -> Iterator[list[Batch]]:  # fmt: skip
     """For each optimizer step, this rank's micro-batches: a list of accumulation_steps dicts of tensors on `device`.
 
-    rows: indexed with a list of row numbers it gives {column: values}, as a datasets.Dataset does; collate makes tensors of that.
-    Beside the columns it gets "draw", one random 64-bit number a row and step: what is random in a batch and made from these (masks,
-    negatives) does not depend on the number of ranks. batch_size: rows a step over all ranks; a multiple of micro_batch_size *
-    world_size. lengths: see StepRows.
+    rows: indexed with a list of row numbers it gives {column: values}, as a datasets.Dataset does; collate makes
+    tensors of that. Beside the columns it gets "draw", one random 64-bit number a row and step: what is random in a
+    batch and made from these (masks, negatives) does not depend on the number of ranks. batch_size: rows a step over
+    all ranks; a multiple of micro_batch_size * world_size. lengths: see StepRows.
     """
     step_rows = StepRows(len(rows), batch_size, seed, lengths)
     for step in itertools.count(start):
         draws = np.random.SeedSequence((seed, step, 2)).generate_state(batch_size, np.uint64)
         # Neighbours in length go to different ranks at the same time, so that no rank waits long for another.
-        own = np.arange(batch_size).reshape(-1, micro_batch_size)[ranks.rank() :: ranks.world_size()]
+        own = np.arange(batch_size).reshape(-1, micro_batch_size)[
+            ranks.data_parallel_rank() :: ranks.data_parallel_size()
+        ]
         yield [
             to_device(collate({**rows[step_rows[step][part].tolist()], "draw": draws[part]}), device) for part in own
         ]
@@ -85,15 +87,16 @@ def evaluation_batches(
 ) -> Iterator[tuple[Batch, torch.Tensor]]:  # fmt: skip
     """(batch, row numbers [batch_size]) until every row was on exactly one rank.
 
-    All ranks get the same number of batches, because under ZeRO-3 a forward pass needs all of them. Where rows do not suffice,
-    fillers (copies of a row) have the row number -1: leave their results out. "draw" is the same number for a row at each evaluation.
+    All ranks get the same number of batches, because under ZeRO-3 a forward pass needs all of them. Where rows do not
+    suffice, fillers (copies of a row) have the row number -1: leave their results out. "draw" is the same number for a
+    row at each evaluation.
     """
     draws = np.random.SeedSequence(0).generate_state(len(rows), np.uint64)
     order = np.arange(len(rows)) if lengths is None else np.argsort(np.asarray(lengths), kind="stable")[::-1]
-    share = batch_size * ranks.world_size()
+    share = batch_size * ranks.data_parallel_size()
     fillers = -len(order) % share
     numbers = np.concatenate([order, np.full(fillers, -1)]).reshape(-1, batch_size)
-    for batch in numbers[ranks.rank() :: ranks.world_size()]:
+    for batch in numbers[ranks.data_parallel_rank() :: ranks.data_parallel_size()]:
         filled = np.where(batch < 0, order[-1], batch)
         yield (
             to_device(collate({**rows[filled.tolist()], "draw": draws[filled]}), device),
@@ -117,11 +120,16 @@ def pad_tokens(sequences: Sequence[Sequence[int]], pad_token_id: int) -> Batch:
 
 
 def random_numbers(draws: np.ndarray, count: int) -> np.ndarray:
-    """[rows, count] random numbers, uniform on [0, 1), that depend on each row's draw alone: splitmix64 (Steele et al. 2014)."""
+    """[rows, count] random numbers, uniform on [0, 1), that depend on each row's draw alone: splitmix64 (Steele et
+    al. 2014)."""
     bits = draws[:, None] + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return ((bits ^ (bits >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
+
+
+def tensors_of(**arrays: np.ndarray) -> Batch:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -81,6 +81,7 @@ def token_stream(rows: Dataset, column: str = "input_ids") -> np.ndarray:
         return np.asarray(list(itertools.chain.from_iterable(rows[column])), dtype=np.int32)
     file = folder / f"{column}-{rows._fingerprint}.npy"
 
+    @ranks.rank0_first  # once on each machine
     def write() -> None:
         if not file.exists():
             chunks = rows.with_format("arrow")[:].column(column).chunks
@@ -89,5 +90,5 @@ def token_stream(rows: Dataset, column: str = "input_ids") -> np.ndarray:
                 np.save(out, np.concatenate([chunk.flatten().to_numpy().astype(np.int32) for chunk in chunks]))
             part.replace(file)
 
-    ranks.rank0_first(write)  # once on each machine
+    write()
     return np.load(file, mmap_mode="r")

@@ -73,6 +73,7 @@ def load_rows(
 
     name_in_cache = ranks.on_rank0(read)
 
+    @ranks.rank0_first
     def load() -> Splits:
         folder = _cache() / name_in_cache
         if not folder.is_dir() and read() != name_in_cache:  # on another machine
@@ -91,7 +92,7 @@ def load_rows(
         splits.fingerprint, splits.header, splits.notes = facts["fingerprint"], facts["header"], facts["notes"]
         return splits
 
-    return ranks.rank0_first(load)
+    return load()
 
 
 def map_rows(
@@ -119,7 +120,7 @@ def map_rows(
         )
 
     with progress("preparing the rows", sum(map(len, splits.values()))) as advance:
-        return ranks.rank0_first(lambda: {split: map_split(rows, advance) for split, rows in splits.items()})
+        return ranks.rank0_first(lambda: {split: map_split(rows, advance) for split, rows in splits.items()})()
 
 
 def _cache() -> Path:

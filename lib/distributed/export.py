@@ -38,12 +38,15 @@ def full_state_dict(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor
 
 @progress("exporting the model")
 def export(
-    engine: deepspeed.DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase | None, folder: Path, target_tokenizer: PreTrainedTokenizerBase | None = None
+    engine: deepspeed.DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase | None, folder: Path,
+    target_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:  # fmt: skip
-    """Write the trained model and its tokenizer, if it has one, to a folder that from_pretrained loads. Every rank must call it.
+    """Write the trained model and its tokenizer, if it has one, to a folder that from_pretrained loads. Every rank must
+    call it.
 
-    target_tokenizer: that of an encoder-decoder's output, for the folder target_tokenizer in it. safetensors only; tied weights stay tied.
-    Of a model that is not one of transformers', model.safetensors has the state_dict and config.json its `config`.
+    target_tokenizer: that of an encoder-decoder's output, for the folder target_tokenizer in it. safetensors only; tied
+    weights stay tied. Of a model that is not one of transformers', model.safetensors has the state_dict and config.json
+    its `config`.
     """
     state_dict = full_state_dict(engine)
 

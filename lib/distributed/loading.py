@@ -19,16 +19,17 @@ from lib.settings.ds_config import stage_of
 
 @progress("loading the model")
 def load_model(build: Callable[[], torch.nn.Module], ds_config: dict[str, Any], seed: int) -> torch.nn.Module:
-    """The model that `build` returns, the same weights on every rank and at every stage, ready for deepspeed.initialize.
+    """The model that `build` returns, with the same weights on every rank and at every stage, for deepspeed.initialize.
 
-    build: makes a whole model in host memory, from a config (at random, from the seed) or from_pretrained. A model that is not one of
-    transformers' must have what makes it anew as its only argument and attribute `config`, a dict that JSON can hold.
-    At stages 0 to 2 each rank needs all parameters and calls it. At stage 3 only rank 0 does; the model is born partitioned
-    on all ranks and gets the weights one parameter at a time, so no other rank and no device ever holds it whole.
+    build: makes a whole model in host memory, from a config (at random, from the seed) or from_pretrained. A model that
+    is not one of transformers' must have what makes it anew as its only argument and attribute `config`, a dict that
+    JSON can hold. At stages 0 to 2 each rank needs all parameters and calls it. At stage 3 only rank 0 does; the model
+    is born partitioned on all ranks and gets the weights one parameter at a time, so no other rank and no device ever
+    holds it whole.
     """
     set_seed(seed)
     if stage_of(ds_config) < 3:
-        model = ranks.rank0_first(build)
+        model = ranks.rank0_first(build)()
     else:
         whole: list[Any] = []
 
@@ -37,7 +38,7 @@ def load_model(build: Callable[[], torch.nn.Module], ds_config: dict[str, Any], 
             return type(whole[0]), whole[0].config, getattr(whole[0], "generation_config", None)
 
         model_class, config, generation_config = ranks.on_rank0(build_whole)
-        # Without no_init_weights, transformers would initialize empty shards, and the model would start from other weights.
+        # Without no_init_weights, transformers would initialize empty shards: the model would start from other weights.
         with deepspeed.zero.Init(config_dict_or_path=ds_config), initialization.no_init_weights():
             model = model_class(config)
             if isinstance(model, PreTrainedModel):
@@ -59,7 +60,8 @@ def load_model(build: Callable[[], torch.nn.Module], ds_config: dict[str, Any], 
     if "activation_checkpointing" in ds_config:
         if not (isinstance(model, PreTrainedModel) and model.supports_gradient_checkpointing):
             raise UserError(
-                f"activation_checkpointing is in the DeepSpeed JSON, but {type(model).__name__} has none; leave the section out"
+                f"activation_checkpointing is in the DeepSpeed JSON, but {type(model).__name__} has none; "
+                "leave the section out"
             )
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()  # from_pretrained leaves a model in evaluation mode, without dropout and activation checkpointing
@@ -84,6 +86,7 @@ def _names(model: torch.nn.Module) -> set[str]:
 def _check_names(loaded: set[str], built: set[str]) -> None:
     if loaded != built:
         raise UserError(
-            f"stage 3 cannot train this model: made from its config it has other parameters or buffers than loaded ({', '.join(sorted(loaded ^ built)[:3])}); "
+            "stage 3 cannot train this model: made from its config it has other parameters or buffers than loaded "
+            f"({', '.join(sorted(loaded ^ built)[:3])}); "
             "its config may say that embeddings are tied and its weights not: mend that, or take stage 0, 1 or 2"
         )

@@ -25,10 +25,11 @@ def make_adamw(
 ) -> torch.optim.Optimizer:
     """AdamW, with weight decay on matrices and embeddings but not on biases and norms.
 
-    `cfg` has learning_rate, weight_decay, adam_betas and adam_eps, and pretrained_learning_rate where there are pretrained parameters, which have
-    that learning rate; where it is 0, they are frozen: they need neither gradients nor optimizer states.
-    It is torch's AdamW, which compiles nothing. With the optimizer offloaded, DeepSpeed asks for its own CPU version (compiled at first use, a
-    minute or more, and faster from then on) unless the JSON says "zero_force_ds_cpu_optimizer": false.
+    `cfg` has learning_rate, weight_decay, adam_betas and adam_eps, and pretrained_learning_rate where there are
+    pretrained parameters, which have that learning rate; where it is 0, they are frozen: they need neither gradients
+    nor optimizer states. It is torch's AdamW, which compiles nothing. With the optimizer offloaded, DeepSpeed asks for
+    its own CPU version (compiled at first use, a minute or more, and faster from then on) unless the JSON says
+    "zero_force_ds_cpu_optimizer": false.
     """
     known = set(map(id, pretrained))
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
@@ -46,14 +47,15 @@ def make_adamw(
     common = {"lr": cfg.learning_rate, "betas": tuple(cfg.adam_betas), "eps": cfg.adam_eps}
     in_order = [groups[key] for key in sorted(groups)]  # the learning rate of the first one is what a run logs
     if offload_device(ds_config, "optimizer") != "none" and ds_config.get("zero_force_ds_cpu_optimizer", True):
-        ranks.rank0_first(lambda: check_compilation("cpu_adam"))
+        ranks.rank0_first(check_compilation)("cpu_adam")
         with progress("loading DeepSpeed's cpu_adam, which is compiled once and takes minutes then"):
             return deepspeed.ops.adam.DeepSpeedCPUAdam(in_order, **common)
     return torch.optim.AdamW(in_order, **common)
 
 
 def make_schedule(cfg: Any, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
-    """A LambdaLR with the learning rate of each of `total_steps` steps: from 0 up over `warmup_steps` of them, then as `lr_schedule` says."""
+    """A LambdaLR with the learning rate of each of `total_steps` steps: from 0 up over `warmup_steps` of them, then
+    as `lr_schedule` says."""
     name = (
         "constant_with_warmup" if cfg.lr_schedule == "constant" else cfg.lr_schedule
     )  # transformers' "constant" has no warm-up
@@ -63,7 +65,8 @@ def make_schedule(cfg: Any, optimizer: torch.optim.Optimizer, total_steps: int) 
 def check_compilation(operator: str) -> None:
     """Raise a UserError where an operator that DeepSpeed would compile now waits for a compilation that was killed.
 
-    torch marks a compilation by a file `lock`, which a killed one leaves behind, and every later run waits for it without a word.
+    torch marks a compilation by a file `lock`, which a killed one leaves behind, and every later run waits for it
+    without a word.
     """
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     for lock in root.glob(f"**/{operator}/lock"):
@@ -73,7 +76,8 @@ def check_compilation(operator: str) -> None:
             and not any(_works_in(process, lock.parent) for process in psutil.process_iter())
         ):
             raise UserError(
-                f"{lock} was left by a compilation of {operator} that was killed, and this run would wait for it for ever: delete the file "
+                f"{lock} was left by a compilation of {operator} that was killed, and this run would wait for it for "
+                "ever: delete the file "
                 "(unless another machine that shares it is compiling now)"
             )
 

@@ -1,4 +1,5 @@
-"""Ranks that act together: process groups, sums over ranks, things that rank 0 does first, and ranks that stop answering."""
+"""Ranks that act together: process groups, sums over ranks, things that rank 0 does first, and ranks that stop
+answering."""
 
 import contextlib
 import datetime
@@ -8,8 +9,8 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, ParamSpec, TypeVar
 
 import deepspeed
 import psutil
@@ -19,14 +20,16 @@ from deepspeed.accelerator import get_accelerator
 
 from lib.errors import UserError
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
 def init(timeout_minutes: float) -> torch.device:
-    """Join the process groups that the launcher describes; without a launcher, be the only rank. Returns this rank's device.
+    """Join the process groups that the launcher describes; without a launcher, be the only rank. Returns this rank's
+    device.
 
-    timeout_minutes: how long a rank waits for another one before it gives up and ends the run. DeepSpeed makes groups of its own
-    later, with torch's 30 minutes: call set_timeout once more after deepspeed.initialize.
+    timeout_minutes: how long a rank waits for another one before it gives up and ends the run. DeepSpeed makes groups
+    of its own later, with torch's 30 minutes: call set_timeout once more after deepspeed.initialize.
     """
     for key, alone in {
         "RANK": "0",
@@ -36,7 +39,7 @@ def init(timeout_minutes: float) -> torch.device:
         "MASTER_PORT": "0",
     }.items():
         os.environ.setdefault(key, alone)
-    # DeepSpeed's CPU collectives serve inference only, take half a minute to compile and leave 69 MB per rank in /dev/shm.
+    # DeepSpeed's CPU collectives serve inference only, take half a minute to compile, and leave 69 MB a rank in shm.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _import_muon_without_the_compiler()
     accelerator = get_accelerator()
@@ -62,7 +65,8 @@ def init(timeout_minutes: float) -> torch.device:
 
 
 def _import_muon_without_the_compiler() -> None:
-    """Import DeepSpeed's optimizer Muon, as deepspeed.initialize does, without torch's compiler, which takes 0.7 s that no recipe needs.
+    """Import DeepSpeed's optimizer Muon, as deepspeed.initialize does, without torch's compiler, which takes 0.7 s that
+    no recipe needs.
 
     Muon, which no recipe takes either, is not compiled then; everything else can be, as before.
     """
@@ -93,7 +97,8 @@ GRACE_SECONDS = 5  # in which a signal that came to the launcher too is noticed 
 
 
 def _leave_with_the_launcher() -> None:
-    """End this process soon after a process that launched it: a launcher that is killed ends none of its ranks itself."""
+    """End this process soon after a process that launched it: a launcher that is killed ends none of its ranks
+    itself."""
 
     def is_launcher(process: psutil.Process) -> bool:
         try:
@@ -140,10 +145,25 @@ def world_size() -> int:
     return dist.get_world_size()
 
 
+def data_parallel_size() -> int:
+    """How many ranks have rows of their own: all of them, until a form of parallelism lets ranks share their rows."""
+    return world_size()
+
+
+def data_parallel_rank() -> int:
+    """Which of the data_parallel_size() parts of a step's rows this rank has."""
+    return rank()
+
+
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of `tensor` over all ranks, in place. On a GPU it is queued: the caller does not wait for it."""
     dist.all_reduce(tensor)
     return tensor
+
+
+def sum_over_ranks(counts: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The sum of this rank's counts, one per micro-batch, and those of all other ranks. See all_sum."""
+    return all_sum(torch.stack(list(counts)).sum(0))
 
 
 @functools.lru_cache(1)
@@ -153,7 +173,10 @@ def _cpu_group() -> dist.ProcessGroup:
 
 
 def largest(values: list[float]) -> list[float]:
-    """The largest of each value over all ranks, the same on every rank. It waits for the ranks, but not for their devices."""
+    """The largest of each value over all ranks, the same on every rank.
+
+    It waits for the ranks, but not for their devices.
+    """
     tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_cpu_group())
     return tensor.tolist()
@@ -193,7 +216,10 @@ def together(do: Callable[[], T]) -> T:
 
 
 def on_rank0(do: Callable[[], T]) -> T:
-    """Rank 0 does it, however long it takes, and all ranks get what it returned (pickled). A UserError there is raised on every rank."""
+    """Rank 0 does it, however long it takes, and all ranks get what it returned (pickled).
+
+    A UserError there is raised on every rank.
+    """
     outcome: list[Any] = [None, None]  # result, what was wrong
 
     def attempt() -> None:
@@ -228,26 +254,37 @@ def gather_on_rank0(value: T) -> list[T]:
     return values
 
 
-def rank0_first(do: Callable[[], T]) -> T:
-    """Rank 0 does it and fills the caches, then the others do it from them, however long both take. A UserError is raised on every rank."""
-    kept: list[T] = []
-    on_rank0(lambda: kept.append(do()))
+def rank0_first(function: Callable[P, T]) -> Callable[P, T]:
+    """Let rank 0 call a function first and fill the caches, then the others, from them. Every rank must call it.
 
-    def attempt() -> str | None:
-        try:
-            kept.append(do())
-        except UserError as error:  # on another machine, say, where a file is missing
-            return str(error)
-        return None
+    Either may take longer than the timeout. A UserError of one rank is raised on every rank.
+    """
 
-    problem = first_problem_of(lambda: None if kept else attempt())
-    if problem is not None:
-        raise UserError(problem)
-    return kept[0]
+    @functools.wraps(function)
+    def in_order(*arguments: P.args, **options: P.kwargs) -> T:
+        results: list[T] = []
+
+        def call() -> str | None:
+            try:
+                results.append(function(*arguments, **options))
+            except UserError as error:  # on another machine, say, where a file is missing
+                return str(error)
+            return None
+
+        on_rank0(lambda: results.append(function(*arguments, **options)))
+        problem = first_problem_of(lambda: None if results else call())
+        if problem is not None:
+            raise UserError(problem)
+        return results[0]
+
+    return in_order
 
 
 def all_rows(rows: torch.Tensor) -> torch.Tensor:
-    """The rows [n, ...] of every rank, n the same on each, rank after rank: [n * world_size, ...]. They have no gradient."""
+    """The rows [n, ...] of every rank, n the same on each, rank after rank: [n * world_size, ...].
+
+    They have no gradient.
+    """
     parts = [torch.empty_like(rows) for _ in range(world_size())]
     dist.all_gather(parts, rows.contiguous())
     return torch.cat(parts)
@@ -256,8 +293,8 @@ def all_rows(rows: torch.Tensor) -> torch.Tensor:
 def gather_rows(values: torch.Tensor, rows: torch.Tensor, total: int) -> torch.Tensor:
     """One value per row of a data set, in the order of the rows, on every rank.
 
-    values: [n, ...] of this rank; rows: [n], the row that each value is of, -1 for a filler. n is the same on all ranks and
-    every row is on exactly one of them. Returns [total, ...].
+    values: [n, ...] of this rank; rows: [n], the row that each value is of, -1 for a filler. n is the same on all ranks
+    and every row is on exactly one of them. Returns [total, ...].
     """
     value, row = all_rows(values), all_rows(rows)
     real = row >= 0

@@ -12,11 +12,13 @@ from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 def repair_stage0(engine: deepspeed.DeepSpeedEngine) -> None:
     """Make stage 0 a baseline to compare with (DeepSpeed 0.19.8); the other stages are left as they are.
 
-    bf16 and fp16: the wrapper makes the optimizer's states by a step with zero gradients, which leaves Adam one step ahead and may
-    decay the master weights. The states are dropped, for Adam to make them at the first real step, and the weights copied anew.
-    fp16: the loss is not scaled, though gradients are divided by the scale, and the scale falls by another rule; see _scale_as_other_stages.
-    fp32: DeepSpeed computes the gradient norm in order to clip, throws it away, and steps even where it is not finite. As at the
-    other stages, the norm is kept and such a step is not taken.
+    bf16 and fp16: the wrapper makes the optimizer's states by a step with zero gradients, which leaves Adam one step
+    ahead and may decay the master weights. The states are dropped, for Adam to make them at the first real step, and
+    the weights copied anew.
+    fp16: the loss is not scaled, though gradients are divided by the scale, and the scale falls by another rule; see
+    _scale_as_other_stages.
+    fp32: DeepSpeed computes the gradient norm in order to clip, throws it away, and steps even where it is not finite.
+    As at the other stages, the norm is kept and such a step is not taken.
     """
     if engine.zero_optimization():
         return
@@ -46,11 +48,13 @@ def repair_stage0(engine: deepspeed.DeepSpeedEngine) -> None:
 
 
 def _scale_as_other_stages(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Stage 0 in fp16 (DeepSpeed 0.19.8): scale the loss, report the norm without the scale, and change the scale by the other stages' rule.
+    """Stage 0 in fp16 (DeepSpeed 0.19.8): scale the loss, report the norm without the scale, and change the scale by
+    the other stages' rule.
 
-    engine.backward scales the loss for ZeRO's optimizers alone, but the wrapper of stage 0 divides by the scale as well, so that gradients are too
-    small by it: none is clipped, and Adam's epsilon outweighs them. Its norm has the scale in it. And it halves the scale at the first gradient
-    that overflows, where the others do so at the second (the JSON's fp16.hysteresis says at which).
+    engine.backward scales the loss for ZeRO's optimizers alone, but the wrapper of stage 0 divides by the scale as
+    well, so that gradients are too small by it: none is clipped, and Adam's epsilon outweighs them. Its norm has the
+    scale in it. And it halves the scale at the first gradient that overflows, where the others do so at the second (the
+    JSON's fp16.hysteresis says at which).
     """
     optimizer, backward, step = engine.optimizer, engine.backward, engine.optimizer.step
     if engine.dynamic_loss_scale():
@@ -73,6 +77,7 @@ def _scale_as_other_stages(engine: deepspeed.DeepSpeedEngine) -> None:
 def veto_if_not_finite(loss: torch.Tensor) -> torch.Tensor:
     """The loss, or NaN with NaN gradients where it is not finite, so that DeepSpeed does not take the step.
 
-    A loss can be infinite while its gradients are not, and DeepSpeed looks at the gradients only. Nothing is read from the device.
+    A loss can be infinite while its gradients are not, and DeepSpeed looks at the gradients only. Nothing is read from
+    the device.
     """
     return loss * torch.where(loss.isfinite(), 1.0, torch.nan)

@@ -1,7 +1,9 @@
-"""What ZeRO holds on this rank, at any stage, as pieces of named parameters: the fp32 weights and the optimizer's states.
+"""What ZeRO holds on this rank, at any stage, as pieces of named parameters: the fp32 weights and the optimizer's
+states.
 
-Every stage keeps the same numbers, cut differently. A checkpoint (lib/run/checkpoint_files.py) stores pieces by the parameter's name and their
-place in it, so whoever reads it can cut them anew. Pieces are views: writing into one changes what DeepSpeed trains.
+Every stage keeps the same numbers, cut differently. A checkpoint (lib/run/checkpoint_files.py) stores pieces by the
+parameter's name and their place in it, so whoever reads it can cut them anew. Pieces are views: writing into one
+changes what DeepSpeed trains.
 
   stage 0     every rank has all of each parameter
   stage 1, 2  the parameters of an optimizer group, one after the other, are cut into one range a rank
@@ -18,12 +20,13 @@ import torch.distributed as dist
 from lib.distributed import ranks
 from lib.settings.ds_config import offload_device, stage_of
 
-WEIGHT = "fp32"  # the kind of a piece that holds weights; other kinds have the optimizer's names, exp_avg and exp_avg_sq for Adam
+WEIGHT = "fp32"  # the kind of a piece that holds weights; other kinds have the optimizer's names, such as exp_avg
 
 
 @dataclass(frozen=True)
 class Piece:
-    """`size` elements of the parameter `name`, flattened, from its element `start` on; here they lie in `flat` from `offset` on."""
+    """`size` elements of the parameter `name`, flattened, from its element `start` on; here they lie in `flat` from
+    `offset` on."""
 
     name: str
     start: int
@@ -83,9 +86,11 @@ def pieces(engine: Any) -> list[Piece]:
 
 
 def _ranges(zero: Any) -> dict[int, tuple[torch.Tensor, int, int]]:
-    """At stages 1 and 2, id of a parameter -> (this rank's part of its optimizer group, where the parameter and the part begin in the group).
+    """At stages 1 and 2, id of a parameter -> (this rank's part of its optimizer group, where the parameter and the
+    part begin in the group).
 
-    Read from the layout itself: DeepSpeed's own map from parameters to it (_hp_mapping) is wrong under round_robin_gradients (0.19.8).
+    Read from the layout itself: DeepSpeed's own map from parameters to it (_hp_mapping) is wrong under
+    round_robin_gradients (0.19.8).
     """
     found = {}
     for group, parameters in enumerate(getattr(zero, "round_robin_bit16_groups", [])):
@@ -136,7 +141,8 @@ def optimizer_state(engine: Any) -> tuple[list[str], dict[str, float]]:
 
 
 def make_optimizer_state(engine: Any, kinds: list[str], scalars: dict[str, float]) -> None:
-    """Give the optimizer the states that it would make at its first step: zeros of the given kinds, and these scalars."""
+    """Give the optimizer the states that it would make at its first step: zeros of the given kinds, and these
+    scalars."""
     optimizer = engine.basic_optimizer
     optimizer.state.clear()
     if not kinds:
@@ -150,7 +156,8 @@ def make_optimizer_state(engine: Any, kinds: list[str], scalars: dict[str, float
 
 
 def refresh_model(engine: Any) -> None:
-    """Copy the fp32 weights that pieces were written into to the parameters that the model computes with, on all ranks."""
+    """Copy the fp32 weights that pieces were written into to the parameters that the model computes with, on all
+    ranks."""
     zero = engine.optimizer
     with torch.no_grad():
         if stage_of(engine.config) == 3:
@@ -174,11 +181,12 @@ def loss_scaler(engine: Any) -> Any:
 
 
 def held_bytes(engine: Any) -> dict[str, dict[str, int]]:
-    """{"parameters" | "gradients" | "optimizer": {"device": bytes, "host": bytes}} of the model states in this rank's memory now.
+    """{"parameters" | "gradients" | "optimizer": {"device": bytes, "host": bytes}} of the model states in this rank's
+    memory now.
 
-    Counted from the storages of tensors, each once. "optimizer" holds fp32 copies of the weights too, as in the ZeRO paper, and "parameters" also
-    those that stage 3 has gathered. On a CPU, where device and host are one, what the config offloads counts as host. Communication
-    buffers are not counted, nor gradients that lie in them.
+    Counted from the storages of tensors, each once. "optimizer" holds fp32 copies of the weights too, as in the ZeRO
+    paper, and "parameters" also those that stage 3 has gathered. On a CPU, where device and host are one, what the
+    config offloads counts as host. Communication buffers are not counted, nor gradients that lie in them.
     """
     zero, optimizer = engine.optimizer, engine.basic_optimizer
     model = list(engine.module.parameters())

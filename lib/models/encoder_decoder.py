@@ -1,14 +1,13 @@
-"""Encoder-decoders: from scratch, a pre-trained encoder with a new or pre-trained decoder, or a whole pre-trained one; their pairs of texts; generation."""
+"""Encoder-decoders: from scratch, a pre-trained encoder with a new or pre-trained decoder, or a whole pre-trained
+one; their pairs of texts; generation."""
 
 import copy
-import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -29,7 +28,6 @@ from transformers import (
     T5GemmaModuleConfig,
 )  # fmt: skip
 
-from lib.data.batches import IGNORED, Batch, pad, pad_tokens
 from lib.distributed import ranks
 from lib.errors import UserError
 from lib.models.checks import check_generates, is_causal
@@ -44,7 +42,7 @@ from lib.models.hub import (
 )
 from lib.models.scratch import train_tokenizer
 
-# For generate: one text a source, decided by these recipes' settings and not by a hub model's own generation config, perhaps made for longer texts.
+# For generate: one text a source, as the recipes' settings say and not as a hub model's own generation config does.
 ONE_TEXT: dict[str, Any] = {
     "do_sample": False, "num_return_sequences": 1, "return_dict_in_generate": False,
     "min_length": 0, "repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0,
@@ -57,13 +55,14 @@ def load_tokenizers(
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
     """(of the sources, of the targets). Every rank must call it.
 
-    From scratch (model null) one byte-level BPE is learned from both; for a pre-trained encoder, one from the targets, unless its decoder
-    is pre-trained too and brings its own; a pre-trained encoder-decoder brings its own for both, or, as those that these recipes export,
-    another one for the targets in target_tokenizer.
+    From scratch (model null) one byte-level BPE is learned from both; for a pre-trained encoder, one from the targets,
+    unless its decoder is pre-trained too and brings its own; a pre-trained encoder-decoder brings its own for both, or,
+    as those that these recipes export, another one for the targets in target_tokenizer.
     """
     if cfg.decoder is not None and (cfg.model is None or _brings_decoder(cfg)):
         raise UserError(
-            f"decoder {cfg.decoder} needs an encoder as the model, and {cfg.model or 'null'} is none; set --decoder null, or another --model"
+            f"decoder {cfg.decoder} needs an encoder as the model, and {cfg.model or 'null'} is none; "
+            "set --decoder null, or another --model"
         )
     if cfg.model is None:
         joint = train_tokenizer([*sources, *targets], cfg.vocab_size, SPECIAL_TOKENS, "$A </s>")
@@ -71,7 +70,8 @@ def load_tokenizers(
     if _brings_decoder(cfg):
         if cfg.pretrained_learning_rate == 0:
             raise UserError(
-                f"model {cfg.model} is pre-trained as a whole, and with pretrained_learning_rate 0 nothing is trained; set it, to 3e-5 perhaps"
+                f"model {cfg.model} is pre-trained as a whole, and with pretrained_learning_rate 0 nothing is trained; "
+                "set it, to 3e-5 perhaps"
             )
         config = load_config(cfg.model, 0.0, cfg.trust_remote_code)
         check_length(getattr(config, "decoder", config), cfg.max_target_length, "max_target_length")
@@ -90,8 +90,11 @@ def load_tokenizers(
 
 
 def _tokenizer_of_decoder(cfg: Any) -> PreTrainedTokenizerBase:
-    """That of cfg.decoder, but a text gets its end-of-text token and nothing before: what a decoder is to write. Raises UserError before weights are read."""
-    ranks.rank0_first(lambda: _config_of_decoder(cfg))  # refuses what cannot attend to an encoder
+    """That of cfg.decoder, but a text gets its end-of-text token and nothing before: what a decoder is to write.
+
+    Raises UserError before weights are read.
+    """
+    ranks.rank0_first(_config_of_decoder)(cfg)  # refuses what cannot attend to an encoder
     tokenizer = load_tokenizer(cfg.decoder, cfg.max_target_length, cfg.trust_remote_code, "max_target_length")
     special = {
         "bos_token": tokenizer.bos_token or tokenizer.cls_token,
@@ -99,7 +102,8 @@ def _tokenizer_of_decoder(cfg: Any) -> PreTrainedTokenizerBase:
     }
     if None in special.values():
         raise UserError(
-            f"decoder {cfg.decoder}: its tokenizer has no tokens that begin and end a text (bos and eos, or cls and sep); set them, and save it"
+            f"decoder {cfg.decoder}: its tokenizer has no tokens that begin and end a text (bos and eos, or cls and "
+            "sep); set them, and save it"
         )
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     end = special["eos_token"]
@@ -115,12 +119,15 @@ def _brings_decoder(cfg: Any) -> bool:
     """Whether cfg.model is a pre-trained encoder-decoder. Every rank must call it."""
     return (
         cfg.model is not None
-        and ranks.rank0_first(lambda: load_config(cfg.model, 0.0, cfg.trust_remote_code)).is_encoder_decoder
+        and ranks.rank0_first(load_config)(cfg.model, 0.0, cfg.trust_remote_code).is_encoder_decoder
     )
 
 
 def pretrained_parameters(cfg: Any, model: PreTrainedModel) -> list[torch.nn.Parameter]:
-    """The parameters that cfg.model brought to the model of build_model: none, the encoder's, or all. Every rank must call it."""
+    """The parameters that cfg.model brought to the model of build_model: none, the encoder's, or all.
+
+    Every rank must call it.
+    """
     if _brings_decoder(cfg):
         return list(model.parameters())
     return [] if cfg.model is None else list(model.get_encoder().parameters())
@@ -129,9 +136,9 @@ def pretrained_parameters(cfg: Any, model: PreTrainedModel) -> list[torch.nn.Par
 def build_model(cfg: Any, target_tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The encoder-decoder, whole, in host memory.
 
-    cfg: model (null: a small T5Gemma from scratch; an encoder, to which comes a decoder; an encoder-decoder: as it is), decoder (null: a new
-    GPT-2; a model: its weights, and new ones for the attention to the source), trust_remote_code, hidden_size, intermediate_size,
-    num_layers, num_heads, max_source_length, max_target_length.
+    cfg: model (null: a small T5Gemma from scratch; an encoder, to which comes a decoder; an encoder-decoder: as it is),
+    decoder (null: a new GPT-2; a model: its weights, and new ones for the attention to the source), trust_remote_code,
+    hidden_size, intermediate_size, num_layers, num_heads, max_source_length, max_target_length.
     """
     special = {name: getattr(target_tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if cfg.model is None:
@@ -142,7 +149,8 @@ def build_model(cfg: Any, target_tokenizer: PreTrainedTokenizerBase) -> PreTrain
 
 
 def _deviation(cfg: Any) -> float:
-    """Of new weights. 0.02, made for larger models, would leave a small one's attention idle for most of a short run."""
+    """Of new weights. 0.02, made for larger models, would leave a small one's attention idle for most of a short
+    run."""
     return float(cfg.hidden_size**-0.5)
 
 
@@ -153,9 +161,10 @@ def _from_scratch(cfg: Any, special: dict[str, int], vocab_size: int) -> PreTrai
             f"hidden_size {cfg.hidden_size} is no multiple of twice num_heads {cfg.num_heads}, as rotary positions need"
         )
     half: Any = T5GemmaModuleConfig(
-        vocab_size=vocab_size, hidden_size=cfg.hidden_size, intermediate_size=cfg.intermediate_size, num_hidden_layers=cfg.num_layers,
-        num_attention_heads=cfg.num_heads, num_key_value_heads=cfg.num_heads, head_dim=head_dim, query_pre_attn_scalar=head_dim,
-        attn_logit_softcapping=None, final_logit_softcapping=None, max_position_embeddings=max(cfg.max_source_length, cfg.max_target_length + 1),
+        vocab_size=vocab_size, hidden_size=cfg.hidden_size, intermediate_size=cfg.intermediate_size,
+        num_hidden_layers=cfg.num_layers, num_attention_heads=cfg.num_heads, num_key_value_heads=cfg.num_heads,
+        head_dim=head_dim, query_pre_attn_scalar=head_dim, attn_logit_softcapping=None, final_logit_softcapping=None,
+        max_position_embeddings=max(cfg.max_source_length, cfg.max_target_length + 1),
         initializer_range=_deviation(cfg), **special,
     )  # fmt: skip
     both: Any = T5GemmaConfig(
@@ -189,14 +198,18 @@ def _new_decoder(cfg: Any, special: dict[str, int], vocab_size: int) -> PreTrain
     if cfg.hidden_size % cfg.num_heads:
         raise UserError(f"hidden_size {cfg.hidden_size} is no multiple of num_heads {cfg.num_heads}")
     config = GPT2Config(
-        vocab_size=vocab_size, n_embd=cfg.hidden_size, n_layer=cfg.num_layers, n_head=cfg.num_heads, n_inner=cfg.intermediate_size,
-        n_positions=cfg.max_target_length + 1, **special, add_cross_attention=True, initializer_range=_deviation(cfg),
+        vocab_size=vocab_size, n_embd=cfg.hidden_size, n_layer=cfg.num_layers, n_head=cfg.num_heads,
+        n_inner=cfg.intermediate_size, n_positions=cfg.max_target_length + 1, **special,
+        add_cross_attention=True, initializer_range=_deviation(cfg),
     )  # fmt: skip
     return GPT2LMHeadModel(set_dropout(config, 0.0))
 
 
 def _pretrained_decoder(cfg: Any) -> PreTrainedModel:
-    """Rothe et al. 2020: the weights of cfg.decoder, an encoder or a decoder. New are its attention to the source and, if it was saved without, its output layer."""
+    """Rothe et al. 2020: the weights of cfg.decoder, an encoder or a decoder.
+
+    New are its attention to the source and, if it was saved without, its output layer.
+    """
     return load_weights(AutoModelForCausalLM, cfg.decoder, _config_of_decoder(cfg), cfg.trust_remote_code)
 
 
@@ -206,92 +219,27 @@ def _config_of_decoder(cfg: Any) -> PretrainedConfig:
     attends = model_class is not None and "encoder_hidden_states" in inspect.signature(model_class.forward).parameters
     if config.is_encoder_decoder or not attends:
         raise UserError(
-            f"decoder {cfg.decoder}: its architecture, {config.model_type}, cannot attend to an encoder; take a BERT, a RoBERTa or a GPT-2, say"
+            f"decoder {cfg.decoder}: its architecture, {config.model_type}, cannot attend to an encoder; "
+            "take a BERT, a RoBERTa or a GPT-2, say"
         )
     return config
 
 
 def _generates_at_most(model: PreTrainedModel, tokens: int) -> PreTrainedModel:
-    """A new model whose export generates so many tokens, for which its decoder has positions, unless it is asked for fewer."""
+    """A new model whose export generates so many tokens, for which its decoder has positions, unless it is asked for
+    fewer."""
     model.generation_config.max_new_tokens = tokens
     return model
 
 
-def tokenize_pairs(
-    rows: dict[str, list[Any]], source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase, max_source_length: int, max_target_length: int
-) -> dict[str, list[Any]]:  # fmt: skip
-    """Columns source and target -> input_ids, labels, the length of both together in tokens; whether the one and the other was truncated, and
-    whether the tokens of a whole target say something else than it does (in lower case, or without accents, or with other spaces).
-
-    A truncated target lacks its end-of-text token, or the model would learn to stop there.
-    """
-    sources = source_tokenizer(rows["source"], truncation=True, max_length=max_source_length)
-    targets = target_tokenizer(text_target=rows["target"], truncation=True, max_length=max_target_length)
-    truncated = [bool(target.overflowing) for target in targets.encodings]
-    end = target_tokenizer.eos_token_id
-    labels = [
-        ids[:-1] if cut and ids[-1] == end else ids for ids, cut in zip(targets["input_ids"], truncated, strict=True)
-    ]
-    written = target_tokenizer.batch_decode(labels, skip_special_tokens=True)
-    return {
-        "input_ids": sources["input_ids"],
-        "labels": labels,
-        "length": [len(source) + len(target) for source, target in zip(sources["input_ids"], labels, strict=True)],
-        "source_truncated": [bool(source.overflowing) for source in sources.encodings],
-        "target_truncated": truncated,
-        "target_altered": [
-            not cut and text.strip() != back.strip()
-            for cut, text, back in zip(truncated, rows["target"], written, strict=True)
-        ],
-    }
-
-
-def pair_notes(train: Dataset) -> list[str]:
-    """What the header says of the training rows that tokenize_pairs made."""
-    sources, targets, altered = (
-        sum(train[name]) for name in ("source_truncated", "target_truncated", "target_altered")
-    )
-    notes = (
-        [f"truncated: {sources:,} sources and {targets:,} targets of {len(train):,} training pairs"]
-        if sources or targets
-        else []
-    )
-    if altered:
-        notes.append(
-            f"{altered:,} of {len(train):,} training targets cannot be written as they are by the model's tokenizer (letter case, accents, spaces)"
-        )
-    return notes
-
-
-def collator(
-    model: PreTrainedModel, source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase
-) -> Callable[[dict[str, Any]], Batch]:
-    """collate_pairs for this model and its tokenizers."""
-    start = getattr(model.config, "decoder_start_token_id", None)
-    if start is None:
-        start = model.generation_config.decoder_start_token_id
-    if start is None:
+def decoder_start(model: PreTrainedModel) -> int:
+    """The token that a decoder reads first."""
+    token = getattr(model.config, "decoder_start_token_id", None)
+    if token is None:
+        token = model.generation_config.decoder_start_token_id
+    if token is None:
         raise UserError(
-            f"{type(model).__name__}: neither its config nor its generation config says the decoder_start_token_id; add it there"
+            f"{type(model).__name__}: neither its config nor its generation config says the decoder_start_token_id; "
+            "add it there"
         )
-    return functools.partial(
-        collate_pairs,
-        source_pad=source_tokenizer.pad_token_id,
-        target_pad=target_tokenizer.pad_token_id,
-        decoder_start=start,
-    )
-
-
-def collate_pairs(rows: dict[str, list[Any]], source_pad: int, target_pad: int, decoder_start: int) -> Batch:
-    """Pairs -> input_ids, attention_mask [rows, longest source]; decoder_input_ids, labels (the token after each) [rows, longest target]."""
-    shifted = [[decoder_start, *labels[:-1]] for labels in rows["labels"]]
-    return pad_tokens(rows["input_ids"], source_pad) | {
-        "decoder_input_ids": pad(shifted, target_pad),
-        "labels": pad(rows["labels"], IGNORED),
-    }
-
-
-def logits_of(engine: Any, batch: Batch) -> torch.Tensor:
-    """Of a batch of collate_pairs: [rows, longest target, tokens of the vocabulary], in fp32."""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "decoder_input_ids")}
-    return engine(**inputs).logits.float()
+    return int(token)

@@ -108,6 +108,7 @@ def set_dropout(config: PretrainedConfig, dropout: float) -> PretrainedConfig:
 
 
 @progress("loading the tokenizer")
+@ranks.rank0_first
 def load_tokenizer(
     name: str, max_length: int, trust_remote_code: bool, setting: str = "max_length"
 ) -> PreTrainedTokenizerBase:
@@ -115,10 +116,6 @@ def load_tokenizer(
 
     setting: the name of the setting that max_length comes from. Its end-of-text token stands in for a padding token that it lacks.
     """
-    return ranks.rank0_first(lambda: _load_tokenizer(name, max_length, trust_remote_code, setting))
-
-
-def _load_tokenizer(name: str, max_length: int, trust_remote_code: bool, setting: str) -> PreTrainedTokenizerBase:
     config = load_config(name, 0.0, trust_remote_code)
     check_length(getattr(config, "encoder", config), max_length, setting)
     with hub_errors(name):

@@ -1,15 +1,18 @@
-"""One checkpoint on disk: written beside, moved into place and flushed; found again, and read at any stage on any number of ranks.
+"""One checkpoint on disk: written beside, moved into place and flushed; found again, and read at any stage on any
+number of ranks.
 
   step-00000120/
-    rank-00000-of-00002.safetensors   the pieces (lib/distributed/zero_state.py) that rank 0 answers for, as <kind>/<parameter>@<first element>
+    rank-00000-of-00002.safetensors   the pieces (lib/distributed/zero_state.py) that rank 0 answers for,
+                                      as <kind>/<parameter>@<first element>
     rank-00001-of-00002.safetensors   those of rank 1
-    checkpoint.json                   the manifest: step, settings, versions, size and checksum of each file, which pieces are where
+    checkpoint.json                   the manifest: step, settings, versions, size, checksum and pieces of each file
 
-Each rank writes what it holds and reads what it needs; nothing is gathered. The manifest is written last and a folder gets its name
-only when all of it is written, so whatever kills a run leaves complete checkpoints, and perhaps one folder `.writing-...` that the next
-run removes. The disk itself takes longer, and training does not wait for it: a flush runs beside (`Flush`), and until it is done no
-older checkpoint may be deleted. A power cut before that can damage the newest one, which its checksums show; the older one is there.
-safetensors and JSON hold numbers and text alone: loading runs no code. Why a format of its own: docs/checkpoints.md.
+Each rank writes what it holds and reads what it needs; nothing is gathered. The manifest is written last and a folder
+gets its name only when all of it is written, so whatever kills a run leaves complete checkpoints, and perhaps one
+folder `.writing-...` that the next run removes. The disk itself takes longer, and training does not wait for it: a
+flush runs beside (`Flush`), and until it is done no older checkpoint may be deleted. A power cut before that can damage
+the newest one, which its checksums show; the older one is there. safetensors and JSON hold numbers and text alone:
+loading runs no code. Why a format of its own: docs/checkpoints.md.
 """
 
 import errno
@@ -53,11 +56,12 @@ def folder_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
-# --- writing ------------------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
 class Flush(threading.Thread):
-    """Brings what this rank wrote of a checkpoint from the memory of the operating system to the disk, beside training."""
+    """Brings what this rank wrote of a checkpoint from the memory of the operating system to the disk, beside
+    training."""
 
     def __init__(self, folder: Path):
         super().__init__()
@@ -95,10 +99,11 @@ def file_name() -> str:
 
 @progress("saving a checkpoint")
 def write(parent: Path, engine: Any, facts: Manifest) -> str | None:
-    """Write the checkpoint of the engine's present state. Every rank must call it. Returns what went wrong, the same on all ranks.
+    """Write the checkpoint of the engine's present state. Every rank must call it. Returns what went wrong, the same on
+    all ranks.
 
-    facts: what to keep beside the weights, as JSON; its "step" names the folder. A failure removes what was written of it, and
-    touches no other checkpoint. A Flush is still to be made.
+    facts: what to keep beside the weights, as JSON; its "step" names the folder. A failure removes what was written of
+    it, and touches no other checkpoint. A Flush is still to be made.
     """
     unfinished = parent / f".writing-{folder_of(facts['step'])}"
 
@@ -180,7 +185,10 @@ def _checksum_of(manifest: Manifest) -> str:
 
 
 def remove(folder: Path) -> str | None:
-    """Delete a checkpoint. It loses its name first, so that a half deleted one is never taken for one. Returns what kept it from being deleted."""
+    """Delete a checkpoint.
+
+    It loses its name first, so that a half deleted one is never taken for one. Returns what kept it from being deleted.
+    """
     doomed = folder.with_name(f".deleting-{folder.name}")
 
     def delete() -> None:
@@ -197,11 +205,12 @@ def remove_leftovers(parent: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-# --- finding ------------------------------------------------------------------------------------------------------------
+# --- finding --------------------------------------------------------------------------------------
 
 
 class _Facts(BaseModel):
-    """What a manifest of FORMAT must hold, whoever wrote it: no value of it may lead out of its folder, or to a traceback."""
+    """What a manifest of FORMAT must hold, whoever wrote it: no value of it may lead out of its folder, or to a
+    traceback."""
 
     model_config = ConfigDict(strict=True)
     recipe: str
@@ -254,7 +263,10 @@ def _check_facts(manifest: Manifest, folder: Path) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint. Raises ValueError with what is wrong with it, UserError where it is newer than this code."""
+    """The manifest of a checkpoint.
+
+    Raises ValueError with what is wrong with it, UserError where it is newer than this code.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -269,7 +281,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise ValueError(f"{MANIFEST} is damaged: its checksum differs")
     if manifest["format"] > FORMAT:
         raise UserError(
-            f"{display_path(folder)} has format {manifest['format']}, but this code reads up to {FORMAT}: resume it with the newer code that wrote it"
+            f"{display_path(folder)} has format {manifest['format']}, but this code reads up to {FORMAT}: "
+            "resume it with the newer code that wrote it"
         )
     _check_facts(manifest, folder)
     return manifest
@@ -287,10 +300,11 @@ def list_complete(parent: Path) -> list[tuple[Path, Manifest]]:
 
 
 def find_newest(parent: Path) -> tuple[Path | None, Manifest, list[str]]:
-    """(folder, manifest) of the newest checkpoint of which every byte is as it was written, the same on all ranks, and notes.
+    """(folder, manifest) of the newest checkpoint of which every byte is as it was written, the same on all ranks, and
+    notes.
 
-    The ranks share the reading of its files. Each newer one that is incomplete or damaged is named in a note; nothing is changed
-    (put_newer_aside). Raises UserError where some are there but none is whole.
+    The ranks share the reading of its files. Each newer one that is incomplete or damaged is named in a note; nothing
+    is changed (put_newer_aside). Raises UserError where some are there but none is whole.
     """
     notes: list[str] = []
     for folder in ranks.on_rank0(lambda: sorted(parent.glob("step-*"), reverse=True)):
@@ -301,13 +315,15 @@ def find_newest(parent: Path) -> tuple[Path | None, Manifest, list[str]]:
         notes.append(f"{folder.name} is damaged ({problem})")
     if notes:
         raise UserError(
-            f"no checkpoint in {display_path(parent)} is whole: {', '.join(notes)}; restore one from a backup, or start anew with another --run_dir"
+            f"no checkpoint in {display_path(parent)} is whole: {', '.join(notes)}; "
+            "restore one from a backup, or start anew with another --run_dir"
         )
     return None, {}, []
 
 
 def put_newer_aside(newest: Path) -> None:
-    """Rename what find_newest passed over to damaged-..., so that it is not counted among the good ones from then on."""
+    """Rename what find_newest passed over to damaged-..., so that it is not counted among the good ones from then
+    on."""
     for folder in newest.parent.glob("step-*"):
         if folder.name > newest.name:
             aside = folder.with_name(f"damaged-{folder.name}")
@@ -351,12 +367,13 @@ def _file_problem(file: Path, facts: Manifest) -> str | None:
     return None
 
 
-# --- reading ------------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 @progress("reading the checkpoint")
 def read(folder: Path, manifest: Manifest, engine: Any) -> None:
-    """Bring the engine's weights and optimizer states to those of a checkpoint, whatever stage and number of ranks wrote it.
+    """Bring the engine's weights and optimizer states to those of a checkpoint, whatever stage and number of ranks
+    wrote it.
 
     Every rank must call it. Raises UserError, on all ranks, where the checkpoint is another model's or cannot be read.
     """
@@ -364,7 +381,8 @@ def read(folder: Path, manifest: Manifest, engine: Any) -> None:
     for name in [*here, *there]:
         if here.get(name) != there.get(name):
             raise UserError(
-                f"{display_path(folder)} is another model's: parameter {name} is {there.get(name, 'not')} there and {here.get(name, 'not')} here; "
+                f"{display_path(folder)} is another model's: parameter {name} is {there.get(name, 'not')} there and "
+                f"{here.get(name, 'not')} here; "
                 "resume with the model and data that it was trained with, or start a new run"
             )
     make_optimizer_state(engine, manifest["kinds"], manifest["scalars"])

@@ -21,7 +21,8 @@ from lib.settings.ds_config import load_ds_config
 
 
 def cli(main: Callable[..., Any], config_class: type[Any]) -> None:
-    """Run a recipe from the command line: read the settings, check the DeepSpeed JSON against them, call `main(cfg, ds_config)`.
+    """Run a recipe from the command line: read the settings, check the DeepSpeed JSON against them, call `main(cfg,
+    ds_config)`.
 
     A UserError is one line on rank 0, a bug a traceback; the exit codes are those of lib/errors.py.
     """
@@ -61,9 +62,11 @@ def cli(main: Callable[..., Any], config_class: type[Any]) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process now: run the exit functions, where monitors end their uploads, but not the interpreter's own shutdown.
+    """End this process now: run the exit functions, where monitors end their uploads, but not the interpreter's own
+    shutdown.
 
-    It waits for process groups that other ranks have left, and aborts (exit code -6) where a thread of gloo drops a tensor meanwhile.
+    It waits for process groups that other ranks have left, and aborts (exit code -6) where a thread of gloo drops a
+    tensor meanwhile.
     """
     exit_functions = threading.Thread(
         target=atexit._run_exitfuncs, daemon=True

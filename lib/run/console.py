@@ -34,7 +34,8 @@ class _Descriptor(io.RawIOBase):
 class Console(io.TextIOWrapper):
     """Text to a file descriptor, line by line: writing never raises.
 
-    A terminal that has closed, a reader that has left and a file on a full disk lose text. Signs that the terminal's encoding lacks become "?".
+    A terminal that has closed, a reader that has left and a file on a full disk lose text. Signs that the terminal's
+    encoding lacks become "?".
     """
 
     def __init__(self, descriptor: int):

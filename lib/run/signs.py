@@ -16,7 +16,8 @@ LONGEST_SILENCE = 600.0  # each sign of the same work comes after twice the sile
 
 
 class Signs:
-    """Prints on a console, and there says what is at work when nothing else was printed for long: on a terminal as a bar that moves, elsewhere as lines."""
+    """Prints on a console, and there says what is at work when nothing else was printed for long: on a terminal as a
+    bar that moves, elsewhere as lines."""
 
     def __init__(self, console: IO[str] | io.TextIOBase):
         self.console = console

@@ -7,7 +7,9 @@ a key given twice are errors of one line that name the file and the key. Types a
 
 import argparse
 import ast
+import dataclasses
 import inspect
+import json
 import re
 import sys
 import typing
@@ -28,6 +30,8 @@ Betas = typing.Annotated[  # on the command line 0.9,0.999; a list, as JSON and 
     BeforeValidator(lambda value: value.split(",") if isinstance(value, str) else value),
 ]
 LengthPenalty = typing.Annotated[float, Field(ge=0, le=10)]
+Precision = typing.Literal["fp32", "bf16", "fp16"]
+LearningRateSchedule = typing.Literal["linear", "cosine", "constant"]
 Minutes = typing.Annotated[float, Field(gt=0, lt=1e6)]
 Text = typing.Annotated[str, Field(min_length=1)]
 C = TypeVar("C")  # a recipe's Config
@@ -95,7 +99,13 @@ def comments(config_class: type) -> dict[str, str]:
     found: dict[str, str] = {}
     for part in inspect.getmro(config_class)[:-1]:
         found |= dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(part), re.MULTILINE))
-    return found
+    defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
+    return {name: _with_default(text, defaults[name]) for name, text in found.items()}
+
+
+def _with_default(text: str, default: Any = dataclasses.MISSING) -> str:
+    """The help text of a setting, with its default as YAML has it, unless it has none."""
+    return text if default is dataclasses.MISSING else f"{text} (default: {json.dumps(default).strip(chr(34))})"
 
 
 def load(config_class: type[C], yaml_path: Path, given: dict[str, str], quick: bool = False) -> C:
@@ -120,6 +130,8 @@ def load(config_class: type[C], yaml_path: Path, given: dict[str, str], quick: b
             merged[key] = check_value(overlay[key], kind, f"{display_path(yaml_path)}: quick: {key}", text=False)
         elif key in values:
             merged[key] = check_value(values[key], kind, f"{display_path(yaml_path)}: {key}", text=False)
+        elif hasattr(config_class, key):  # a default, which stands in the line that documents the setting
+            merged[key] = getattr(config_class, key)
         else:
             raise UserError(
                 f"{display_path(yaml_path)}: '{key}' is missing ({comments(config_class).get(key, 'a required setting')})"
@@ -209,7 +221,8 @@ def settings_in_source(file: Path, class_name: str = "Config") -> dict[str, tupl
                 .removeprefix("#")
                 .strip()
             )
-            settings[field.target.id] = ast.unparse(field.annotation) == "bool", comment
+            default = dataclasses.MISSING if field.value is None else ast.literal_eval(field.value)
+            settings[field.target.id] = ast.unparse(field.annotation) == "bool", _with_default(comment, default)
     for base in found.bases:
         inherited = settings_in_source(file, ast.unparse(base))
         settings |= {name: setting for name, setting in inherited.items() if name not in settings}

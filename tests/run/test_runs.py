@@ -454,7 +454,7 @@ class Other:
 
 def test_ranks_that_work_tell_those_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     other = Other(monkeypatch, rank=1, busy=2)
-    assert ranks.rank0_first(lambda: time.sleep(0.3) or "mine") == "mine"  # type: ignore[func-returns-value]
+    assert ranks.rank0_first(lambda: time.sleep(0.3) or "mine")() == "mine"  # type: ignore[func-returns-value]
     assert other.told[:2] == [0, 0], "this one waits for rank 0"
     assert sum(other.told[2:]) >= 2 and other.told[-1] == 0, "then rank 0 waits for this one"
 

@@ -1,0 +1,54 @@
+"""The lines that say what is about to run."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from lib.data.rows import Splits
+from lib.distributed import ranks
+from lib.run.resume import Checkpoint
+from lib.settings.ds_config import offload_device, stage_of
+
+
+def header_lines(
+    cfg: Any, ds_config: dict[str, Any], model: torch.nn.Module, rows: dict[str, int], total_steps: int, folder: str,
+    checkpoint: Checkpoint | None, splits: Splits | None, notes: Sequence[str],
+) -> list[str]:  # fmt: skip
+    """rows: their number by split."""
+    sizes = {parameter: getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters()}
+    total = sum(sizes.values())
+    trained = sum(size for parameter, size in sizes.items() if parameter.requires_grad)
+    of_them = f", {trained / 1e6:.1f} M of them trained" if trained < total else ""
+    counts = ", ".join(f"{count:,} {split}" for split, count in rows.items())
+    world_size = ranks.world_size()
+    accelerator = get_accelerator()
+    on_cpu = accelerator.device_name() == "cpu"
+    device = f"CPU, {torch.get_num_threads()} threads a rank" if on_cpu else accelerator.device_name(0)
+    micro, accumulation = ds_config["train_micro_batch_size_per_gpu"], ds_config["gradient_accumulation_steps"]
+    lines = {
+        "model": f"{type(model).__name__}, {total / 1e6:.1f} M parameters{of_them}",
+        "data": f"{cfg.dataset}: {counts}",
+        **(splits.header if splits is not None else {}),
+        "device": f"{_ranks(world_size)} x {device}",
+        "memory": f"ZeRO stage {stage_of(ds_config)}{_offloaded(ds_config)}, {cfg.precision}",
+        "batch": f"{cfg.batch_size} = {micro} rows x {accumulation} accumulation steps x {world_size} ranks; "
+        f"{total_steps} steps",
+        "run": folder,
+    }
+    if checkpoint is not None:
+        path, manifest = checkpoint
+        writers = f"written at ZeRO stage {manifest['stage']} by {_ranks(manifest['world_size'])}"
+        lines["resume"] = f"after step {manifest['step']} of {path.name}, {writers}"
+    return [f"{name:<9}{text}" for name, text in lines.items()] + [f"note     {note}" for note in notes]
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'s' if count > 1 else ''}"
+
+
+def _offloaded(ds_config: dict[str, Any]) -> str:
+    names = {"optimizer": "optimizer", "param": "parameters"}
+    found = [name for what, name in names.items() if offload_device(ds_config, what) != "none"]
+    return f", offloaded: {', '.join(found)}" if found else ""
