@@ -5,7 +5,7 @@
     errors        mistakes that a user can correct, exit codes, paths as a user types them; imports nothing of lib
     progress      work that takes long shows how far it has come; imports as little
     settings      YAML and command line, the DeepSpeed JSON, the settings of every run; read before torch is imported
-    distributed   what acts on other ranks or on partitioned state: process groups, loading, optimizer, ZeRO's state, export
+    distributed   other ranks and partitioned state: process groups, loading, optimizer, ZeRO's state, export
     data          columns, rows and padding: sources, checked rows, samples, batches, blocks of tokens
     models        weights, architectures, tokenizers, token losses; knows nothing of how many ranks there are
     run           the run folder and the console: metrics, checkpoints, a recipe's command line
@@ -26,14 +26,14 @@ The training step is in the recipe, and nothing here calls the engine's forward,
 
 Where to look, and where to add:
 
-    where the loss is divided          recipes/x.py, in the loop; run.undivided (run/run.py) undoes DeepSpeed's own division
+    where the loss is divided          recipes/x.py, in the loop; run.undivided (run/run.py) undoes DeepSpeed's division
     which rows a rank gets             data/batches.py
     what a checkpoint holds            distributed/zero_state.py (what a rank has), run/checkpoint_files.py (the files)
     a DeepSpeed key that is allowed    settings/ds_config.py
     a built-in corpus                  data/samples.py
 
-A new line belongs to the first of these that it fits: the formula in a recipe's docstring (the recipe); a process of its
-own before or after the ranks (launch, compare); other ranks or partitioned state (distributed); a column, a row or
-padding (data); a weight, an architecture, a tokenizer (models); a file of the run folder or a line on the console (run);
-a score (scores); a key of YAML or JSON (settings).
+A new line belongs to the first of these that it fits: the formula in a recipe's docstring (the recipe); a process of
+its own before or after the ranks (launch, compare); other ranks or partitioned state (distributed); a column, a row or
+padding (data); a weight, an architecture, a tokenizer (models); a file of the run folder or a line on the console
+(run); a score (scores); a key of YAML or JSON (settings).
 """
