@@ -3,7 +3,7 @@
     errors < settings < distributed < data < models < run < scores < recipes
 
     errors        mistakes that a user can correct, exit codes, paths as a user types them; imports nothing of lib
-    progress      work that takes long shows how far it has come; imports as little
+    progress      work that takes long shows how far it has come; imports nothing of lib
     settings      YAML and command line, the DeepSpeed JSON, the settings of every run; read before torch is imported
     distributed   other ranks and partitioned state: process groups, loading, optimizer, ZeRO's state, export
     data          columns, rows and padding: sources, checked rows, samples, batches, blocks of tokens
