@@ -103,7 +103,7 @@ def _leave_with_the_launcher() -> None:
     def is_launcher(process: psutil.Process) -> bool:
         try:
             return any(
-                part.endswith(("start_ranks.py", "deepspeed", "deepspeed.launcher.launch"))
+                part.endswith(("lib.launch.start_ranks", "deepspeed", "deepspeed.launcher.launch"))
                 for part in process.cmdline()
             )
         except psutil.Error:  # another user's, or ended

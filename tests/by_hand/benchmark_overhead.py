@@ -2,12 +2,11 @@
 
     deepspeed --num_accelerators 2 tests/by_hand/benchmark_overhead.py --series 5 --steps 20
 
-One launch, one engine, one model: series of steps of causal_lm's loop (run.steps, training_batches, label counts, log_step, end_step) and of a loop of
+One launch, one engine, one model: series of steps of causal_lm's loop (run.steps, label counts, log_step) and of a loop of
 engine(...), backward and step on ready tensors take turns, so that a machine's drift meets both. Prints the medians and peak memory.
 """
 
 import argparse
-import dataclasses
 import importlib
 import resource
 import statistics
@@ -31,14 +30,18 @@ from lib.data.blocks import Blocks
 from lib.distributed import ranks
 from lib.distributed.loading import load_model
 from lib.distributed.optimizer import make_adamw, make_schedule
-from lib.distributed.repairs import repair_stage0, veto_if_not_finite
 from lib.models.losses import token_losses
-from lib.run.checkpoints import Checkpoints
 from lib.run.run import Run
 from lib.settings import config
 from lib.settings.ds_config import load_ds_config
 
 causal_lm: Any = importlib.import_module("recipes.causal_lm")
+
+
+class Vocabulary(tuple[int, ...]):
+    """What build_model asks of a tokenizer: how many tokens there are, and which ends a text."""
+
+    eos_token_id = 0
 
 
 def main() -> None:
@@ -48,21 +51,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--local_rank")
     options = parser.parse_args()
-    device = ranks.init(timeout_minutes=10)
+    ranks.init(timeout_minutes=10)
     folder = ranks.on_rank0(tempfile.mkdtemp)
     given = {"run_dir": f"{folder}/run", "save_minutes": "null", "lr_schedule": "constant", "warmup_steps": "0"}
     cfg: Any = config.load(causal_lm.Config, ROOT / "recipes" / "causal_lm.yaml", given)
     ds_config = load_ds_config(ROOT / "ds_configs" / "causal_lm" / f"zero{options.stage}.json", cfg, ranks.world_size())
-    micro, accumulation = ds_config["train_micro_batch_size_per_gpu"], ds_config["gradient_accumulation_steps"]
-    model = load_model(lambda: causal_lm.build_model(cfg, cfg.vocab_size, 0), ds_config, cfg.seed)
+    micro = ds_config["train_micro_batch_size_per_gpu"]
+    tokenizer: Any = Vocabulary(range(cfg.vocab_size))
+    model = load_model(lambda: causal_lm.build_model(cfg, tokenizer), ds_config, cfg.seed)
     optimizer = make_adamw(cfg, model, ds_config)
     schedule = make_schedule(cfg, optimizer, options.steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
-    repair_stage0(engine)
+    run = Run(cfg, ds_config, causal_lm.__file__)
+    run.plan(16)
+    run.attach(engine, {})
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, 2_000_000).astype(np.int32)
-    batches = training_batches(
-        Blocks(tokens, cfg.max_length, drop_last=True), causal_lm.collate_blocks, cfg.batch_size, micro, 0, device
-    )
+    blocks = Blocks(tokens, cfg.max_length, drop_last=True)
+    batches = training_batches(blocks, causal_lm.collate_blocks, cfg.batch_size, micro, 0, run.device)
     ready = [next(batches) for _ in range(4)]
 
     def bare() -> None:
@@ -72,23 +77,18 @@ def main() -> None:
                 engine.backward(F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()))
                 engine.step()
 
-    run = Run(dataclasses.replace(cfg), ds_config, causal_lm.__file__)
-    checkpoints = Checkpoints(run, engine, schedule)
+    run.total_steps = run.metrics.total_steps = options.steps
 
     def recipe() -> None:
-        run.total_steps = options.steps
-        for step in run.steps():
-            micro_batches = next(batches)
-            learning_rate = schedule.get_last_lr()[0]
-            labels = ranks.all_sum(torch.stack([(batch["labels"] != IGNORED).sum() for batch in micro_batches]).sum())
-            step_loss = torch.zeros((), device=device)
+        for step, micro_batches in run.steps(blocks, causal_lm.collate_blocks):
+            labels = ranks.sum_over_ranks((batch["labels"] != IGNORED).sum() for batch in micro_batches)
+            step_loss = torch.zeros((), device=run.device)
             for batch in micro_batches:
                 loss = token_losses(causal_lm.logits_of(engine, batch), batch["labels"]).sum() / labels
-                engine.backward(veto_if_not_finite(loss) * accumulation * ranks.world_size())
+                engine.backward(run.undivided(loss))
                 engine.step()
                 step_loss += loss.detach()
-            run.log_step(step, step_loss, labels, learning_rate, engine.get_global_grad_norm())
-            checkpoints.end_step(step, micro_batches)
+            run.log_step(step, step_loss, tokens=labels)
 
     seconds: dict[str, list[float]] = {"bare": [], "recipe": []}
     peak: dict[str, int] = {}

@@ -17,6 +17,7 @@ import deepspeed
 
 from lib.compare.measure import Meter
 from lib.compare.results import INSPECTED
+from lib.data import batches
 from lib.errors import ROOT, Stopped
 from lib.run.run import Run
 from lib.settings import config
@@ -55,7 +56,7 @@ def initialize_slowly(*arguments: Any, **options: Any) -> Any:
 
 def main(where: str, *cases: str) -> None:
     folder = Path(where)
-    world_size, batches = int(os.environ["WORLD_SIZE"]), causal_lm.training_batches
+    world_size, real_batches = int(os.environ["WORLD_SIZE"]), batches.training_batches
     for case in cases:
         name, json_path, settings = case.split(":")
         place = folder / f"{name}-{world_size}"
@@ -70,7 +71,7 @@ def main(where: str, *cases: str) -> None:
         causal_lm.deepspeed = SimpleNamespace(
             initialize=meter.initialize(initialize_slowly if slow else deepspeed.initialize)
         )
-        causal_lm.training_batches = meter.training_batches(batches)
+        batches.training_batches = meter.training_batches(real_batches)
         causal_lm.collate_blocks = slowly("data", collate_blocks) if slow else collate_blocks
         runs: list[Run] = []
         causal_lm.Run = lambda *arguments, runs=runs: (runs.append(Run(*arguments)), runs[0])[1]

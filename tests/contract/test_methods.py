@@ -11,11 +11,14 @@ from datasets import Dataset
 from transformers import AddedToken, AutoTokenizer
 
 from lib.data.batches import IGNORED
-from lib.models.encoder_decoder import SPECIAL_TOKENS, collate_pairs, pair_notes, tokenize_pairs
+from lib.models.encoder_decoder import SPECIAL_TOKENS
 from lib.models.hub import model_folder
 from lib.models.scratch import train_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_rank")
+
+
+ENCODER_DECODERS = ("translation", "summarization")  # each has its own tokenizing and collating, in plain sight
 
 
 def recipe(name: str) -> Any:
@@ -25,9 +28,11 @@ def recipe(name: str) -> Any:
 # --- encoder-decoders ---------------------------------------------------------------------------------------------------
 
 
-def test_the_decoder_reads_what_stands_before_each_label() -> None:
-    batch = collate_pairs(
-        {"input_ids": [[5, 6, 7], [8]], "labels": [[11, 12], [13, 14, 15]]}, source_pad=0, target_pad=1, decoder_start=2
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_the_decoder_reads_what_stands_before_each_label(name: str) -> None:
+    tokenizers = SimpleNamespace(pad_token_id=0), SimpleNamespace(pad_token_id=1)
+    batch = recipe(name).collate(
+        {"input_ids": [[5, 6, 7], [8]], "labels": [[11, 12], [13, 14, 15]]}, tokenizers, decoder_start=2
     )
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]] and batch["attention_mask"].tolist() == [
         [1, 1, 1],
@@ -37,10 +42,11 @@ def test_the_decoder_reads_what_stands_before_each_label() -> None:
     assert batch["decoder_input_ids"].tolist() == [[2, 11, 1], [2, 13, 14]]
 
 
-def test_only_a_whole_target_ends() -> None:
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_only_a_whole_target_ends(name: str) -> None:
     tokenizer = train_tokenizer(["many words " * 9], 270, SPECIAL_TOKENS, "$A </s>")
-    made = tokenize_pairs(
-        {"source": ["many words " * 9, "words"], "target": ["words", "many words " * 9]}, tokenizer, tokenizer, 7, 7
+    made = recipe(name).tokenize(
+        {"source": ["many words " * 9, "words"], "target": ["words", "many words " * 9]}, (tokenizer, tokenizer), (7, 7)
     )
     assert (made["source_truncated"], made["target_truncated"]) == ([True, False], [False, True])
     whole, cut = made["labels"]
@@ -50,13 +56,14 @@ def test_only_a_whole_target_ends() -> None:
     assert made["target_altered"] == [False, False]
 
 
-def test_targets_that_the_tokenizer_cannot_write_are_counted() -> None:
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_targets_that_the_tokenizer_cannot_write_are_counted(name: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_folder("minilm"))
     targets = ["many words", "Many words", "été", "a_word", "word " * 9]
-    made = tokenize_pairs({"source": targets, "target": targets}, tokenizer, tokenizer, 12, 8)
+    made = recipe(name).tokenize({"source": targets, "target": targets}, (tokenizer, tokenizer), (12, 8))
     assert made["target_altered"] == [False, True, True, True, False]
     assert made["target_truncated"] == [False] * 4 + [True]
-    assert pair_notes(Dataset.from_dict(made))[1].startswith("3 of 5 training targets cannot be written")
+    assert recipe(name).notes_on(Dataset.from_dict(made))[1].startswith("3 of 5 training targets cannot be written")
 
 
 # --- masked_lm ----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow
@@ -24,11 +23,10 @@ from lib.data import rows
 from lib.data import sources as rows_of_data
 from lib.data.rows import Splits, load_rows
 from lib.errors import UserError
-from lib.models.encoder_decoder import SPECIAL_TOKENS, tokenize_pairs
+from lib.models.encoder_decoder import SPECIAL_TOKENS
 from lib.models.hub import load_tokenizer, model_folder
 from lib.models.scratch import END_OF_TEXT, train_tokenizer
-from lib.run.checkpoints import Checkpoints
-from lib.run.run import Run
+from lib.run.resume import check_data, find_checkpoint, finished_before
 from lib.scores import baselines, evaluation
 from lib.settings import config
 
@@ -431,11 +429,8 @@ def test_a_rare_label_stays_in_the_training_rows(tmp_path: Path) -> None:
 
 
 def restored(splits: Splits, manifest: dict[str, Any]) -> None:
-    """What Checkpoints.restore does before it reads the weights."""
-    checkpoints: Any = Checkpoints.__new__(Checkpoints)
-    checkpoints.run = SimpleNamespace(checkpoint=(Path("step-2"), manifest), rows=7, splits=splits, total_steps=0)
-    checkpoints.cfg = SimpleNamespace(dataset="x.jsonl")
-    checkpoints.restore()
+    """What a run does before it reads the weights."""
+    check_data((Path("step-2"), manifest), {"rows": 7, "data": splits.fingerprint}, 0, "x.jsonl")
 
 
 def test_a_run_goes_on_with_the_same_rows_only(tmp_path: Path) -> None:
@@ -460,21 +455,16 @@ def test_the_name_of_a_dataset_may_change_where_its_rows_are_compared(
     cfg = config.load(causal_lm.Config, Path("recipes/causal_lm.yaml"), {})
     manifest = {"recipe": "causal_lm", "settings": dataclasses.asdict(cfg), "versions": {}, "data": data}
     monkeypatch.setattr("lib.run.checkpoint_files.find_newest", lambda folder: (folder / "step-2", manifest, []))
-    run = Run.__new__(Run)
-    run.recipe, run.folder, run.notes, run.cfg = (
-        "causal_lm",
-        tmp_path,
-        [],
-        dataclasses.replace(cfg, dataset="moved.jsonl"),
-    )
+    moved = dataclasses.replace(cfg, dataset="moved.jsonl", resume=True)
     if goes_on:
-        assert run._find_checkpoint() == (tmp_path / "checkpoints" / "step-2", manifest)
-        assert [note for note in run.notes if "dataset was" in note] == [
+        checkpoint, notes = find_checkpoint(tmp_path, "causal_lm", moved)
+        assert checkpoint == (tmp_path / "checkpoints" / "step-2", manifest)
+        assert [note for note in notes if "dataset was" in note] == [
             "dataset was 'sotu' and is 'moved.jsonl': it must have the same rows"
         ]
     else:
         with pytest.raises(UserError, match=r"dataset was 'sotu' and is 'moved.jsonl', which would change the result"):
-            run._find_checkpoint()
+            find_checkpoint(tmp_path, "causal_lm", moved)
 
 
 @pytest.mark.parametrize(
@@ -483,9 +473,7 @@ def test_the_name_of_a_dataset_may_change_where_its_rows_are_compared(
 def test_a_finished_run_looks_at_data_of_another_name(tmp_path: Path, changes: dict[str, Any], finished: bool) -> None:
     cfg = config.load(causal_lm.Config, Path("recipes/causal_lm.yaml"), {})
     write(tmp_path, {"result.json": '{"steps": 2}', "config.yaml": json.dumps(dataclasses.asdict(cfg))})
-    run = Run.__new__(Run)
-    run.cfg = dataclasses.replace(cfg, **changes)
-    assert (run._finished_before(tmp_path) is not None) is finished
+    assert (finished_before(tmp_path, dataclasses.replace(cfg, **changes)) is not None) is finished
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------
@@ -500,7 +488,9 @@ def test_names_of_control_tokens_are_text_to_a_tokenizer_that_is_learned_from_it
             ids = known(texts[0], add_special_tokens=False)["input_ids"]
             assert not set(ids) & set(known.all_special_ids) and known.decode(ids, skip_special_tokens=True) == texts[0]
     tokenizer = train_tokenizer(texts, 300, SPECIAL_TOKENS, "$A </s>")
-    pairs = tokenize_pairs({"source": texts, "target": texts}, tokenizer, tokenizer, 99, 99)
+    pairs = importlib.import_module("recipes.translation").tokenize(
+        {"source": texts, "target": texts}, (tokenizer, tokenizer), (99, 99)
+    )
     assert not any(pairs["target_altered"]) and pairs["labels"][0].count(1) == 1  # its end, once
 
 

@@ -17,7 +17,7 @@ from conftest import RECIPES, ROOT
 
 from lib.distributed.optimizer import make_adamw, make_schedule
 from lib.errors import UserError
-from lib.run.run import Run
+from lib.run.resume import find_checkpoint
 from lib.settings import config
 from lib.settings.ds_config import load_ds_config
 
@@ -139,12 +139,11 @@ def test_a_run_goes_on_with_the_same_betas_only(
     before = dataclasses.asdict(settings(adam_betas="0.9,0.95"))
     manifest = json.loads(json.dumps({"recipe": "causal_lm", "settings": before, "versions": {}, "data": "1234"}))
     monkeypatch.setattr("lib.run.checkpoint_files.find_newest", lambda folder: (folder / "step-2", manifest, []))
-    run = Run.__new__(Run)
-    run.recipe, run.folder, run.notes, run.cfg = "causal_lm", tmp_path, [], settings(adam_betas=now)
+    cfg = settings(adam_betas=now, resume="true", run_dir=str(tmp_path))
     if goes_on:
-        assert run._find_checkpoint() == (tmp_path / "checkpoints" / "step-2", manifest)
+        assert find_checkpoint(tmp_path, "causal_lm", cfg)[0] == (tmp_path / "checkpoints" / "step-2", manifest)
     else:
         with pytest.raises(
             UserError, match=r"adam_betas was \[0.9, 0.95\] and is \[0.9, 0.999\], which would change the result"
         ):
-            run._find_checkpoint()
+            find_checkpoint(tmp_path, "causal_lm", cfg)

@@ -215,7 +215,7 @@ def test_a_killed_rank_is_restarted(tmp_path: Path, uninterrupted: Path) -> None
 def test_a_killed_launcher_is_no_success_and_leaves_no_rank(tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start(run, "--max_steps", 100000, "--save_every", 10, steps=15)
-    (launcher,) = processes_of(run, "start_ranks.py")
+    (launcher,) = processes_of(run, "lib.launch.start_ranks")
     os.kill(launcher, signal.SIGKILL)
     output = end(process, run)
     assert process.returncode not in (0, 2, 75) and "--resume goes on" in output

@@ -411,6 +411,7 @@ def test_a_run_shows_what_its_rank_0_does_and_the_other_ranks_nothing(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     from lib.distributed import ranks
+    from lib.run.output import Output
     from lib.run.run import Run
 
     recipe: Any = importlib.import_module("recipes.causal_lm")
@@ -421,23 +422,23 @@ def test_a_run_shows_what_its_rank_0_does_and_the_other_ranks_nothing(
         quick=True,
     )
     threads = threading.active_count()
-    run = Run(cfg, {"zero_optimization": {"stage": 2}}, "recipes/causal_lm.py")
+    ds_config = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+    run = Run(cfg, {"zero_optimization": {"stage": 2}, **ds_config}, "recipes/causal_lm.py")
     assert threading.active_count() == threads + 1
     time.sleep(0.2)
     with progress("loading the rows"):
         time.sleep(0.2)
     run.plan(100)
-    for step in run.steps():
-        if step == 1:
-            run.log_step(step, torch.zeros(()), torch.ones(()), 0.1, None)
-            time.sleep(0.6)
+    run.output.begin_steps(0, 3)
+    run.metrics.restart_clock()
+    run.metrics.note_step(1, torch.zeros(()), torch.ones(()), 0.1, None)
+    time.sleep(0.6)
     run.close()
     assert threading.active_count() == threads
     said = [line for line in capfd.readouterr().out.splitlines() if not line.startswith("step ")]
     assert said[0].startswith("starting: 0:0") and any(line.startswith("loading the rows: 0:0") for line in said)
     assert any(line.startswith("training: 1 of 3 steps") for line in said)
     monkeypatch.setattr(ranks, "rank", lambda: 1)
-    run._send_chatter_to_log("log.txt")
-    run._lock = None
-    assert threading.active_count() == threads and run._signs is None
-    run.close()
+    output = Output(tmp_path / "log.txt")
+    assert threading.active_count() == threads and output.signs is None
+    output.close()

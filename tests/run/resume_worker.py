@@ -17,15 +17,14 @@ from typing import Any
 import deepspeed
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lib.distributed import ranks
 from lib.distributed.loading import load_model
 from lib.distributed.optimizer import make_adamw, make_schedule
-from lib.distributed.repairs import repair_stage0, veto_if_not_finite
 from lib.errors import ROOT, UserError
 from lib.run import checkpoint_files
-from lib.run.checkpoints import Checkpoints
 from lib.run.run import Run
 from lib.settings import config as settings
 from lib.settings.ds_config import load_ds_config
@@ -111,13 +110,10 @@ def train(
     optimizer = make_adamw(cfg, model, ds_config)
     schedule = make_schedule(cfg, optimizer, run.total_steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
-    repair_stage0(engine)
-    run.attach(engine)
-    checkpoints = Checkpoints(run, engine, schedule)
-    done = checkpoints.restore()
-    accumulation = engine.gradient_accumulation_steps()
+    run.attach(engine, {})
     losses = []
-    for step in run.steps(done):
+    made_up = Dataset.from_dict({"number": range(rows)})
+    for step, micro_batches in run.steps(made_up, lambda rows: {"number": torch.tensor(rows["number"])}):
         ids = torch.randint(
             0, 67, (BATCH, 16), generator=torch.Generator().manual_seed(step % 2)
         )  # few rows: it learns them, so that any lost state shows
@@ -127,14 +123,15 @@ def train(
             loss = F.cross_entropy(logits.flatten(0, 1), row[1:], reduction="sum") / (BATCH * 15)
             if step == poisoned_step and ranks.rank() == ranks.world_size() - 1:
                 loss = loss + math.inf  # its gradients are as before
-            engine.backward(veto_if_not_finite(loss) * accumulation * ranks.world_size())
+            engine.backward(run.undivided(loss))
             engine.step()
             total += loss.detach()
-        run.log_step(step, total, torch.tensor(BATCH * 15), schedule.get_last_lr()[0], engine.get_global_grad_norm())
-        losses.append(run.loss_of(step))
-        checkpoints.end_step(step, [{"input_ids": ids}])
+        micro_batches[:] = [{"input_ids": ids}]  # what is kept as evidence at a step that is not finite
+        run.log_step(step, total, tokens=torch.tensor(BATCH * 15))
+        losses.append(run.metrics.loss_of(step))
     if poisoned_step:
-        assert run.skipped_steps == 1
+        assert run.metrics.skipped_steps == 1
+    done = run.resumed_at
     forwards_before = done * BATCH // run.checkpoint[1]["world_size"] if run.checkpoint else 0
     assert (
         float(engine.module.seen) == forwards_before + (run.total_steps - done) * BATCH // ranks.world_size()

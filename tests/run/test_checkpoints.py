@@ -142,6 +142,9 @@ def run_folder(resumed: tuple[dict[str, float], list[str], Path], tmp_path: Path
     return tmp_path / "run"
 
 
+DS_CONFIG = {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 1}
+
+
 def recipe_settings(run_folder: Path, **changes: Any) -> Any:
     values = yaml.safe_load((run_folder / "config.yaml").read_text()).items()
     given = {name: ",".join(map(str, value)) if isinstance(value, list) else str(value) for name, value in values}
@@ -155,7 +158,7 @@ def recipe_settings(run_folder: Path, **changes: Any) -> Any:
 
 def open_run(run_folder: Path, **changes: Any) -> tuple[int, list[str]]:
     """(step of the checkpoint that is resumed, notes)"""
-    run = Run(recipe_settings(run_folder, **changes), {"zero_optimization": {"stage": 2}}, "recipes/causal_lm.py")
+    run = Run(recipe_settings(run_folder, **changes), DS_CONFIG, "recipes/causal_lm.py")
     run.close()
     return run.checkpoint[1]["step"] if run.checkpoint else 0, run.notes
 
@@ -277,7 +280,7 @@ def test_a_start_that_failed_before_training_is_no_run_to_be_kept(tmp_path: Path
 
     def start() -> None:
         cfg = settings.load(recipe.Config, ROOT / "recipes" / "causal_lm.yaml", {"run_dir": str(tmp_path / "run")})
-        Run(cfg, {"zero_optimization": {"stage": 2}}, "recipes/causal_lm.py").close()
+        Run(cfg, DS_CONFIG, "recipes/causal_lm.py").close()
 
     start()
     start()

@@ -29,6 +29,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
 from lib import errors
@@ -39,14 +40,16 @@ from lib.distributed.export import export
 from lib.errors import Stopped, UserError
 from lib.launch import supervise
 from lib.run import checkpoint_files, cli, console
-from lib.run import run as run_module
+from lib.run import folder as folder_module
 from lib.run.checkpoint_files import folder_of
-from lib.run.checkpoints import SIGNALS, Checkpoints
 from lib.run.console import Console
+from lib.run.folder import check_ranks_agree
 from lib.run.run import Run
+from lib.run.step_end import SIGNALS
 from lib.settings import config as settings
 
 RECIPE = "recipes/recurrent_lm.py"
+ROWS = Dataset.from_dict({"number": range(100)})
 DS_CONFIG = {"zero_optimization": {"stage": 0}, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
 
 
@@ -82,34 +85,42 @@ class Training:
         torch.manual_seed(0)
         module = torch.nn.Linear(4, 3)
         optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+        schedule: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
         self.engine: Any = SimpleNamespace(
-            module=module, optimizer=optimizer, basic_optimizer=optimizer, config=DS_CONFIG, was_step_applied=lambda: True,
-            gradient_accumulation_steps=lambda: 1,
+            module=module, optimizer=optimizer, basic_optimizer=optimizer, lr_scheduler=schedule, config=DS_CONFIG,
+            was_step_applied=lambda: True, gradient_accumulation_steps=lambda: 1, get_global_grad_norm=lambda: None,
+            monitor=SimpleNamespace(enabled=False), zero_optimization=lambda: True,
         )  # fmt: skip
-        self.schedule: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-        self.checkpoints = Checkpoints(self.run, self.engine, self.schedule)
+        self.run.attach(self.engine, {"train": rows})
+        self.checkpoints = self.run.checkpoints
+
+    def begin(self) -> int:
+        """What the loop does before its first step. Returns the number of steps done before."""
+        self.run._begin()
+        return self.run.resumed_at
+
+    def steps(self) -> Iterator[int]:
+        for step, _ in self.run.steps(ROWS, lambda rows: {}):
+            yield step
 
     def train(
         self,
         in_step: Callable[[int], Any] = lambda _: None,
         evaluate: Callable[[int], float] = lambda step: float(step),
     ) -> None:
-        for step in self.run.steps(self.checkpoints.restore()):
+        for step in self.steps():
             loss = self.engine.module(torch.ones(4)).square().sum()
             loss.backward()
             self.engine.optimizer.step()
             self.engine.optimizer.zero_grad()
-            self.schedule.step()
+            self.engine.lr_scheduler.step()
             in_step(step)
-            self.run.log_step(step, loss.detach(), torch.tensor(1), 1e-2, None)
-            if self.run.due(step, self.cfg.eval_every):
-                score = evaluate(step)
-                self.run.log_evaluation(step, "validation", {"score": score})
-                self.checkpoints.score(step, score)
-            self.checkpoints.end_step(step, [])
+            self.run.log_step(step, loss.detach(), torch.tensor(1))
+            if self.run.evaluation_due(step):
+                self.run.log_scores(step, "validation", {"score": evaluate(step)}, higher_is_better="score")
 
     def finish(self) -> None:
-        self.run.finish({"model": {"score": 1.0}})
+        self.run.finish({"score": 1.0}, "1 test row", {})
 
 
 def trained(folder: Path, **changes: Any) -> Path:
@@ -142,11 +153,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 class Clock:
-    """Takes the place of the module time in lib.run.metrics."""
+    """Takes the place of the module time where a run measures itself."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.now = 0.0
-        monkeypatch.setattr(run_module, "time", self)
+        monkeypatch.setattr("lib.run.run.time", self)
+        monkeypatch.setattr("lib.run.metrics.time", self)
 
     def perf_counter(self) -> float:
         return self.now
@@ -182,7 +194,7 @@ def test_only_steps_count_as_steps(
     training = Training(tmp_path / "run", max_steps=20, eval_every=3, save_every=5, log_every=4)
     training.train(clock.takes(1, lambda step: None), clock.takes(1000, lambda step: 1.0))
     assert [entry["step_seconds"] for entry in entries_of(tmp_path / "run") if "loss" in entry] == [1.0] * 20
-    assert training.run.step_seconds == 20
+    assert training.run.metrics.step_seconds == 20
     training.finish()
     seen = [line for line in capfd.readouterr().out.splitlines() if " left" in line]
     assert len(seen) >= 5
@@ -195,10 +207,10 @@ def test_what_follows_an_evaluation_counts_as_no_step_either(tmp_path: Path, mon
     """Texts that a recipe generates where an evaluation is due, say, whether or not it logs scores."""
     clock = Clock(monkeypatch)
     training = Training(tmp_path / "run", max_steps=6, eval_every=2, log_every=3)
-    for step in training.run.steps(training.checkpoints.restore()):
+    for step in training.steps():
         clock.now += 1
-        training.run.log_step(step, torch.tensor(1.0), torch.tensor(1), 0.1, None)
-        if training.run.due(step, 2):
+        training.run.log_step(step, torch.tensor(1.0), torch.tensor(1))
+        if training.run.evaluation_due(step):
             clock.now += 1000
     assert [entry["step_seconds"] for entry in entries_of(tmp_path / "run")] == [1.0] * 6
     training.run.close()
@@ -210,7 +222,7 @@ def test_seconds_and_the_time_limit_do_not_go_by_the_wall_clock(
     clock = Clock(monkeypatch)
     training = Training(tmp_path / "run", time_limit=1)
     clock.now += 50
-    assert training.run.seconds() == 50
+    assert training.run.metrics.seconds() == 50
     monkeypatch.setattr("lib.run.checkpoints.time", clock)
     with pytest.raises(Stopped, match="stopped by the time limit after step 2/6: saved"):
         training.train(clock.takes(5, lambda step: None))
@@ -406,7 +418,7 @@ def test_a_log_and_a_monitor_without_room_do_not_end_a_run(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     training = Training(tmp_path / "run", log_every=1)
-    training.run._monitor = SimpleNamespace(write_events=no_room)
+    training.run.metrics.monitor = SimpleNamespace(write_events=no_room)
     full = os.open("/dev/full", os.O_WRONLY)
     os.dup2(full, 1)
     training.train(lambda step: print("said by a library", flush=True))
@@ -483,11 +495,12 @@ def test_a_rank_that_is_lost_meanwhile_is_said(monkeypatch: pytest.MonkeyPatch) 
 def test_every_rank_has_the_same_settings(tmp_path: Path) -> None:
     run = Run(settings_of(tmp_path / "run"), json.loads(json.dumps(DS_CONFIG)), RECIPE)
     token = (tmp_path / "run" / ".lock").read_text()
-    run._check_ranks_agree(token, run._facts())
+    facts = run._run_folder._facts()
+    check_ranks_agree(run.folder, token, facts, facts)
     with pytest.raises(UserError, match=r"rank 0: max_steps is 6, on rank 0 7; all machines need the same"):
-        run._check_ranks_agree(token, run._facts() | {"max_steps": 7})
+        check_ranks_agree(run.folder, token, facts, facts | {"max_steps": 7})
     with pytest.raises(UserError, match="must be on a disk that all machines share"):
-        run._check_ranks_agree("other", run._facts())
+        check_ranks_agree(run.folder, "other", facts, facts)
     run.close()
 
 
@@ -510,9 +523,9 @@ def test_rank_0_decides_which_checkpoint_is_the_best(
     monkeypatch.setattr(training.checkpoints, "save", save)
     monkeypatch.setattr(ranks, "rank", lambda: 1)
     monkeypatch.setattr(ranks, "largest", largest)
-    training.checkpoints.best_score = 0.0
-    training.checkpoints.score(1, own)
-    training.checkpoints.end_step(1, [])
+    training.checkpoints._best_score = 0.0
+    training.checkpoints.note_score(1, own)
+    training.run._end_step(1, [])
     assert saved == [1] * of_rank_0 and told == [[0.0, 0.0, 0.0, 0.0]]
     monkeypatch.undo()
     training.run.close()
@@ -547,14 +560,14 @@ def test_a_resume_that_is_refused_renames_nothing(tmp_path: Path) -> None:
     before = contents(run)
     for changes in ({"max_steps": 8, "seed": 3}, {"max_steps": 8, "rows": 99}, {"max_steps": 2}):
         with pytest.raises(UserError):
-            Training(run, resume=True, **changes).checkpoints.restore()
+            Training(run, resume=True, **changes).begin()
         let_go()
         assert {name: data for name, data in contents(run).items() if name != "log.txt"} == {
             name: data for name, data in before.items() if name != "log.txt"
         }
     training = Training(run, resume=True, max_steps=8)
     assert f"{folder_of(6)} is damaged" in training.run.notes[0]
-    assert training.checkpoints.restore() == 3
+    assert training.begin() == 3
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [f"damaged-{folder_of(6)}", folder_of(3)]
     training.run.close()
 
@@ -564,7 +577,7 @@ def test_a_run_of_which_a_power_cut_left_empty_files_is_no_finished_one(tmp_path
     for name, text in (("config.yaml", ""), ("result.json", '{"finished": true}'), ("result.json", "")):
         (run / name).write_text(text)
         training = Training(run, resume=True)
-        assert training.checkpoints.restore() == 6
+        assert training.begin() == 6
         training.run.close()
 
 
@@ -675,10 +688,10 @@ def test_what_a_hostile_checkpoint_holds_goes_nowhere_else(tmp_path: Path, fault
     training = Training(run, resume=True, max_steps=8)
     training.engine.optimizer.loss_scaler = scaler = SimpleNamespace(step=7, cur_scale=1.0)
     if fault == "attributes":
-        assert training.checkpoints.restore() == 6 and (scaler.step, scaler.cur_scale) == (7, 8.0)
+        assert training.begin() == 6 and (scaler.step, scaler.cur_scale) == (7, 8.0)
     else:
         with pytest.raises(UserError, match="cannot be read"):
-            training.checkpoints.restore()
+            training.begin()
     training.run.close()
 
 
@@ -692,7 +705,7 @@ def test_where_there_are_no_locks_a_run_folder_is_still_one_runs(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    claim = tmp_path / "run" / run_module.IN_USE
+    claim = tmp_path / "run" / folder_module.IN_USE
     training = Training(tmp_path / "run")
     with pytest.raises(
         UserError, match=rf"in use by another run.*{os.getpid()}.*if that process has ended, delete the file"
@@ -714,7 +727,7 @@ def test_where_there_are_no_locks_a_run_folder_is_still_one_runs(
 def test_a_claim_goes_with_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     at_exit: list[Callable[[], None]] = []
     monkeypatch.setattr(atexit, "register", lambda do, **options: at_exit.append(functools.partial(do, **options)))
-    run_module._claim(tmp_path / "claim")
+    folder_module.claim(tmp_path / "claim")
     assert (tmp_path / "claim").exists()
     at_exit[0]()
     assert not (tmp_path / "claim").exists()
@@ -773,7 +786,7 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         f"{tmp_path}/{name}" for name in ("model", "rows", "run", "x.json")
     )
     assert cfg.prompt == "~/bin holds"
-    (tmp_path / "mine.yaml").write_text(text.replace("run_dir: null", "run_dir: ~/there"))
+    (tmp_path / "mine.yaml").write_text("run_dir: ~/there\n" + text)
     assert supervise.resolve(["--config=~/mine.yaml"], "x.yaml") == (f"{tmp_path}/there", False)
     assert supervise.resolve(["--config=~/mine.yaml", "--run_dir=~/run"], "x.yaml") == (f"{tmp_path}/run", False)
     options, _ = compare.parse(["causal_lm", "--ds_configs=~/x.json"])

@@ -1,6 +1,7 @@
 """Generates by made-up encoder-decoders of each kind at every stage, greedily and by beam search, for tests/scores/test_generation.py. Arguments: file, config ..."""
 
 import functools
+import importlib
 import itertools
 import json
 from pathlib import Path
@@ -17,10 +18,11 @@ from lib.distributed import ranks
 from lib.distributed.loading import load_model
 from lib.distributed.optimizer import make_adamw
 from lib.errors import ROOT
-from lib.models.encoder_decoder import SPECIAL_TOKENS, build_model, collator
+from lib.models.encoder_decoder import SPECIAL_TOKENS, build_model, decoder_start
 from lib.models.scratch import train_tokenizer
 from lib.scores.generation import generate_texts
 
+translation: Any = importlib.import_module("recipes.translation")
 ROWS = {"many": 13, "one": 1}  # odd, and fewer than ranks, so that fillers are needed
 MAX_LENGTH = 12
 SEARCHES = [(1, 1, 0), (3, 1, 0), (3, 4, 0), (3, 4, 2)]  # beams, length penalty, tokens of a run that may not repeat
@@ -86,7 +88,17 @@ def main(where: str, *configs: str) -> None:
         for search in SEARCHES:
             texts = [
                 generate_texts(
-                    engine, rows, collator(engine.module, tokenizer, tokenizer), 2, tokenizer, MAX_LENGTH, *search
+                    engine,
+                    rows,
+                    functools.partial(
+                        translation.collate,
+                        tokenizers=(tokenizer, tokenizer),
+                        decoder_start=decoder_start(engine.module),
+                    ),
+                    2,
+                    tokenizer,
+                    MAX_LENGTH,
+                    *search,
                 )
                 for rows in data.values()
             ]

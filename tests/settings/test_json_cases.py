@@ -4,6 +4,7 @@ import importlib
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -183,8 +184,10 @@ def test_notes_are_in_the_header_of_the_run(tmp_path: Path, one_rank: None, capf
     given: dict[str, Any] = {"run_dir": str(tmp_path / "run"), "max_steps": "1"}
     filled = load(tmp_path, auto(checkpoint={"load_universal": True}), world_size=1, **given)
     run = Run(settings(**given), filled, recipe.__file__)
-    run.header(torch.nn.Linear(2, 2), {"train": 1})
-    run.begin()
+    module = torch.nn.Linear(2, 2)
+    monitor = SimpleNamespace(enabled=False)
+    run.attach(SimpleNamespace(module=module, monitor=monitor, zero_optimization=lambda: True, lr_scheduler=None), {})
+    run._begin()
     run.close()
     assert "note     " in capfd.readouterr().out.split("'checkpoint' is without effect")[0]
     assert NOTES not in filled and NOTES not in json.loads((tmp_path / "run" / "ds_config.json").read_text())
