@@ -121,30 +121,30 @@ def _files(path: Path) -> tuple[dict[str, list[Path]], list[str]]:
             raise UserError(
                 f"dataset {path}: a file of this kind is not read ({readable} are); convert it to one of them"
             )
-        found = [path]
+        files = [path]
     else:
         inner = sorted(
             file
             for file in path.rglob("*")
             if not any(map(NO_DATA.fullmatch, file.relative_to(path).parts)) and file.is_file()
         )
-        found = [file for file in inner if _format(file)]
-        found = [file for file in found if _format(file) != "text"] or found  # a text beside rows describes them
-        if not found:
+        files = [file for file in inner if _format(file)]
+        files = [file for file in files if _format(file) != "text"] or files  # a text beside rows describes them
+        if not files:
             raise UserError(f"dataset {path}: no files there that are read ({readable})")
-    formats = {_format(file): file for file in found}
+    formats = {_format(file): file for file in files}
     if len(formats) > 1:
         raise UserError(
             f"dataset {path}: files of more than one format, such as "
             f"{' and '.join(str(file.relative_to(path)) for file in formats.values())}; keep one"
         )
-    for file in found:
+    for file in files:
         if file.stat().st_size == 0:
             raise UserError(f"{display_path(file)}: the file is empty")
     if path.is_file():
-        return {"train": found}, []
+        return {"train": files}, []
     by_split: dict[str | None, list[Path]] = {}
-    for file in found:
+    for file in files:
         parts = reversed(file.relative_to(path).parts)
         # The file's own name decides, then the name of the nearest folder that is named after a split.
         named = next(filter(None, map(_splits_named, parts)), [None])
@@ -154,8 +154,8 @@ def _files(path: Path) -> tuple[dict[str, list[Path]], list[str]]:
             )
         by_split.setdefault(named[0], []).append(file)
     if set(by_split) == {None}:
-        note = f"no file of {path} is named after a split: the rows of all {len(found)} are split by hash"
-        return {"train": found}, [note] if len(found) > 1 else []
+        note = f"no file of {path} is named after a split: the rows of all {len(files)} are split by hash"
+        return {"train": files}, [note] if len(files) > 1 else []
     if None in by_split:
         other = display_path(by_split[None][0])
         raise UserError(
@@ -164,11 +164,11 @@ def _files(path: Path) -> tuple[dict[str, list[Path]], list[str]]:
         )
     if "train" not in by_split:
         raise UserError(
-            f"dataset {path}: {display_path(found[0])} is named after a split, but no file is named train; "
+            f"dataset {path}: {display_path(files[0])} is named after a split, but no file is named train; "
             "rename the training rows, or give their file itself"
         )
     folders = {
-        "/".join(part for part in file.relative_to(path).parts[:-1] if not _splits_named(part)) or "." for file in found
+        "/".join(part for part in file.relative_to(path).parts[:-1] if not _splits_named(part)) or "." for file in files
     }
     if len(folders) > 1:
         raise UserError(
@@ -233,12 +233,12 @@ def _csv_rows(file: Path, columns: Collection[str]) -> Rows:
     delimiters = "\t" if _suffix(file)[0] == ".tsv" else ",;\t|"
     # The delimiter that gives the header all wanted columns; else the one that gives it the most columns.
     delimiter = max(delimiters, key=lambda delimiter: (set(columns) <= set(names(delimiter)), len(names(delimiter))))
-    known = names(delimiter)
-    twice = next((name for name in columns if known.count(name) > 1), None)
+    header_columns = names(delimiter)
+    twice = next((name for name in columns if header_columns.count(name) > 1), None)
     if twice is not None:
         raise UserError(
-            f"{display_path(file)}, line {number}: the header has the column '{twice}' {known.count(twice)} times; "
-            "rename the others"
+            f"{display_path(file)}, line {number}: the header has the column '{twice}' "
+            f"{header_columns.count(twice)} times; rename the others"
         )
     spaced = f"{delimiter} " in header  # if so, spaces before a quotation mark do not belong to the cell
     reader = csv.reader((line for _, line in lines), delimiter=delimiter, strict=True, skipinitialspace=spaced)
@@ -253,22 +253,22 @@ def _csv_rows(file: Path, columns: Collection[str]) -> Rows:
             ) from None
         if cells is None:
             return
-        if len(cells) > len(known):
+        if len(cells) > len(header_columns):
             remedy = (
                 f"quote cells that contain '{delimiter}'"
                 if cells[-1]
                 else f"take the '{delimiter}' at the end away, or put one after the header too"
             )
             raise UserError(
-                f"{display_path(file)}, {place}: {len(cells)} cells, but the header has {len(known)}; {remedy}"
+                f"{display_path(file)}, {place}: {len(cells)} cells, but the header has {len(header_columns)}; {remedy}"
             )
-        if cells and len(cells) < len(known):
+        if cells and len(cells) < len(header_columns):
             raise UserError(
-                f"{display_path(file)}, {place}: {len(cells)} cells, but the header has {len(known)}; "
+                f"{display_path(file)}, {place}: {len(cells)} cells, but the header has {len(header_columns)}; "
                 "quote cells that have several lines"
             )
         if cells:
-            yield place, {name: cell or None for name, cell in zip(known, cells, strict=True)}
+            yield place, {name: cell or None for name, cell in zip(header_columns, cells, strict=True)}
 
 
 def _json_rows(file: Path, columns: Collection[str]) -> Rows:
@@ -364,15 +364,15 @@ def _label_names(features: Features) -> dict[str, list[str]]:
 
 def _parquet_rows(file: Path, columns: Collection[str]) -> Rows:
     parquet, names = _open_parquet(file), _parquet_label_names(file)
-    known = parquet.schema_arrow.names
+    file_columns = parquet.schema_arrow.names
     number = 0
     try:
-        for batch in parquet.iter_batches(1000, columns=[name for name in known if name in columns] or None):
+        for batch in parquet.iter_batches(1000, columns=[name for name in file_columns if name in columns] or None):
             for row in batch.to_pylist():
                 number += 1
                 row = _named(row, names)
                 # The first row has all columns of the file, so that a message can name them.
-                yield f"row {number}", dict.fromkeys(known) | row if number == 1 else row
+                yield f"row {number}", dict.fromkeys(file_columns) | row if number == 1 else row
     except UnicodeDecodeError as error:
         raise UserError(
             f"{display_path(file)}, after row {number}: byte {error.object[error.start]:#04x} is not UTF-8"
@@ -417,9 +417,9 @@ def _load_hub(dataset: str) -> DatasetDict:
         return load_dataset(name, configuration or None)
     except Exception as error:  # network, missing, gated, broken: each case has an exception class of its own
         reason = " ".join(str(error).split())
-        known = re.search(r"[Aa]vailable(?: configs)?: \[(.*?)\]", reason)
-        if known or "BuilderConfig" in reason:
-            names = [part.strip(" '\"") for part in known[1].split(",")] if known else []
+        available = re.search(r"[Aa]vailable(?: configs)?: \[(.*?)\]", reason)
+        if available or "BuilderConfig" in reason:
+            names = [part.strip(" '\"") for part in available[1].split(",")] if available else []
             wanted = (
                 f"no configuration '{configuration}'{did_you_mean(configuration, names)}"
                 if configuration
