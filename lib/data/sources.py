@@ -233,12 +233,12 @@ def _csv_rows(file: Path, columns: Collection[str]) -> Rows:
     delimiters = "\t" if _suffix(file)[0] == ".tsv" else ",;\t|"
     # The delimiter that gives the header all wanted columns; else the one that gives it the most columns.
     delimiter = max(delimiters, key=lambda delimiter: (set(columns) <= set(names(delimiter)), len(names(delimiter))))
-    header_columns = names(delimiter)
-    twice = next((name for name in columns if header_columns.count(name) > 1), None)
+    known = names(delimiter)
+    twice = next((name for name in columns if known.count(name) > 1), None)
     if twice is not None:
         raise UserError(
-            f"{display_path(file)}, line {number}: the header has the column '{twice}' "
-            f"{header_columns.count(twice)} times; rename the others"
+            f"{display_path(file)}, line {number}: the header has the column '{twice}' {known.count(twice)} times; "
+            "rename the others"
         )
     spaced = f"{delimiter} " in header  # if so, spaces before a quotation mark do not belong to the cell
     reader = csv.reader((line for _, line in lines), delimiter=delimiter, strict=True, skipinitialspace=spaced)
@@ -253,22 +253,22 @@ def _csv_rows(file: Path, columns: Collection[str]) -> Rows:
             ) from None
         if cells is None:
             return
-        if len(cells) > len(header_columns):
+        if len(cells) > len(known):
             remedy = (
                 f"quote cells that contain '{delimiter}'"
                 if cells[-1]
                 else f"take the '{delimiter}' at the end away, or put one after the header too"
             )
             raise UserError(
-                f"{display_path(file)}, {place}: {len(cells)} cells, but the header has {len(header_columns)}; {remedy}"
+                f"{display_path(file)}, {place}: {len(cells)} cells, but the header has {len(known)}; {remedy}"
             )
-        if cells and len(cells) < len(header_columns):
+        if cells and len(cells) < len(known):
             raise UserError(
-                f"{display_path(file)}, {place}: {len(cells)} cells, but the header has {len(header_columns)}; "
+                f"{display_path(file)}, {place}: {len(cells)} cells, but the header has {len(known)}; "
                 "quote cells that have several lines"
             )
         if cells:
-            yield place, {name: cell or None for name, cell in zip(header_columns, cells, strict=True)}
+            yield place, {name: cell or None for name, cell in zip(known, cells, strict=True)}
 
 
 def _json_rows(file: Path, columns: Collection[str]) -> Rows:
