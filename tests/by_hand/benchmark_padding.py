@@ -274,10 +274,8 @@ def main() -> None:
     if options.recipe == "causal_lm":
         arguments += ["--samples", 0]
     if options.recipe == "translation":
-        arguments += [
-            "--pretrained_learning_rate",
-            1e-4,
-        ]  # the folder has a whole model, so this is the rate of all its parameters
+        # The folder has a whole model, so this is the rate of all parameters.
+        arguments += ["--pretrained_learning_rate", 1e-4]
     ratios: dict[str, list[float]] = {order: [] for order in TRAINER_MODES}
     for series in range(options.series):
         launch(f"recipes/{options.recipe}.py", *arguments)

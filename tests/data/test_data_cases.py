@@ -588,10 +588,8 @@ def test_texts_are_told_apart_by_their_content() -> None:
 def test_a_comparison_hashes_files_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, {"x.jsonl": JSONL}) / "x.jsonl"
     monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read into memory"))
-    settings = [
-        f"--dataset={path}",
-        f"--neighbours_of={'word ' * 999}",
-    ]  # a setting that is too long for the name of a file
+    # The second setting is too long for the name of a file.
+    settings = [f"--dataset={path}", f"--neighbours_of={'word ' * 999}"]
     _, before = compare.code_version("causal_lm", settings)
     path.write_text(JSONL.replace("kettle", "lamp"))
     assert compare.code_version("causal_lm", settings)[1] != before
