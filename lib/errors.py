@@ -1,4 +1,4 @@
-"""What a user can mend, how a process ends, and paths as a user types them. It imports nothing of lib, and nothing large."""
+"""Errors that a user can mend, exit codes, paths as a user types them. It imports nothing of lib and nothing large."""
 
 import difflib
 import os
@@ -9,10 +9,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]  # of this repository
 
 # Exit codes of a run, the same on every rank. 0: it has finished. 128 + signal: it was ended before training.
-STOPPED = 75  # it stopped as asked, is saved, and --resume goes on with it (EX_TEMPFAIL: try again later)
-MISTAKE = 2  # a UserError, which another start would meet again
-FAULT = 1  # a rank that is lost, or a bug: another start may not meet it
-EXIT_SECONDS = 120  # how long exit functions may take, where monitors end their uploads
+STOPPED = 75  # the run stopped as asked and is saved; --resume goes on with it (EX_TEMPFAIL: try again later)
+MISTAKE = 2  # a UserError: another start would fail in the same way
+FAULT = 1  # a lost rank, or a bug: another start may succeed
+EXIT_SECONDS = 120  # how long exit functions may take; monitors end their uploads in them
 
 
 class UserError(Exception):
@@ -20,7 +20,10 @@ class UserError(Exception):
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has saved its state, or had nothing left to do. `code` is the exit code of every rank."""
+    """The run was asked to stop and has saved its state, or had nothing left to do.
+
+    `code` is the exit code of every rank.
+    """
 
     def __init__(self, text: str, code: int):
         super().__init__(text)
@@ -28,7 +31,7 @@ class Stopped(Exception):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the nearest of `known`, or nothing where none is near."""
+    """`; did you mean 'x'?` with the word of `known` that is most like `word`, or "" where none is like it."""
     near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
     return f"; did you mean '{near[0]}'?" if near else ""
 
@@ -40,12 +43,12 @@ def display_path(path: Path | str) -> str:
 
 
 def from_home(path: str) -> str:
-    """The path with a leading ~ as the home folder: no shell expands one in a YAML, or in --run_dir=~/try."""
+    """The path with the home folder for a leading ~, which no shell expands in a YAML or in --run_dir=~/try."""
     return os.path.expanduser(path)  # noqa: PTH111  # a hub id is no Path
 
 
 def new_folder(prefix: str) -> Path:
-    """Make the folder <prefix>-<date>-<time>. Of several that start in the same second, each gets a second of its own."""
+    """Make the folder <prefix>-<date>-<time>. If another process has made it in this second, wait for the next one."""
     while True:
         folder = Path(f"{prefix}-{time.strftime('%Y%m%d-%H%M%S')}")
         try:

@@ -1,11 +1,12 @@
-"""Signs of life: what takes longer than ten seconds says on the console what it is, how far it has come and how long it will still take.
+"""Signs of life: work that takes longer than ten seconds is named on the console, with its progress and the time left.
 
     with progress("evaluating", total=len(rows)) as advance:     or, without a total, as a decorator
         ...
         advance(16)
 
-A run starts one thread on rank 0 (`Signs`), which says it when the console has been silent for long. The thread reads these words and numbers and writes to
-the console, nothing else: no tensor, device or process group. Without a run, and on the other ranks, nobody looks.
+A run starts one thread on rank 0 (`Signs`), which prints this when nothing has been printed for a while. The thread
+reads the words and numbers in `at_work` and writes to the console. It touches no tensor, device or process group.
+Where there is no such thread, as on the other ranks, nothing is printed.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 @dataclass(eq=False)
 class Work:
-    """Something that takes a while. total: of its units, None where it is not known."""
+    """Work that takes a while. total: how many units it has; None: unknown."""
 
     what: str
     total: int | None = None
@@ -38,7 +39,7 @@ class Work:
         return f"{self.what}: {done:,} of {self.total:,} {self.unit}, {clock(seconds)} so far{left}"
 
     def bar(self, columns: int) -> str:
-        """The same as a bar of so many columns."""
+        """The same text as a progress bar, `columns` characters wide."""
         done = min(self.done, self.total) if self.total else self.done
         layout = None if self.total else "{desc}: {elapsed} so far"
         return str(
@@ -54,12 +55,15 @@ class Work:
         )
 
 
-at_work: list[Work] = []  # the innermost last
+at_work: list[Work] = []  # from the outermost to the innermost
 
 
 @contextlib.contextmanager
 def progress(what: str, total: int | None = None, unit: str = "rows") -> Iterator[Callable[[int], None]]:
-    """Say what is done inside, if it takes long; what it gives is to be called with the number of units that are done. It also works as a decorator."""
+    """Name the work of a `with` block, or of a function as its decorator, on the console if it takes long.
+
+    Gives a function to call with the number of units done since the last call.
+    """
     work = Work(what, total, unit)
     at_work.append(work)
     try:

@@ -20,22 +20,21 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-# For processes that tests start: `python -m lib...`, and the workers, which lie beside their tests.
+# For the processes that tests start: they import lib, and the workers in the folders of the tests.
 os.environ["PYTHONPATH"] = os.pathsep.join(map(str, [ROOT, ROOT / "tests", *(ROOT / "tests").iterdir()]))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # these tests run on the CPU, with or without a GPU
-os.environ["HF_HUB_OFFLINE"] = "1"  # and need no network
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a shell makes what it runs in the background, and all that this starts, ignore Ctrl-C
+os.environ["HF_HUB_OFFLINE"] = "1"  # these tests need no network
+# A process that a shell runs in the background ignores Ctrl-C, and so would the runs that the tests start and stop.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ALL = "TEST_ALL" in os.environ  # ./launch.sh test --all
-CONFIGS = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]  # that every recipe has
+CONFIGS = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]  # every recipe has these
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
 SCRIPTS = Path(sys.executable).parent
 MEASURED: list[str] = []  # figures that tests found, shown at the end
 
 
-# Seconds on 2 quiet cores. Of test_exports.py and test_recipes.py, the first one runs the contract for both.
+# Seconds on 2 otherwise idle cores. test_exports.py and test_recipes.py share runs, which the first of them starts.
 BUDGETS = {
     "test_exports.py": 330,
     "test_recipes.py": 330,
@@ -44,8 +43,8 @@ BUDGETS = {
     "test_checkpoints.py": 100,
     "test_generation.py": 40,
 }
-BUDGET = 30  # of the other files
-SECONDS: dict[str, float] = {}  # of each file
+BUDGET = 30  # seconds of each other file
+SECONDS: dict[str, float] = {}  # {file: seconds of its tests}
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -60,18 +59,15 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             terminalreporter.line(line)
     terminalreporter.section("seconds of each file")
     for file, seconds in sorted(SECONDS.items(), key=lambda found: -found[1]):
-        over = (
-            ""
-            if ALL or seconds <= BUDGETS.get(file, BUDGET)
-            else f"  WARNING: above its budget of {BUDGETS.get(file, BUDGET)} s"
-        )
-        terminalreporter.line(f"{seconds:7.1f}  {file}{over}")
+        budget = BUDGETS.get(file, BUDGET)
+        warning = "" if ALL or seconds <= budget else f"  WARNING: above its budget of {budget} s"
+        terminalreporter.line(f"{seconds:7.1f}  {file}{warning}")
 
 
 @pytest.fixture(scope="module")
 def one_rank() -> Iterator[None]:
     """This process as the only rank."""
-    from lib.distributed import ranks  # imports deepspeed, which the other tests of a quick run can do without
+    from lib.distributed import ranks  # here, because it imports deepspeed, which takes seconds
 
     ranks.init(timeout_minutes=10)
     yield
@@ -84,9 +80,15 @@ def execute(
 ) -> subprocess.CompletedProcess[str]:
     """Run a command in a process group of its own, and end the whole group at the timeout."""
     process = subprocess.Popen(
-        [str(part) for part in command], cwd=cwd, env=os.environ | environment, text=True, start_new_session=True, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [str(part) for part in command],
+        cwd=cwd,
+        env=os.environ | environment,
+        text=True,
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -102,8 +104,8 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-# Ranks are forked from one process that has imported what takes seconds. DeepSpeed's launcher, which starts each of them anew, is tested by
-# test_launch.py, test_compare.py and by hand.
+# Ranks are forked from one process that has imported the large libraries, which takes seconds. DeepSpeed's launcher
+# starts each rank as a new process: test_launch.py, test_compare.py and tests/by_hand use it.
 RANKS = multiprocessing.get_context("forkserver")
 RANKS.set_forkserver_preload(
     ["deepspeed", "transformers", "datasets", "sklearn", "deepspeed.runtime.zero.stage3", "contract_worker"]
@@ -116,11 +118,9 @@ def _rank(worker: str, arguments: tuple[str, ...], log: Path, environment: dict[
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    sys.stdout, sys.stderr = (
-        os.fdopen(os.dup(1), "w", buffering=1),
-        os.fdopen(os.dup(2), "w", buffering=1),
-    )  # a run sends fd 1 and 2 to its own log
-    errors = sys.stderr  # which a run replaces too
+    # Copies of the descriptors, because a run sends 1 and 2 to its own log.
+    sys.stdout, sys.stderr = os.fdopen(os.dup(1), "w", buffering=1), os.fdopen(os.dup(2), "w", buffering=1)
+    errors = sys.stderr  # kept, because a run replaces sys.stderr too
     from lib.run import cli
 
     try:
@@ -132,18 +132,17 @@ def _rank(worker: str, arguments: tuple[str, ...], log: Path, environment: dict[
 
 
 def run_ranks(world_size: int, worker: str, *arguments: Any, timeout: float = 600) -> str:
-    """Run `main(*arguments)` of a module of tests/ on so many ranks, one thread each. Returns what rank 0 printed.
+    """Run `main(*arguments)` of a module of tests/ on `world_size` ranks of one thread. Returns what rank 0 printed.
 
-    An AssertionError with what they printed where a rank fails.
+    Raises AssertionError with the output of each failed rank.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(
-            "OMP_NUM_THREADS", "1"
-        )  # the ranks share the cores; and a process can be forked only before OpenMP has started threads
+        # The ranks share the cores. Also, a process can be forked only before OpenMP has started threads.
+        patch.setenv("OMP_NUM_THREADS", "1")
         multiprocessing.forkserver.ensure_running()
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / str(rank) for rank in range(world_size)]
-        together = {
+        group = {
             "WORLD_SIZE": str(world_size),
             "LOCAL_SIZE": str(world_size),
             "MASTER_ADDR": "127.0.0.1",
@@ -152,7 +151,7 @@ def run_ranks(world_size: int, worker: str, *arguments: Any, timeout: float = 60
         processes = [
             RANKS.Process(
                 target=_rank,
-                args=(worker, tuple(map(str, arguments)), log, together | {"RANK": str(rank), "LOCAL_RANK": str(rank)}),
+                args=(worker, tuple(map(str, arguments)), log, group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}),
             )
             for rank, log in enumerate(logs)
         ]
@@ -163,7 +162,7 @@ def run_ranks(world_size: int, worker: str, *arguments: Any, timeout: float = 60
             failed = any(process.exitcode for process in processes)
             if failed or time.monotonic() > deadline:
                 for process in processes:
-                    process.join(5 if failed else 0)  # the others notice it, and say what they see
+                    process.join(5 if failed else 0)  # time for the other ranks to notice the failure and print it
                     process.kill()
             multiprocessing.connection.wait(
                 [process.sentinel for process in processes if process.exitcode is None], timeout=1
@@ -194,19 +193,22 @@ def deepspeed(world_size: int, script: str | Path, *arguments: Any, **options: A
 
 
 def launch(*arguments: Any, cwd: Path = ROOT, **options: Any) -> subprocess.CompletedProcess[str]:
-    """launch.sh, with the environment that runs the tests."""
+    """Run launch.sh with the Python environment that runs the tests."""
     return execute([cwd / "launch.sh", *arguments], cwd=cwd, PATH=f"{SCRIPTS}:{os.environ['PATH']}", **options)
 
 
 def read_losses(run: Path) -> list[float]:
-    """The losses in a run's metrics.jsonl, one an optimizer step."""
+    """The losses in a run's metrics.jsonl, one for each optimizer step."""
     entries = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [entry["loss"] for entry in entries if "loss" in entry]
 
 
 @pytest.fixture(scope="session")
 def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with <recipe>/<case>-<ranks>, a run for each case of test_recipes.py of all recipes whose tests were chosen."""
+    """A folder with a run for each case of test_recipes.py, <recipe>/<case>-<ranks>, of the chosen recipes.
+
+    A recipe is chosen where one of its tests is.
+    """
     from test_recipes import cases_of
 
     folder = tmp_path_factory.mktemp("contract")
@@ -215,10 +217,10 @@ def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         for item in request.session.items
         if isinstance(item, pytest.Function) and hasattr(item, "callspec")
     ]
-    recipes = sorted({str(of_test[name]) for of_test in parameters for name in ("runs", "learned") if name in of_test})
+    recipes = sorted({str(test[name]) for test in parameters for name in ("runs", "learned") if name in test})
     cases = [cases_of(recipe, folder) for recipe in recipes]
-    for world_size in (2, 1, 4):  # the last two go on from checkpoints of the first
-        chosen = [case for of_recipe in cases for case in of_recipe[world_size]]
+    for world_size in (2, 1, 4):  # the runs on 1 and 4 ranks resume checkpoints of those on 2
+        chosen = [case for recipe_cases in cases for case in recipe_cases[world_size]]
         if chosen:
             run_ranks(world_size, "contract_worker", folder, *chosen, timeout=300 + 30 * len(chosen))
     return folder

@@ -1,7 +1,7 @@
-"""200 faulty inputs from a seeded generator: settings, DeepSpeed JSONs, data and checkpoints. Each one is an error of one line.
+"""200 faulty settings, DeepSpeed JSONs, data files and checkpoints, generated from seeds: each is a one-line error.
 
-The generator only makes faults (a draw that happens to be valid is drawn again), so that an input that passes is a silent success and
-fails the test. The faults go through the functions that a launch calls first; tests/launch/test_launch.py sends some through real launches.
+Every generated input has a fault: a draw that happens to be valid is drawn again. So a test fails if its input is
+accepted. The inputs go to the functions that a launch calls first; tests/launch/test_launch.py has some real launches.
 """
 
 import copy
@@ -26,7 +26,7 @@ from lib.settings import config
 from lib.settings.ds_config import load_ds_config
 
 pytestmark = pytest.mark.usefixtures("one_rank")
-OF_EACH = 50
+SEEDS = 50  # inputs of each kind
 Draw = random.Random
 
 
@@ -54,7 +54,7 @@ def misspelt(draw: Draw, word: str, known: list[str]) -> str:
             return found
 
 
-# --- settings -----------------------------------------------------------------------------------------------------------
+# --- settings --------------------------------------------------------------------------------------------------------
 
 NUMBERS = [
     "batch_size",
@@ -69,7 +69,7 @@ NUMBERS = [
 ]
 
 
-@pytest.mark.parametrize("seed", range(OF_EACH))
+@pytest.mark.parametrize("seed", range(SEEDS))
 def test_faulty_settings(tmp_path: Path, seed: int) -> None:
     draw = random.Random(seed)
     name = draw.choice(RECIPES)
@@ -123,7 +123,7 @@ def test_faulty_settings(tmp_path: Path, seed: int) -> None:
     refused(lambda: config.parse(recipe.Config, recipe.__file__, arguments))
 
 
-# --- DeepSpeed JSONs ----------------------------------------------------------------------------------------------------
+# --- DeepSpeed JSONs -------------------------------------------------------------------------------------------------
 
 
 def json_fault(draw: Draw, whole: dict[str, Any]) -> str:
@@ -204,7 +204,7 @@ def json_fault(draw: Draw, whole: dict[str, Any]) -> str:
     return json.dumps(changed)
 
 
-@pytest.mark.parametrize("seed", range(OF_EACH))
+@pytest.mark.parametrize("seed", range(SEEDS))
 def test_faulty_jsons(tmp_path: Path, seed: int) -> None:
     draw = random.Random(1000 + seed)
     name = draw.choice(RECIPES)
@@ -216,7 +216,7 @@ def test_faulty_jsons(tmp_path: Path, seed: int) -> None:
     refused(lambda: load_ds_config(path, cfg, world_size=2))
 
 
-# --- data ---------------------------------------------------------------------------------------------------------------
+# --- data ------------------------------------------------------------------------------------------------------------
 
 ROWS: list[dict[str, Any]] = [
     {"text": f"row number {i}, some words", "label": "even" if i % 2 == 0 else "odd"} for i in range(60)
@@ -239,7 +239,7 @@ def write_faulty_data(draw: Draw, folder: Path) -> Path:
         rows = [row | {"label": "even"} for row in rows]
     if kind == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif kind == ".csv":  # where a missing value is a missing cell, and an empty one is text
+    elif kind == ".csv":  # in a CSV, a value is missing where a line has too few cells
         header = list(rows[0])
         lines = [[str(row[name]).replace(",", ";") for name in header] for row in rows]
         if fault in ("value", "type"):
@@ -249,20 +249,18 @@ def write_faulty_data(draw: Draw, folder: Path) -> Path:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     data = path.read_bytes()
     if fault == "bytes":
-        middle = (
-            data.index(b"words", len(data) // 3) if kind != ".parquet" else len(data) - draw.randrange(2, 9)
-        )  # in its footer
+        # In Parquet, in the footer.
+        middle = len(data) - draw.randrange(2, 9) if kind == ".parquet" else data.index(b"words", len(data) // 3)
         data = data[:middle] + b"\xff\xfe" + data[middle + 2 :]
     elif fault == "cut":
-        if kind == ".csv":  # a cut CSV may be a whole one: cut it after a quote instead
+        if kind == ".csv":  # a CSV that is cut off may be valid, so it gets an open quote instead
             data += b'"an open quote,even'
             data = data.replace(b"row number 3;", b'"row number 3;')
+        elif kind == ".parquet":
+            data = data[: draw.randrange(30, len(data) // 2)]
         else:
-            data = data[
-                : draw.randrange(30, len(data) // 2)
-                if kind == ".parquet"
-                else data.index(b"\n", draw.randrange(10, 1000)) - draw.randrange(1, 20)
-            ]
+            line_end = data.index(b"\n", draw.randrange(10, 1000))
+            data = data[: line_end - draw.randrange(1, 20)]
     elif fault == "empty":
         data = b""
     elif fault == "no rows":
@@ -273,13 +271,13 @@ def write_faulty_data(draw: Draw, folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("seed", range(OF_EACH))
+@pytest.mark.parametrize("seed", range(SEEDS))
 def test_faulty_data(tmp_path: Path, seed: int) -> None:
     path = write_faulty_data(random.Random(2000 + seed), tmp_path)
     refused(lambda: load_rows(str(path), None, text={"text": "text"}, label={"label": "label"}))
 
 
-# --- checkpoints --------------------------------------------------------------------------------------------------------
+# --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +289,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def damage(draw: Draw, last: Path, other: Path) -> None:
-    """Do something to a checkpoint that makes it another one than was written."""
+    """Damage the checkpoint in the folder `last`. other: a folder with the checkpoint of another step."""
     file = draw.choice(sorted(last.iterdir()))
     data = bytearray(file.read_bytes())
     fault = draw.choice(
@@ -322,9 +320,9 @@ def damage(draw: Draw, last: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(OF_EACH))
+@pytest.mark.parametrize("seed", range(SEEDS))
 def test_faulty_checkpoints(tmp_path: Path, checkpoints: Path, seed: int) -> None:
-    """The damaged one is named and passed over for the older, whole one; with that one damaged too, it is a refusal."""
+    """A damaged checkpoint is named and the older one is taken. If that is damaged too, the run is refused."""
     draw = random.Random(3000 + seed)
     shutil.copytree(checkpoints, tmp_path / "run")
     half, last = (tmp_path / "run" / checkpoint_files.folder_of(step) for step in (4, 8))

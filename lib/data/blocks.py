@@ -15,14 +15,13 @@ from lib.distributed import ranks
 from lib.errors import UserError
 from lib.progress import progress
 
-# --- language modelling -------------------------------------------------------------------------------------------------
-
 
 class Blocks:
-    """A stream of tokens cut into blocks without padding: indexed with a list of numbers, it gives their inputs and labels.
+    """A stream of tokens, cut into blocks of `length` without padding. A list of block numbers as index gives a batch.
 
-    Block i has the inputs tokens[i*length : (i+1)*length] and, as labels, the tokens that follow each of them, so every token of the
-    stream but the first is predicted exactly once. A last, shorter block is filled up with ignored labels, or left out with drop_last.
+    Block i has the inputs tokens[i*length : (i+1)*length]; the label of each input is the next token of the stream. So
+    every token of the stream but the first is predicted exactly once. The last block may be shorter: it is filled up
+    with ignored labels, or left out with drop_last. Raises UserError if there is no block at all.
     """
 
     def __init__(self, tokens: np.ndarray, length: int, drop_last: bool):
@@ -31,7 +30,8 @@ class Blocks:
         self.count = predicted // length if drop_last else -(-predicted // length)
         if self.count == 0:
             raise UserError(
-                f"{len(tokens)} tokens of text do not fill one block of max_length {length}; give more rows, or set a smaller --max_length"
+                f"{len(tokens)} tokens of text do not fill one block of max_length {length}; "
+                "give more rows, or set a smaller --max_length"
             )
 
     def __len__(self) -> int:
@@ -49,22 +49,24 @@ class Blocks:
 
 
 def collate_blocks(blocks: dict[str, Any]) -> Batch:
-    """What Blocks give -> input_ids and labels, [rows, length]."""
+    """A batch of input_ids and labels, [rows, length], from what Blocks give."""
     return {name: torch.from_numpy(blocks[name]) for name in ("input_ids", "labels")}
 
 
 def token_streams(splits: dict[str, Dataset], tokenizer: Any) -> dict[str, np.ndarray]:
-    """The documents (column "text") of each split as one stream of tokens, an end-of-text token after each."""
+    """{split: tokens}: the documents (column "text") as one stream, with an end-of-text token after each document.
 
+    Every rank must call it. Raises UserError where the tokenizer has no end-of-text token.
+    """
     if tokenizer.eos_token_id is None:
         raise UserError(
-            "the model's tokenizer has no end-of-text token, which is to stand between documents; take a decoder, or set its eos_token and save it"
+            "the model's tokenizer has no end-of-text token, which is to stand between documents; "
+            "take a decoder, or set its eos_token and save it"
         )
 
     def tokenize(rows: dict[str, list[str]], tokenizer: Any) -> dict[str, list[list[int]]]:
-        encoded = tokenizer(
-            rows["text"], add_special_tokens=False, verbose=False
-        )  # verbose: a document may exceed the model's limit
+        # verbose=False: a document may be longer than the model's limit, of which the tokenizer would warn.
+        encoded = tokenizer(rows["text"], add_special_tokens=False, verbose=False)
         return {"input_ids": [[*ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]}
 
     return {split: token_stream(rows) for split, rows in map_rows(splits, tokenize, tokenizer=tokenizer).items()}
@@ -72,16 +74,17 @@ def token_streams(splits: dict[str, Dataset], tokenizer: Any) -> dict[str, np.nd
 
 @progress("joining the tokens")
 def token_stream(rows: Dataset, column: str = "input_ids") -> np.ndarray:
-    """All token ids (or other numbers in lists) of a data set one after the other, [tokens] int32, in a file that all ranks map into memory.
+    """The lists of numbers in a column, joined: [tokens], int32. Every rank must call it.
 
-    Rank 0 writes it beside the data set's own cache, under its fingerprint.
+    Rank 0 writes the array to a file next to the cached data set, and all ranks map the file into memory. The name of
+    the file has the data set's fingerprint. A data set without a cache gives an array in memory.
     """
     folder = Path(rows.cache_files[0]["filename"]).parent if rows.cache_files else None
     if folder is None:
         return np.asarray(list(itertools.chain.from_iterable(rows[column])), dtype=np.int32)
     file = folder / f"{column}-{rows._fingerprint}.npy"
 
-    @ranks.rank0_first  # once on each machine
+    @ranks.rank0_first  # a rank on another machine writes its own file
     def write() -> None:
         if not file.exists():
             chunks = rows.with_format("arrow")[:].column(column).chunks

@@ -1,8 +1,4 @@
-"""From a data set's name to this rank's tensors: load rows, check them, order them, cut them into micro-batches, pack text.
-
-The order depends on the seed and the global batch size only. How many ranks there are and how large a micro-batch is decide
-who computes which rows of a step, never which rows a step has.
-"""
+"""The rows of a data set: loaded and checked, cached under a hash of their content, and changed by functions."""
 
 import hashlib
 import importlib.metadata
@@ -12,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,45 +23,54 @@ from lib.distributed import ranks
 from lib.errors import ROOT, UserError, did_you_mean
 from lib.progress import progress
 
-# What decides what map_rows makes, besides the function: read now, as the files may change while a run goes on.
+# What is cached depends on this code, so each name in the cache has it in its hash. It is read now, because the files
+# may change while a run goes on.
 CODE = [file.read_text(encoding="utf-8") for file in sorted((ROOT / "lib").rglob("*.py"))]
 CODE += [importlib.metadata.version(package) for package in ("datasets", "tokenizers", "transformers")]
 
 
-# --- rows ---------------------------------------------------------------------------------------------------------------
+# --- rows ------------------------------------------------------------------------------------------------------------
 
 
 class Splits(dict[str, Dataset]):
-    """The rows of a data set by split, {"train": ..., "validation": ..., "test": ...}, and what a run keeps and says of them."""
+    """The rows of a data set by split, {"train": ..., "validation": ..., "test": ...}, and facts that a run records."""
 
-    fingerprint: str  # of the rows' content, whatever file they are in
-    header: dict[str, str]  # lines for the header: the label names, the first training row
+    fingerprint: str  # a hash of the rows' content, whatever file the rows are in
+    header: dict[str, str]  # lines for the header of the run: the label names, the first training row
     notes: list[str]
 
 
 @progress("loading the rows")
 def load_rows(
-    dataset: str, max_rows: int | None, text: dict[str, str], label: dict[str, str] | None = None, answers: dict[str, str] | None = None
-) -> Splits:  # fmt: skip
-    """The splits "train", "validation" and "test" of a data set, each row checked.
+    dataset: str,
+    max_rows: int | None,
+    text: dict[str, str],
+    label: dict[str, str] | None = None,
+    answers: dict[str, str] | None = None,
+) -> Splits:
+    """The splits "train", "validation" and "test" of a data set, each row checked. Every rank must call it.
 
-    dataset: see lib.data.sources.find_sources. max_rows: take only so many rows of each split, drawn at random; None: all.
+    dataset: see lib.data.sources.find_sources. max_rows: how many rows of each split to draw at random; None: all.
     text, label, answers: the columns to keep, as {name here: name in the data}.
-    - Text columns are text.
-    - A label column may have text, whole numbers (1.0 is one), true and false, or class labels, and becomes class labels. Their names are
-      those of all training rows, whole numbers in the order of numbers, all else in that of text; class labels keep their order.
-    - Answers are as in SQuAD, {"text": [...], "answer_start": [...]}, with empty lists where there is none, and stand in the text "context".
-    A split that the data does not have is taken out of its training rows, by a hash of the first text: a tenth each. Where that would leave
-    no training row with some label, all rows that have the texts of its rows stay training rows.
-    Rank 0 reads the data and writes it to a cache that goes by its content, which the other ranks and later starts map into memory.
-    Raises UserError for the first faulty row, with file and line, and how many more there are.
+    - A text column has text.
+    - A label column has text, whole numbers (1.0 is one), true and false, or class labels. It becomes class labels,
+      whose names are those of all training rows: whole numbers in numerical order, then text in alphabetical order.
+      Class labels keep their order.
+    - Answers are as in SQuAD, {"text": [...], "answer_start": [...]}, with empty lists where there is no answer. Each
+      answer stands in the text "context".
+    A split that the data lacks is taken out of the training rows by a hash of the first text, a tenth of them for each
+    split. If this would leave a label without training rows, the rows with that label stay training rows, and so do all
+    other rows with the same first texts.
+    Rank 0 reads the data and writes them to the cache; the other ranks and later starts map the cache into memory.
+    Raises UserError for the first faulty row, with its file and line, and with the number of faulty rows.
     """
     columns = {**text, **(label or {}), **(answers or {})}
     for name, column in columns.items():
-        other = next(other for other, its in columns.items() if its == column)
-        if other != name:
+        first_name = next(key for key, value in columns.items() if value == column)
+        if first_name != name:
             raise UserError(
-                f"column '{column}' is set as the {other} and as the {name}, which are two; set the recipe's ..._column settings"
+                f"column '{column}' is set as the {first_name} and as the {name}, which are two; "
+                "set the recipe's ..._column settings"
             )
 
     def read() -> str:
@@ -76,16 +81,13 @@ def load_rows(
     @ranks.rank0_first
     def load() -> Splits:
         folder = _cache() / name_in_cache
-        if not folder.is_dir() and read() != name_in_cache:  # on another machine
+        if not folder.is_dir() and read() != name_in_cache:  # on another machine than rank 0
             raise UserError(f"dataset {dataset} has other rows on this machine than on that of rank 0")
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         rows = {split: Dataset.from_file(str(folder / f"{split}.arrow")) for split in SPLITS}
         for split in SPLITS:
-            rows[
-                split
-            ]._fingerprint = (
-                f"{facts['fingerprint']}-{split}"  # or what is cached of it would go by the time of the file
-            )
+            # `datasets` caches what it makes of the rows under this name; its own choice depends on the file's time.
+            rows[split]._fingerprint = f"{facts['fingerprint']}-{split}"
             if max_rows is not None:
                 rows[split] = rows[split].shuffle(seed=0).select(range(min(max_rows, len(rows[split]))))
         splits = Splits(rows)
@@ -98,12 +100,13 @@ def load_rows(
 def map_rows(
     splits: dict[str, Dataset], function: Callable[..., dict[str, list[Any]]], **arguments: Any
 ) -> dict[str, Dataset]:
-    """The splits that `function(rows, **arguments)` makes of these: {column: values} of some rows to those of as many rows, more or fewer.
+    """The splits with the rows that `function(rows, **arguments)` returns. Every rank must call it.
 
-    Rank 0 does it, the others read its cache.
+    The function takes some rows as {column: values}, and returns as many rows, more or fewer in the same form. Rank 0
+    calls it; the other ranks read the cache.
     """
-    # The name in the cache. Left to map, it would stay the same when code that it calls changes, and each rank would work it out for each split,
-    # a quarter of a second for a tokenizer of 30,000 tokens.
+    # The name in the cache, which `datasets` could choose too. But its name stays the same when code changes that the
+    # function calls, and each rank would compute it for each split: 0.25 s for a tokenizer of 30,000 tokens.
     file = Path(inspect.getfile(getattr(function, "func", function)))  # func: of a functools.partial
     name = ranks.on_rank0(lambda: Hasher.hash((CODE, file.read_text(encoding="utf-8"), function, arguments)))
 
@@ -124,31 +127,34 @@ def map_rows(
 
 
 def _cache() -> Path:
-    """Of this machine: another may have another home folder."""
+    """The folder of the cache on this machine; the home folder of another machine may be a different one."""
     return Path(datasets_config.HF_DATASETS_CACHE) / "zero_recipes"
 
 
 def _read_rows(dataset: str, text: dict[str, str], label: dict[str, str], answers: dict[str, str]) -> str:
-    """The name of the folder in the cache that has train.arrow, validation.arrow, test.arrow and facts.json of these rows, read if it was not there."""
+    """Read the rows into a folder of the cache, if it is not there yet, and return the name of the folder.
+
+    The folder has train.arrow, validation.arrow, test.arrow and facts.json.
+    """
     sources, notes = find_sources(dataset, {*text.values(), *label.values(), *answers.values()})
     content = [(split, source.digest) for split, part in sources.items() for source in part]
     folder = _cache() / Hasher.hash((CODE, text, label, answers, content))
     if folder.is_dir():
         return folder.name
-    part = folder.with_name(f".{folder.name}-{os.getpid()}")
-    part.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.with_name(f".{folder.name}-{os.getpid()}")
+    unfinished.mkdir(parents=True, exist_ok=True)
     try:
-        reader = _Reader(dataset, sources, text, label, answers)
-        header = reader.write(part)
+        reader = _Reader(dataset, sources, text=text, label=label, answers=answers)
+        header = reader.write(unfinished)
         facts = {"fingerprint": reader.fingerprint(), "header": header, "notes": notes + reader.notes}
-        (part / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+        (unfinished / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
         try:
-            part.replace(folder)
+            unfinished.replace(folder)
         except OSError:
-            if not folder.is_dir():  # else another process has read the same rows meanwhile
+            if not folder.is_dir():  # if it is there, another process has read the same rows in the meantime
                 raise
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
     return folder.name
 
 
@@ -157,42 +163,42 @@ class _Fault(Exception):
 
 
 class _Reader:
-    """Reads the rows of a data set, checks them and writes them, as load_rows says."""
+    """Reads the rows of a data set, checks them and writes them to files, as load_rows says."""
 
     def __init__(
         self,
         dataset: str,
         sources: dict[str, list[Source]],
+        *,
         text: dict[str, str],
         label: dict[str, str],
         answers: dict[str, str],
     ):
         self.dataset, self.sources, self.text, self.label, self.answers = dataset, sources, text, label, answers
+        self.columns = {**text, **label, **answers}
         self.missing = [split for split in SPLITS if split not in sources]
         self.notes: list[str] = []
-        self.kept: set[int] = set()  # hashes of texts that stay training rows
+        self.kept: set[int] = set()  # hashes of first texts whose rows stay training rows
         self.first_fault, self.faults = "", 0
         self.contents = {split: hashlib.blake2b(digest_size=16) for split in SPLITS}
 
     def fingerprint(self) -> str:
-        """Of what `write` has written: the rows' content by split, and not its bytes, which change with the versions of pyarrow and datasets."""
+        """A hash of the rows that `write` has written, by split.
+
+        It is of their content: the bytes of the files change with the versions of pyarrow and datasets.
+        """
         return hashlib.blake2b(
             b"".join(content.digest() for content in self.contents.values()), digest_size=16
         ).hexdigest()
 
     def write(self, folder: Path) -> dict[str, str]:
         """Write a file for each split. Returns lines for the header."""
-        names = {name: self._label_names(name, column) for name, column in self.label.items()}
-        features = Features(
-            {name: Value("string") for name in self.text}
-            | {name: ClassLabel(names=list(names[name])) for name in names}
-        )
-        features |= {
-            name: {"text": List(Value("string")), "answer_start": List(Value("int64"))} for name in self.answers
-        }
-        schema, counts, first = features.arrow_schema, dict.fromkeys(SPLITS, 0), {}
+        label_numbers = {name: self._label_numbers(name, column) for name, column in self.label.items()}
+        schema = _features(self.text, label_numbers, self.answers).arrow_schema
+        counts, first_row = dict.fromkeys(SPLITS, 0), {}
         files = {split: pyarrow.ipc.new_stream(folder / f"{split}.arrow", schema) for split in SPLITS}
-        self.contents["train"].update(json.dumps({name: list(known) for name, known in names.items()}).encode())
+        label_names = {name: list(numbers) for name, numbers in label_numbers.items()}
+        self.contents["train"].update(json.dumps(label_names).encode())
         waiting: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
         characters = 0
 
@@ -204,14 +210,15 @@ class _Reader:
 
         for split, source, place, values in self._rows():
             if split == "train" and not counts["train"]:
-                first = dict(values)
-            for name, known in names.items():
-                if values[name] not in known:
+                first_row = dict(values)
+            for name, numbers in label_numbers.items():
+                if values[name] not in numbers:
                     self._note(
                         f"{source.name}, {place}",
-                        f"label {short(values[name])} is in no training row{did_you_mean(values[name], known)} (there are {len(known)})",
+                        f"label {short(values[name])} is in no training row"
+                        f"{did_you_mean(values[name], numbers)} (there are {len(numbers)})",
                     )
-                values[name] = known.get(values[name], -1)
+                values[name] = numbers.get(values[name], -1)
             counts[split] += 1
             self.contents[split].update(json.dumps(values).encode())
             waiting[split].append(values)
@@ -229,57 +236,52 @@ class _Reader:
                 raise UserError(
                     f"dataset {self.dataset}: its {split} split has no rows; give more rows, or a file for each split"
                 )
-        for known in names.values():
-            if len(known) < 2:
+        for numbers in label_numbers.values():
+            if len(numbers) < 2:
                 raise UserError(
-                    f"the training rows have only one label ({next(iter(known))!r}); there is nothing to classify"
+                    f"the training rows have only one label ({next(iter(numbers))!r}); there is nothing to classify"
                 )
-        header = {"row 1": ", ".join(f"{name} {short(value)}" for name, value in first.items())}
-        for known in names.values():
-            header["labels"] = (
-                f"{len(known)}: {', '.join(itertools.islice(known, 12))}{', ...' if len(known) > 12 else ''}"
-            )
-        return header
+        return _header(first_row, label_names)
 
-    def _label_names(self, name: str, column: str) -> dict[str, int]:
-        """The label names of the training rows and their numbers. Notes the texts that must stay training rows."""
+    def _label_numbers(self, name: str, column: str) -> dict[str, int]:
+        """{label name: number} of the training rows. Sets self.kept to the texts whose rows must stay training rows."""
         first_text = next(iter(self.text))
-        found: set[str] = set()
-        elsewhere: dict[str, set[int]] = {}
+        in_train: set[str] = set()
+        taken_out: dict[str, set[int]] = {}  # label -> hashes of the texts that go to a split that the data lacks
         for split, _, _, values in self._rows():
             if split == "train":
-                found.add(values[name])
-            elif split in self.missing:  # it was given as a training row
-                elsewhere.setdefault(values[name], set()).add(hash(values[first_text]))
-        rare = elsewhere.keys() - found
-        self.kept = set().union(*(elsewhere[label] for label in rare))
+                in_train.add(values[name])
+            elif split in self.missing:
+                taken_out.setdefault(values[name], set()).add(hash(values[first_text]))
+        rare = taken_out.keys() - in_train
+        self.kept = set().union(*(taken_out[label] for label in rare))
         if rare:
             self.notes.append(f"all rows of the rarest labels stay training rows: {short(', '.join(sorted(rare)))}")
-        own = [list(source.label_names[column]) for source in self.sources["train"] if column in source.label_names]
-        if len(own) == len(self.sources["train"]) and all(names == own[0] for names in own):
-            return {label.strip(): number for number, label in enumerate(own[0])}
-        return {label: number for number, label in enumerate(sorted(found | rare, key=_label_order))}
+        class_labels = [
+            list(source.label_names[column]) for source in self.sources["train"] if column in source.label_names
+        ]
+        if len(class_labels) == len(self.sources["train"]) and all(names == class_labels[0] for names in class_labels):
+            return {label.strip(): number for number, label in enumerate(class_labels[0])}
+        return {label: number for number, label in enumerate(sorted(in_train | rare, key=_label_order))}
 
     def _rows(self) -> Iterator[tuple[str, Source, str, dict[str, Any]]]:
-        """(split, source, place in it, values) of each row that is as it should be; the others are counted."""
+        """(split, source, place in the source, values) of each row without a fault. Faulty rows are counted."""
         self.first_fault, self.faults = "", 0
         first_text = next(iter(self.text))
-        for split, source in [(split, source) for split, part in self.sources.items() for source in part]:
+        for given_split, source in [(split, source) for split, part in self.sources.items() for source in part]:
             number = 0
             for number, (place, row) in enumerate(source.read(), 1):
                 try:
-                    self._check_columns(row, source.name, is_first=number == 1)
+                    _check_columns(row, self.columns.values(), source.name, is_first=number == 1)
                     values = self._values(row)
                 except _Fault as fault:
                     self._note(f"{source.name}, {place}", str(fault))
                     continue
-                own = split_of(values[first_text]) if split == "train" and self.missing else split
-                yield (
-                    own if own in self.missing and hash(values[first_text]) not in self.kept else split,
-                    source,
-                    place,
-                    values,
-                )
+                split = given_split
+                if given_split == "train" and self.missing and hash(values[first_text]) not in self.kept:
+                    hashed_split = split_of(values[first_text])
+                    split = hashed_split if hashed_split in self.missing else given_split
+                yield split, source, place, values
             if number == 0:
                 raise UserError(f"{source.name}: the file has no rows")
 
@@ -287,33 +289,54 @@ class _Reader:
         self.first_fault = self.first_fault or f"{place}: {fault}"
         self.faults += 1
 
-    def _check_columns(self, row: Any, source: str, is_first: bool) -> None:
-        """is_first: the row is the first one of a file, where a column that is missing is missing in all."""
-        if not isinstance(row, dict):
-            raise _Fault(f"expected an object, found {type(row).__name__}")
-        if is_first:
-            for column in (*self.text.values(), *self.label.values(), *self.answers.values()):
-                if column not in row:
-                    there = ", ".join(short(key) for key in itertools.islice(row, 12))
-                    raise UserError(
-                        f"{source}: no column '{column}'{did_you_mean(column, row)} (there are: {there}); set the recipe's ..._column settings"
-                    )
-
     def _values(self, row: dict[str, Any]) -> dict[str, Any]:
         """{name: value} of a row."""
         values: dict[str, Any] = {}
-        for name, column in (*self.text.items(), *self.label.items(), *self.answers.items()):
+        for name, column in self.columns.items():
             value = row.get(column)
             if value is None or value != value:  # NaN
                 raise _Fault(f"no value for '{column}'{did_you_mean(column, row) if column not in row else ''}")
             check = _text if name in self.text else _label if name in self.label else _answers
-            found = check(value)
-            if found is None:
+            checked = check(value)
+            if checked is None:
                 raise _Fault(f"'{column}' is {short(value)} ({type(value).__name__}), expected {EXPECTED[check]}")
-            values[name] = found
+            values[name] = checked
         for name in self.answers:
             _check_answers(values["context"], values[name])
         return values
+
+
+def _features(text: Iterable[str], label_names: Mapping[str, Iterable[str]], answers: Iterable[str]) -> Features:
+    """The types of the columns in a file of rows."""
+    columns: dict[str, Any] = {name: Value("string") for name in text}
+    columns |= {name: ClassLabel(names=list(names)) for name, names in label_names.items()}
+    columns |= {name: {"text": List(Value("string")), "answer_start": List(Value("int64"))} for name in answers}
+    return Features(columns)
+
+
+def _header(first_row: dict[str, Any], label_names: dict[str, list[str]]) -> dict[str, str]:
+    """Lines for the header of the run."""
+    header = {"row 1": ", ".join(f"{name} {short(value)}" for name, value in first_row.items())}
+    for names in label_names.values():
+        header["labels"] = f"{len(names)}: {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}"
+    return header
+
+
+def _check_columns(row: Any, columns: Iterable[str], source: str, is_first: bool) -> None:
+    """Raise a _Fault if the row is no object; raise UserError if it is the first of a file and lacks a column.
+
+    A column that the first row lacks is missing in the whole file.
+    """
+    if not isinstance(row, dict):
+        raise _Fault(f"expected an object, found {type(row).__name__}")
+    if is_first:
+        for column in columns:
+            if column not in row:
+                known = ", ".join(short(key) for key in itertools.islice(row, 12))
+                raise UserError(
+                    f"{source}: no column '{column}'{did_you_mean(column, row)} (there are: {known}); "
+                    "set the recipe's ..._column settings"
+                )
 
 
 def _text(value: Any) -> str | None:
@@ -321,7 +344,7 @@ def _text(value: Any) -> str | None:
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether it has no half of a surrogate pair, which JSON can escape and UTF-8 cannot write."""
+    """Whether the text has no half of a surrogate pair: JSON can have one as an escape, UTF-8 cannot encode it."""
     return text.isascii() or not re.search("[\ud800-\udfff]", text)
 
 
@@ -335,33 +358,33 @@ def _label(value: Any) -> str | None:
 
 
 def _label_order(name: str) -> tuple[bool, int, str]:
-    """Whole numbers first, in their order; then text."""
+    """A sorting key: whole numbers in numerical order, then text."""
     is_number = re.fullmatch(r"-?[0-9]{1,18}", name) is not None
     return not is_number, int(name) if is_number else 0, name
 
 
 def _answers(value: Any) -> dict[str, list[Any]] | None:
-    if isinstance(value, list) and all(isinstance(answer, dict) for answer in value):  # one object an answer
+    if isinstance(value, list) and all(isinstance(answer, dict) for answer in value):  # one object for each answer
         value = {name: [answer.get(name) for answer in value] for name in ("text", "answer_start")}
     if not isinstance(value, dict):
         return None
     texts, starts = value.get("text"), value.get("answer_start")
     if not (isinstance(texts, list) and isinstance(starts, list) and all(type(start) is int for start in starts)):
         return None
-    return (
-        {"text": texts, "answer_start": starts}
-        if all(isinstance(text, str) and _is_unicode(text) for text in texts)
-        else None
-    )
+    if not all(isinstance(text, str) and _is_unicode(text) for text in texts):
+        return None
+    return {"text": texts, "answer_start": starts}
 
 
 EXPECTED: dict[Callable[[Any], Any], str] = {
-    _text: "text", _label: "text, a whole number, true or false", _answers: '{"text": [...], "answer_start": [...]}, as in SQuAD',
-}  # fmt: skip
+    _text: "text",
+    _label: "text, a whole number, true or false",
+    _answers: '{"text": [...], "answer_start": [...]}, as in SQuAD',
+}
 
 
 def _check_answers(context: str, answers: dict[str, list[Any]]) -> None:
-    """Raise a _Fault where an answer does not stand where it should."""
+    """Raise a _Fault where an answer is not in the context at the place that it names."""
     if not context.strip():
         raise _Fault("the context is empty")
     if len(answers["text"]) != len(answers["answer_start"]):

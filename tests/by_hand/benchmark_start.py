@@ -1,8 +1,8 @@
-"""How long it takes from Enter to the header, beside another checkout, in turn. Run by hand:
+"""The time from the start of launch.sh to the header of the run, for this and other checkouts in turn. Run by hand:
 
     python tests/by_hand/benchmark_start.py text_classification --beside ../older --series 3
 
-Seconds on the clock, and CPU seconds of all processes, which other work on the machine hardly changes.
+It prints seconds on the clock, and CPU seconds of all processes. Other work on the machine hardly changes the latter.
 """
 
 import argparse
@@ -32,16 +32,12 @@ def start(checkout: Path, recipe: str) -> tuple[float, float]:
         for line in process.stdout:
             if line.startswith("run "):
                 break
-        seconds, times = (
-            time.monotonic() - started,
-            [
-                part.cpu_times()
-                for part in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-            ],
-        )
+        seconds = time.monotonic() - started
+        launch = psutil.Process(process.pid)
+        times = [part.cpu_times() for part in [*launch.children(recursive=True), launch]]
         process.send_signal(signal.SIGTERM)
         time.sleep(1.5)
-        process.send_signal(signal.SIGTERM)  # at once, without saving
+        process.send_signal(signal.SIGTERM)  # the second signal ends the run at once, without saving
         process.communicate()
     return seconds, sum(part.user + part.system + part.children_user + part.children_system for part in times)
 

@@ -1,10 +1,12 @@
-"""The first losses and gradient norms of every recipe at its defaults, to the last digit: a change of the code that is not about the maths leaves them alone.
+"""The first losses and gradient norms of every recipe at its defaults, to the last digit.
+
+A change of the code that is not about the maths must not change them:
 
     python tests/by_hand/first_losses.py /tmp/before                          before the change
     python tests/by_hand/first_losses.py /tmp/after --like /tmp/before        after it: exits 1 where a digit differs
 
-Each recipe runs at ZeRO 2 and 3 on 2 ranks for 20 steps and is then stopped as Ctrl-C stops it, so that its folder also has a checkpoint for the changed
-code to resume. 18 runs take some 20 minutes on 2 CPU cores.
+Each recipe runs at ZeRO 2 and 3 on 2 ranks for 20 steps. It is then stopped as Ctrl-C stops it, so that its folder
+also has a checkpoint, which the changed code can resume. 18 runs take about 20 minutes on 2 CPU cores.
 """
 
 import argparse
@@ -67,7 +69,7 @@ def main() -> None:
             if not (options.folder / name).exists():
                 run(recipe, stage, options.folder.resolve() / name, options.steps)
             steps = steps_of(options.folder / name)[: options.steps]
-            said = (
+            report = (
                 f"{len(steps)} steps, the last loss {steps[-1][0]}"
                 if steps
                 else f"no step; see {options.folder / name}.txt"
@@ -79,9 +81,11 @@ def main() -> None:
                     None,
                 )
                 equal = first is None and len(steps) == len(before) == options.steps
-                said += "  equal" if equal else f"  DIFFERENT from step {first or min(len(steps), len(before)) + 1} on"
+                report += (
+                    "  equal" if equal else f"  DIFFERENT from step {first or min(len(steps), len(before)) + 1} on"
+                )
                 differ |= not equal
-            print(f"{name:28s} {said}", flush=True)
+            print(f"{name:28s} {report}", flush=True)
     sys.exit(differ)
 
 

@@ -1,4 +1,4 @@
-"""Everything that can happen to a long run, done to a short one. Run by hand, an hour on 2 cores:
+"""Everything that can happen to a long run, done to a short one. Run by hand; it takes an hour on 2 cores:
 
     ./launch.sh torture causal_lm
     ./launch.sh torture causal_lm --only kills --kills 30
@@ -8,6 +8,7 @@ It prints what it measured; docs/checkpoints.md keeps the figures. Real launches
 
 import argparse
 import functools
+import importlib
 import json
 import os
 import random
@@ -20,22 +21,20 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["PATH"] = (
-    f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # launch.sh takes the environment that runs this
-)
-
-from conftest import CONFIGS, run_ranks
+os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # launch.sh is to use the same Python
 
 from lib.errors import did_you_mean
 from lib.run.checkpoint_files import folder_of, list_complete
 
+conftest: Any = importlib.import_module("tests.conftest")  # launch.sh has put the repository's root on PYTHONPATH
+CONFIGS: list[str] = conftest.CONFIGS
 INTERVAL = 10  # steps between checkpoints
 
 
@@ -49,14 +48,12 @@ def start(recipe: str, run_dir: Path, *settings: object) -> subprocess.Popen[byt
 
 def processes_of(run_dir: Path) -> list[psutil.Process]:
     """All processes of a launch: launch.sh (as supervise.py), start_ranks.py, the ranks."""
-    found = []
+    processes = []
     for process in psutil.process_iter(["cmdline"]):
-        if (
-            any(argument.startswith(str(run_dir)) for argument in process.info["cmdline"] or [])
-            and process.pid != os.getpid()
-        ):
-            found.append(process)
-    return found
+        words = process.info["cmdline"] or []
+        if any(word.startswith(str(run_dir)) for word in words) and process.pid != os.getpid():
+            processes.append(process)
+    return processes
 
 
 def kind_of(process: psutil.Process) -> str:
@@ -76,7 +73,7 @@ def wait_for(condition: Callable[[], object], seconds: float, poll: float = 0.02
 
 
 def wait_for_step(run_dir: Path, after: int, launch: "subprocess.Popen[bytes]") -> None:
-    """Until the run has logged a step beyond `after`. Raises SystemExit where it does not come, or the run ends."""
+    """Wait until the run has logged a step beyond `after`. Raises SystemExit after 120 s, or if the run ends."""
     if not wait_for(lambda: last_step(run_dir) > after or launch.poll() is not None, 120) or launch.poll() is not None:
         raise SystemExit(f"no step after {after}: {run_dir.with_suffix('.log').read_text()[-3000:]}")
 
@@ -100,13 +97,12 @@ def exported(run_dir: Path) -> list[bytes]:
 
 
 def kills(recipe: str, folder: Path, count: int, steps: int) -> None:
-    """SIGKILL at random moments, of a random process of the launch, a third of them while a checkpoint is being written."""
+    """Kill a random process of the launch at random moments, a third of them while a checkpoint is written."""
     draw = random.Random(0)
     whole, cut = folder / "whole", folder / "cut"
     settings = ("--max_steps", steps, "--eval_every", "null")
-    assert start(recipe, whole, *settings, "--save_minutes", "null").wait() == 0, whole.with_suffix(".log").read_text()[
-        -3000:
-    ]
+    code = start(recipe, whole, *settings, "--save_minutes", "null").wait()
+    assert code == 0, whole.with_suffix(".log").read_text()[-3000:]
     killed: Counter[str] = Counter()
     in_write = lost_most = starting = 0
     slowest_end = 0.0
@@ -122,9 +118,8 @@ def kills(recipe: str, folder: Path, count: int, steps: int) -> None:
             time.sleep(draw.uniform(0, 1))
         target = draw.choice(processes_of(cut))
         kind = kind_of(target)
-        if (
-            aim == "write"
-        ):  # while its folder has not got its name yet; the target was found before, because there are milliseconds
+        if aim == "write":
+            # The folder has its temporary name only for milliseconds, so the target was chosen before.
             wait_for(lambda: list((cut / "checkpoints").glob(".writing-*")), 10, poll=0.0005)
         if launch.poll() is not None:
             raise SystemExit(f"it ended by itself: {cut.with_suffix('.log').read_text()[-3000:]}")
@@ -145,49 +140,46 @@ def kills(recipe: str, folder: Path, count: int, steps: int) -> None:
         if lost > INTERVAL:
             raise SystemExit(f"kill {number + 1} lost {lost} steps, more than the interval of {INTERVAL}")
         print(f"kill {number + 1}/{count}: {kind}, {aim}; step {reached}, newest checkpoint {newest}", flush=True)
-    assert start(recipe, cut, *settings, "--save_every", INTERVAL, "--resume").wait() == 0, cut.with_suffix(
-        ".log"
-    ).read_text()[-3000:]
+    code = start(recipe, cut, *settings, "--save_every", INTERVAL, "--resume").wait()
+    assert code == 0, cut.with_suffix(".log").read_text()[-3000:]
     left = [path.name for path in (cut / "checkpoints").iterdir() if not path.name.startswith("step-")]
     print(
-        f"\nkills: {count} ({', '.join(f'{kind} {n}' for kind, n in sorted(killed.items()))}); {in_write} left a checkpoint half written, {starting} before a step"
+        f"\nkills: {count} ({', '.join(f'{kind} {n}' for kind, n in sorted(killed.items()))}); "
+        f"{in_write} left a checkpoint half written, {starting} before a step"
     )
     print(
-        f"  steps lost at most: {lost_most} (interval {INTERVAL}); all processes gone after at most {slowest_end:.1f} s; temporary folders left: {left or 'none'}"
+        f"  steps lost at most: {lost_most} (interval {INTERVAL}); "
+        f"all processes gone after at most {slowest_end:.1f} s; temporary folders left: {left or 'none'}"
     )
     if left or losses_of(cut) != losses_of(whole) or exported(cut) != exported(whole) or not exported(whole):
         raise SystemExit(
-            f"not as uninterrupted: left {left}, losses {losses_of(cut) == losses_of(whole)}, weights {exported(cut) == exported(whole)}"
+            f"not as uninterrupted: left {left}, losses {losses_of(cut) == losses_of(whole)}, "
+            f"weights {exported(cut) == exported(whole)}"
         )
     print(f"  the losses of all {steps} steps and the exported weights equal the uninterrupted run's, bit for bit")
 
 
 def resumes(recipe: str, folder: Path) -> None:
-    """Every ordered pair of configs and numbers of ranks, 10 steps under the one and 10 under the other, through the recipe's own main()."""
+    """Resume under every config and number of ranks from every other: 10 steps each, through the recipe's main()."""
     runs = folder / recipe
     runs.mkdir()
 
     def case(name: str, config: str, *settings: str) -> str:
         path = runs / f"{config}.json"
-        path.write_text(
-            json.dumps(
-                json.loads((ROOT / "ds_configs" / recipe / f"{config}.json").read_text())
-                | {"train_micro_batch_size_per_gpu": 2}
-            )
-        )
-        return (
-            f"{recipe}:{name}:{path}:precision=fp32,batch_size=8,save_every=10,keep_checkpoints=9,{','.join(settings)}"
-        )
+        ds_config = json.loads((ROOT / "ds_configs" / recipe / f"{config}.json").read_text())
+        path.write_text(json.dumps(ds_config | {"train_micro_batch_size_per_gpu": 2}))
+        all_settings = ["precision=fp32", "batch_size=8", "save_every=10", "keep_checkpoints=9", *settings]
+        return f"{recipe}:{name}:{path}:{','.join(all_settings)}"
 
     def launch(world_size: int, cases: list[str]) -> None:
-        run_ranks(world_size, "contract_worker", folder, *cases, timeout=7200)
+        conftest.run_ranks(world_size, "contract_worker", folder, *cases, timeout=7200)
 
     for world_size in (1, 2):
         launch(world_size, [case(config, config, "resume=false") for config in CONFIGS])
     differences: dict[str, float] = {}
     exact = 0
     for world_size in (1, 2):
-        for config in CONFIGS:  # a launch each, so that only a few copies of the checkpoints are on the disk
+        for config in CONFIGS:  # one launch for each, so that only a few copies of the checkpoints are on the disk
             names = {f"{source}-{ranks}": f"{source}_{ranks}_to_{config}" for source in CONFIGS for ranks in (1, 2)}
             for source, name in names.items():
                 shutil.copytree(
@@ -207,7 +199,8 @@ def resumes(recipe: str, folder: Path) -> None:
             print(f"resumed under {config} on {world_size} rank(s)", flush=True)
     worst = max(differences, key=lambda pair: differences[pair])
     print(
-        f"\nresumes: {len(differences)} ordered pairs, largest relative difference of a loss {differences[worst]:.1e} ({worst})"
+        f"\nresumes: {len(differences)} ordered pairs, "
+        f"largest relative difference of a loss {differences[worst]:.1e} ({worst})"
     )
     print(f"  same config and ranks: {exact} of 12 bit for bit")
     if differences[worst] >= 1e-5 or exact < 12:
@@ -215,7 +208,7 @@ def resumes(recipe: str, folder: Path) -> None:
 
 
 def silence(recipe: str, folder: Path) -> None:
-    """A rank under SIGSTOP, at a timeout of 30 s."""
+    """Stop a rank with SIGSTOP. The run has a timeout of 30 s."""
     for stage, rank in ((0, 1), (2, 0), (3, 1)):
         run = folder / f"silent-{stage}-{rank}"
         launch = start(recipe, run, "--max_steps", 100000, "--rank_timeout", 0.5, "--stage", stage)
@@ -225,7 +218,8 @@ def silence(recipe: str, folder: Path) -> None:
         at = time.monotonic()
         code = launch.wait(timeout=120)
         print(
-            f"silence: rank {rank} stopped at stage {stage}: the run ended after {time.monotonic() - at:.0f} s (timeout 30 s), exit code {code}"
+            f"silence: rank {rank} stopped at stage {stage}: "
+            f"the run ended after {time.monotonic() - at:.0f} s (timeout 30 s), exit code {code}"
         )
         assert not processes_of(run) and code not in (0, 2, 75) and time.monotonic() - at < 30 + 60
 
@@ -262,7 +256,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.recipe not in recipes:
         raise SystemExit(
-            f"error: there is no recipe {options.recipe}{did_you_mean(options.recipe, recipes)}; recipes: {', '.join(recipes)}"
+            f"error: there is no recipe {options.recipe}{did_you_mean(options.recipe, recipes)}; "
+            f"recipes: {', '.join(recipes)}"
         )
     parts: dict[str, Callable[[str, Path], None]] = {
         "kills": functools.partial(kills, count=options.kills, steps=options.steps),
@@ -279,7 +274,7 @@ def main() -> None:
             parts[name](options.recipe, part)
             shutil.rmtree(part)
     finally:
-        for process in processes_of(folder):  # where it failed
+        for process in processes_of(folder):  # those that a failure has left
             process.kill()
     shutil.rmtree(folder)
     print(f"\n{options.recipe}: all done in {(time.monotonic() - started) / 60:.0f} min")

@@ -1,4 +1,4 @@
-"""Data: own files with every fault a user meets, the order of rows, fillers, packing, what is drawn."""
+"""Data: a user's own files and their faults, the order of rows, padding, blocks of tokens, random draws."""
 
 import functools
 import importlib
@@ -163,13 +163,11 @@ def test_the_docstring_sample_keeps_groups_apart_and_masks_names() -> None:
 @pytest.mark.parametrize(("total", "batch_size"), [(100, 8), (103, 10), (5, 8), (64, 64)])
 def test_every_row_comes_once_an_epoch(total: int, batch_size: int, lengths: bool) -> None:
     steps = StepRows(total, batch_size, seed=3, lengths=np.arange(total) % 17 if lengths else None)
-    taken = np.concatenate(
-        [steps[step] for step in range(steps.steps_per_window * total)]
-    )  # whole windows and whole epochs
+    whole_epochs = range(steps.steps_per_window * total)  # and whole windows
+    taken = np.concatenate([steps[step] for step in whole_epochs])
     assert (np.bincount(taken, minlength=total) == len(taken) // total).all()
-    assert all(
-        (steps[step] == StepRows(total, batch_size, 3, steps.lengths)[step]).all() for step in (7, 3)
-    )  # a function of the step
+    for step in (7, 3):  # the rows are a function of the step, whatever was asked for before
+        assert (steps[step] == StepRows(total, batch_size, 3, steps.lengths)[step]).all()
 
 
 def test_the_order_depends_on_the_seed_and_groups_lengths() -> None:
@@ -271,10 +269,8 @@ def test_random_numbers_are_uniform_and_each_rows_own() -> None:
 
 def test_token_ids_are_padded_to_the_longest() -> None:
     batch = pad_tokens([[5, 6, 7], [8]], pad_token_id=9)
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]] and batch["attention_mask"].tolist() == [
-        [1, 1, 1],
-        [1, 0, 0],
-    ]
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
 SQUAD = {
@@ -328,10 +324,10 @@ def test_one_column_is_not_two_things(tmp_path: Path) -> None:
 
 
 def test_documents_need_a_token_between_them() -> None:
+    rows = Dataset.from_dict({"text": ["a"]})
+    tokenizer = load_tokenizer("minilm", 8, trust_remote_code=False)
     with pytest.raises(UserError, match="no end-of-text token"):
-        token_streams(
-            {"train": Dataset.from_dict({"text": ["a"]})}, load_tokenizer("minilm", 8, trust_remote_code=False)
-        )
+        token_streams({"train": rows}, tokenizer)
 
 
 def test_what_is_relevant_to_a_query() -> None:
@@ -349,7 +345,7 @@ def test_changed_code_does_not_meet_the_cache_of_the_old(tmp_path: Path, monkeyp
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("sys.dont_write_bytecode", True)
     splits = {"train": Dataset.from_parquet(str(write(tmp_path / "x.parquet", [{"a": 1}])), cache_dir=str(tmp_path))}
-    for answer in (1, 2):  # a function that can be imported is known to datasets by its name only
+    for answer in (1, 2):  # datasets hashes only the name of a function that can be imported
         (tmp_path / "own.py").write_text(
             f"ANSWER = {answer}\n\n\ndef answers(rows):\n    return {{'answer': [ANSWER] * len(rows['a'])}}\n"
         )
@@ -358,5 +354,5 @@ def test_changed_code_does_not_meet_the_cache_of_the_old(tmp_path: Path, monkeyp
             first, second = (map_rows(splits, function)["train"] for _ in range(2))
             assert first["answer"][:] == [answer] and first.cache_files == second.cache_files
     before = map_rows(splits, module.answers)["train"].cache_files
-    monkeypatch.setattr("lib.data.rows.CODE", [])  # that of lib/, which the function may call
+    monkeypatch.setattr("lib.data.rows.CODE", [])  # the code of lib/, which the function may call
     assert map_rows(splits, module.answers)["train"].cache_files != before

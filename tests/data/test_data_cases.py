@@ -1,4 +1,4 @@
-"""Data as people have it: every format that is read, what must be refused rather than trained on wrongly, labels, scores of languages without spaces."""
+"""Data as users have it: all formats, faults that would spoil a training, labels, languages without spaces."""
 
 import bz2
 import dataclasses
@@ -68,7 +68,7 @@ def by_split(splits: Splits, column: str = "text") -> dict[str, list[Any]]:
     return {split: list(rows[column]) for split, rows in splits.items()}
 
 
-# --- formats ------------------------------------------------------------------------------------------------------------
+# --- formats ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -101,14 +101,14 @@ def test_the_same_rows_in_every_format(tmp_path: Path, name: str, content: str |
     expected = load(write(tmp_path / "expected", {"rows.jsonl": JSONL}) / "rows.jsonl")
     splits = load(write(tmp_path, {name: content}) / name)
     assert splits.fingerprint == expected.fingerprint and by_split(splits) == by_split(expected)
-    assert splits.header == {"labels": "2: bad, good", "row 1": "text 'a kettle 0', label 'bad'"} and splits.notes == []
+    assert splits.header == {"labels": "2: bad, good", "row 1": "text 'a kettle 0', label 'bad'"}
+    assert splits.notes == []
 
 
 def test_lines_of_text_are_rows(tmp_path: Path) -> None:
     splits = load_text(write(tmp_path, {"corpus.txt": "".join(f"line {i} \r\n\n" for i in range(60))}) / "corpus.txt")
-    assert sorted(text for texts in by_split(splits).values() for text in texts) == sorted(
-        f"line {i} " for i in range(60)
-    )
+    texts = [text for texts in by_split(splits).values() for text in texts]
+    assert sorted(texts) == sorted(f"line {i} " for i in range(60))
 
 
 def test_cells_stay_as_they_are_written(tmp_path: Path) -> None:
@@ -120,10 +120,8 @@ def test_cells_stay_as_they_are_written(tmp_path: Path) -> None:
 
 def test_json_strings_that_look_like_dates_are_text(tmp_path: Path) -> None:
     rows = "".join(json.dumps({"text": f"2020-01-{1 + i % 28:02d}T00:00:{i:02d}"}) + "\n" for i in range(60))
-    assert all(
-        text.startswith("2020-01-")
-        for text in load_text(write(tmp_path, {"x.jsonl": rows}) / "x.jsonl")["train"]["text"]
-    )
+    splits = load_text(write(tmp_path, {"x.jsonl": rows}) / "x.jsonl")
+    assert all(text.startswith("2020-01-") for text in splits["train"]["text"])
 
 
 @pytest.mark.parametrize("class_label", [False, True])
@@ -132,13 +130,12 @@ def test_saved_data_sets(tmp_path: Path, class_label: bool) -> None:
     rows = Dataset.from_list(ROWS).cast(features) if class_label else Dataset.from_list(ROWS)
     rows.save_to_disk(tmp_path / "one")
     DatasetDict({"train": rows.select(range(40)), "test": rows.select(range(40, 60))}).save_to_disk(tmp_path / "two")
-    order = ["good", "bad"] if class_label else ["bad", "good"]  # the data's own, or that of text
+    order = ["good", "bad"] if class_label else ["bad", "good"]  # as in the data, or alphabetical
     for name in ("one", "two"):
         splits = load(tmp_path / name)
         assert splits["train"].features["label"].names == order
-        assert {row["text"]: order[row["label"]] for rows in splits.values() for row in rows} == {
-            row["text"]: row["label"] for row in ROWS
-        }
+        loaded = {row["text"]: order[row["label"]] for rows in splits.values() for row in rows}
+        assert loaded == {row["text"]: row["label"] for row in ROWS}
     assert splits["test"]["text"][:] == [row["text"] for row in ROWS[40:]]
 
 
@@ -147,9 +144,8 @@ def test_class_labels_in_parquet(tmp_path: Path) -> None:
     Dataset.from_list(ROWS).cast(features).to_parquet(tmp_path / "x.parquet")
     splits = load(tmp_path / "x.parquet")
     assert splits["train"].features["label"].names == ["good", "bad"]
-    assert {row["text"]: ["good", "bad"][row["label"]] for rows in splits.values() for row in rows} == {
-        row["text"]: row["label"] for row in ROWS
-    }
+    loaded = {row["text"]: ["good", "bad"][row["label"]] for rows in splits.values() for row in rows}
+    assert loaded == {row["text"]: row["label"] for row in ROWS}
 
 
 def squad(start: int = 12) -> dict[str, Any]:
@@ -201,10 +197,8 @@ def test_squads_own_format(tmp_path: Path, indent: int | None) -> None:
 def test_answers_as_a_list_of_objects(tmp_path: Path) -> None:
     row = {"context": "The cat sat.", "question": "Who?", "answers": [{"text": "cat", "answer_start": 4}]}
     rows = "".join(json.dumps(row | {"context": f"The cat sat. {i}"}) + "\n" for i in range(60))
-    assert load_answers(write(tmp_path, {"x.jsonl": rows}) / "x.jsonl")["train"][0]["answers"] == {
-        "text": ["cat"],
-        "answer_start": [4],
-    }
+    splits = load_answers(write(tmp_path, {"x.jsonl": rows}) / "x.jsonl")
+    assert splits["train"][0]["answers"] == {"text": ["cat"], "answer_start": [4]}
 
 
 def test_the_faults_of_all_rows_are_counted_and_the_first_is_named(tmp_path: Path) -> None:
@@ -220,7 +214,7 @@ def test_the_faults_of_all_rows_are_counted_and_the_first_is_named(tmp_path: Pat
     refused(path, "x.jsonl, line 42", "'cat'", "character 5", "one of 2 faulty rows", do=load_answers)
 
 
-# --- what would be trained on wrongly -----------------------------------------------------------------------------------
+# --- what would be trained on wrongly --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -288,7 +282,7 @@ def test_what_tells_rows_apart_is_their_content(tmp_path: Path, swapped: bool) -
     assert (first.fingerprint == second.fingerprint) is not swapped
 
 
-# --- folders and splits -------------------------------------------------------------------------------------------------
+# --- folders and splits ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -306,7 +300,7 @@ def test_what_tells_rows_apart_is_their_content(tmp_path: Path, swapped: bool) -
 def test_files_named_after_splits(tmp_path: Path, names: tuple[str, str, str]) -> None:
     parts = [JSONL.splitlines(keepends=True)[start : start + 20] for start in (0, 20, 40)]
     files = {name: "".join(part).encode() for name, part in zip(names, parts, strict=True)}
-    beside = {
+    not_read = {
         "README.md": "#",
         ".git/x.jsonl": "{",
         "._train.jsonl": "\0",
@@ -314,9 +308,8 @@ def test_files_named_after_splits(tmp_path: Path, names: tuple[str, str, str]) -
         "dataset_infos.json": "{}",
         "LICENSE.txt": "a",
     }
-    write(
-        tmp_path, {name: gzip.compress(data) if name.endswith(".gz") else data for name, data in files.items()} | beside
-    )
+    compressed = {name: gzip.compress(data) if name.endswith(".gz") else data for name, data in files.items()}
+    write(tmp_path, compressed | not_read)
     splits = load(tmp_path)
     assert by_split(splits) == {
         split: [row["text"] for row in ROWS[start : start + 20]]
@@ -353,7 +346,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, **configurations: DatasetDict) -> None:
         if configuration not in configurations:
             if configuration is None:
                 raise ValueError(
-                    f"Config name is missing.\nPlease pick one among the available configs: {list(configurations)}\nExample of usage: ..."
+                    f"Config name is missing.\nPlease pick one among the available configs: {list(configurations)}\n"
+                    "Example of usage: ..."
                 )
             raise ValueError(f"BuilderConfig {configuration!r} not found. Available: {list(configurations)}")
         return configurations[configuration]
@@ -376,16 +370,14 @@ def test_hub_data_sets_with_configurations(monkeypatch: pytest.MonkeyPatch) -> N
     hub(monkeypatch, sst2=half, cola=half)
     splits = load("nyu/glue:sst2")
     assert len(splits["validation"]) == 20 and splits["train"].features["label"].names == ["good", "bad"]
-    assert len(splits["train"]) + len(splits["test"]) == 60  # labels that are kept secret are no test
-    assert (
-        "test of nyu/glue:sst2 has no labels" in splits.notes[0]
-        and "validation_matched and validation_other" in splits.notes[1]
-    )
+    assert len(splits["train"]) + len(splits["test"]) == 60  # not the test rows of the hub, whose labels are secret
+    assert "test of nyu/glue:sst2 has no labels" in splits.notes[0]
+    assert "validation_matched and validation_other" in splits.notes[1]
     refused("nyu/glue", "several configurations", "nyu/glue:sst2", "cola")
     refused("nyu/glue:sst3", "no configuration 'sst3'", "did you mean 'sst2'")
 
 
-# --- labels -------------------------------------------------------------------------------------------------------------
+# --- labels ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -403,9 +395,8 @@ def test_hub_data_sets_with_configurations(monkeypatch: pytest.MonkeyPatch) -> N
 def test_label_names(tmp_path: Path, labels: list[Any], names: list[str]) -> None:
     rows = [{"text": f"text {i}", "label": labels[i % len(labels)]} for i in range(120)]
     splits = load(write(tmp_path, {"x.jsonl": "".join(json.dumps(row) + "\n" for row in rows)}) / "x.jsonl")
-    assert splits["train"].features["label"].names == names and splits.header["labels"].startswith(
-        f"{len(names)}: {names[0]}, "
-    )
+    assert splits["train"].features["label"].names == names
+    assert splits.header["labels"].startswith(f"{len(names)}: {names[0]}, ")
     if all(type(label) is int for label in labels):
         assert all(int(names[row["label"]]) == row["label"] for row in splits["train"])  # label 2 is logit 2
 
@@ -425,7 +416,7 @@ def test_a_rare_label_stays_in_the_training_rows(tmp_path: Path) -> None:
     assert not set(texts["train"]) & set(texts["test"]) and sum(map(len, texts.values())) == 200
 
 
-# --- resuming -----------------------------------------------------------------------------------------------------------
+# --- resuming --------------------------------------------------------------------------------------------------------
 
 
 def restored(splits: Splits, manifest: dict[str, Any]) -> None:
@@ -445,7 +436,7 @@ def test_a_run_goes_on_with_the_same_rows_only(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"trained on 7 rows, but dataset x.jsonl now gives others, though as many"):
         restored(other, manifest)
     with pytest.raises(UserError, match="beyond the 0 steps"):
-        restored(same, {"rows": 7, "step": 2})  # of an earlier version
+        restored(same, {"rows": 7, "step": 2})  # the manifest of an earlier version
 
 
 @pytest.mark.parametrize(("data", "goes_on"), [("1234", True), (None, False)])
@@ -476,7 +467,7 @@ def test_a_finished_run_looks_at_data_of_another_name(tmp_path: Path, changes: d
     assert (finished_before(tmp_path, dataclasses.replace(cfg, **changes)) is not None) is finished
 
 
-# --- tokens -----------------------------------------------------------------------------------------------------------
+# --- tokens ----------------------------------------------------------------------------------------------------------
 
 
 def test_names_of_control_tokens_are_text_to_a_tokenizer_that_is_learned_from_it(tmp_path: Path) -> None:
@@ -498,7 +489,7 @@ def test_documents_of_masked_lm_may_have_the_names_of_control_tokens() -> None:
     tokenizer = train_tokenizer(["a </s> b <mask> c"] * 20, 300, masked_lm.SPECIAL_TOKENS, "<s> $A </s>")
     blocks = masked_lm.tokenize({"text": ["a </s> b <mask> c"]}, tokenizer, 64)
     assert not set(blocks["input_ids"][0][1:-1]) & set(tokenizer.all_special_ids)
-    assert tokenizer.mask_token_id in tokenizer("a <mask> c")["input_ids"]  # which is how the trained model is asked
+    assert tokenizer.mask_token_id in tokenizer("a <mask> c")["input_ids"]  # so that a user can ask the trained model
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path: Path) -> None:
@@ -508,13 +499,12 @@ def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path: Path) -> None:
     load_tokenizer(str(tmp_path), 8, trust_remote_code=False)
     tokenizer.add_tokens(["<user>"])
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(
-        UserError, match=r"it knows 30,522 tokens, the tokenizer beside it 30,523; model.resize_token_embeddings"
-    ):
+    words = r"it knows 30,522 tokens, the tokenizer beside it 30,523; model.resize_token_embeddings"
+    with pytest.raises(UserError, match=words):
         load_tokenizer(str(tmp_path), 8, trust_remote_code=False)
 
 
-# --- scores -------------------------------------------------------------------------------------------------------------
+# --- scores ----------------------------------------------------------------------------------------------------------
 
 CHINESE = ["老师在学校买了一本书。", "母亲在公园看见了一只猫。"]
 
@@ -532,9 +522,8 @@ def test_rouge_of_other_scripts_than_english() -> None:
     assert evaluation.rouge_tokens(CHINESE) == "letters"
     russian = ["Кошка сидела на ковре."]
     assert evaluation.summarization_scores(["Собака сидела на ковре."], russian)["rouge1"] == pytest.approx(75)
-    assert "words" in evaluation.rouge_tokens(russian) and "rouge-score" in evaluation.rouge_tokens(
-        ["The caf\u00e9 sat on the mat."]
-    )
+    assert "words" in evaluation.rouge_tokens(russian)
+    assert "rouge-score" in evaluation.rouge_tokens(["The caf\u00e9 sat on the mat."])
 
 
 def test_bleu_needs_a_tokenizer_that_suits_the_targets() -> None:
@@ -547,11 +536,8 @@ def test_bleu_needs_a_tokenizer_that_suits_the_targets() -> None:
 
 def test_words_of_languages_without_spaces() -> None:
     assert word_embeddings.words_of("老师's don't 3 書 ねこ") == ["老", "师", "s", "don't", "書", "ね", "こ"]
-    assert evaluation.sentences("昨天老师买了书。然后他回家了\uff01「好。」") == [
-        "昨天老师买了书。",
-        "然后他回家了\uff01",
-        "「好。」",
-    ]
+    sentences = ["昨天老师买了书。", "然后他回家了\uff01", "「好。」"]
+    assert evaluation.sentences("".join(sentences)) == sentences
     assert baselines.longest_overlap("谁在公园\uff1f", "".join(CHINESE)) == CHINESE[1]
     assert baselines.bm25(["公园的猫"], CHINESE, 1).tolist() == [[1]]
     assert evaluation.question_answering_scores(["在公园"], [["公园"]])["f1"] == pytest.approx(80)  # letters in common
@@ -573,39 +559,31 @@ def test_right_answers_of_the_step_are_no_negatives() -> None:
     identities = torch.tensor([[0, 0], [1, 1], [2, 2], [3, 0], [1, 4]])
     wrong = {0: [1, 2, 4], 1: [0, 2, 3], 2: [0, 1, 3, 4], 3: [1, 2, 4], 4: [0, 2, 3]}  # by hand
     scores = queries @ documents.T / 0.1
-    expected = torch.stack(
-        [torch.logsumexp(scores[row, [row, *columns]], 0) - scores[row, row] for row, columns in wrong.items()]
-    ).mean()
-    assert semantic_search.contrastive_loss(queries, documents, identities, 0.1).item() == pytest.approx(
-        expected.item(), rel=1e-6
-    )
-    plain = F.cross_entropy(scores, torch.arange(5))
-    assert semantic_search.contrastive_loss(
-        queries, documents, torch.arange(10).view(5, 2), 0.1
-    ).item() == pytest.approx(plain.item(), rel=1e-6)
+    losses = [torch.logsumexp(scores[row, [row, *columns]], 0) - scores[row, row] for row, columns in wrong.items()]
+    loss = semantic_search.contrastive_loss(queries, documents, identities, 0.1)
+    assert loss.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-6)
+    all_different = torch.arange(10).view(5, 2)
+    loss = semantic_search.contrastive_loss(queries, documents, all_different, 0.1)
+    assert loss.item() == pytest.approx(F.cross_entropy(scores, torch.arange(5)).item(), rel=1e-6)
 
 
 def test_texts_are_told_apart_by_their_content() -> None:
     tokenizer = load_tokenizer("minilm", 8, trust_remote_code=False)
-    rows = {
-        "query": ["a", "b", "a"],
-        "document": ["x " * 20 + "y", "x " * 20 + "z", "X"],
-    }  # alike once they are truncated
-    batch = semantic_search.collate(semantic_search.tokenize(rows, tokenizer, 8), tokenizer.pad_token_id)
-    assert (
-        batch["identities"].shape == (3, 2)
-        and batch["identities"][0, 0] == batch["identities"][2, 0] != batch["identities"][1, 0]
-    )
-    assert len(set(batch["identities"][:, 1].tolist())) == 3
+    documents = ["x " * 20 + "y", "x " * 20 + "z", "X"]  # the first two are the same once they are truncated
+    rows = semantic_search.tokenize({"query": ["a", "b", "a"], "document": documents}, tokenizer, 8)
+    identities = semantic_search.collate(rows, tokenizer.pad_token_id)["identities"]
+    assert identities.shape == (3, 2) and identities[0, 0] == identities[2, 0] != identities[1, 0]
+    assert len(set(identities[:, 1].tolist())) == 3
 
 
-# --- compare ------------------------------------------------------------------------------------------------------------
+# --- compare ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_comparison_hashes_files_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, {"x.jsonl": JSONL}) / "x.jsonl"
     monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read into memory"))
-    settings = [f"--dataset={path}", f"--neighbours_of={'word ' * 999}"]  # a setting too long for a file's name
+    # The second setting is too long for the name of a file.
+    settings = [f"--dataset={path}", f"--neighbours_of={'word ' * 999}"]
     _, before = compare.code_version("causal_lm", settings)
     path.write_text(JSONL.replace("kettle", "lamp"))
     assert compare.code_version("causal_lm", settings)[1] != before
@@ -630,7 +608,7 @@ def test_rows_that_another_process_has_read_meanwhile_are_taken(
 
     def write_second(reader: Any, folder: Path) -> dict[str, str]:
         header = write(reader, folder)
-        first = folder.with_name(folder.name[1:].rpartition("-")[0])  # what the other process has put there
+        first = folder.with_name(folder.name[1:].rpartition("-")[0])  # the folder of the other process
         shutil.copytree(folder, first)
         (first / "facts.json").write_text(json.dumps({"fingerprint": "of the first", "header": {}, "notes": []}))
         return header

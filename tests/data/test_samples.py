@@ -1,4 +1,4 @@
-"""The built-in samples: what is read from the installed packages holds what is said of it, and no text is in two splits."""
+"""The built-in samples: the rows are as lib/data/samples.py describes them, and no text is in two splits."""
 
 import functools
 import itertools
@@ -21,7 +21,7 @@ from lib.data.samples import (
 )
 
 MESSAGES = sorted(name for name in SAMPLES if name.startswith("messages_"))
-ROWS = {  # at least so many rows in the three splits
+ROWS = {  # the least number of rows in train, validation and test
     "docstring_pairs": (14000, 1700, 1800),
     "docstring_questions": (9500, 1100, 1100),
     "messages_fr": (2500, 300, 320),
@@ -165,11 +165,10 @@ def test_messages_are_translated_and_keep_their_placeholders(name: str) -> None:
     assert len({row["source"] for row in rows}) == len(rows)
     assert sum(row["source"] == row["target"] for row in rows) < 0.03 * len(rows)
     for row in rows:
-        assert sorted(set(re.findall(r"\$\{.+?\}", row["source"]))) == sorted(
-            set(re.findall(r"\$\{.+?\}", row["target"]))
-        )
+        source, target = (set(re.findall(r"\$\{.+?\}", row[column])) for column in ("source", "target"))
+        assert source == target
         assert not re.search(r"</?[a-z]", row["source"] + row["target"])
-        assert not re.fullmatch(r"[a-z]+(_[a-z]+)+", row["source"])  # a message's name is not its text
+        assert not re.fullmatch(r"[a-z]+(_[a-z]+)+", row["source"])  # the name of a message, not its text
     if name == "messages_ja":
         assert sum(bool(re.search(r"[\u3040-\u30ff\u4e00-\u9fff]", row["target"])) for row in rows) > 0.98 * len(rows)
 

@@ -35,7 +35,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     RobertaConfig,
-)  # fmt: skip
+)
 
 from lib.distributed.loading import load_model
 from lib.distributed.optimizer import make_adamw
@@ -66,9 +66,8 @@ def test_dropout_is_set_under_each_architectures_own_names() -> None:
     both = set_dropout(EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(), GPT2Config()), 0.0)
     assert both.encoder.hidden_dropout_prob == both.decoder.resid_pdrop == 0.0
     layers = set_dropout(M2M100Config(), 0.3)
-    assert (
-        layers.dropout == 0.3 and layers.encoder_layerdrop == layers.decoder_layerdrop == 0.0
-    )  # ranks would ask for other parameters
+    # With layerdrop, each rank would gather other parameters.
+    assert layers.dropout == 0.3 and layers.encoder_layerdrop == layers.decoder_layerdrop == 0.0
 
 
 def test_a_learned_tokenizer_joins_a_question_and_a_text() -> None:
@@ -77,9 +76,8 @@ def test_a_learned_tokenizer_joins_a_question_and_a_text() -> None:
     )
     pair = tokenizer("few", "words")
     assert tokenizer.decode(pair["input_ids"]) == "<s>few</s>words</s>"
-    assert [part for part in pair.sequence_ids() if part is not None] == [0] * 3 + [
-        1
-    ] * 5 and "token_type_ids" not in pair
+    assert [part for part in pair.sequence_ids() if part is not None] == [0] * 3 + [1] * 5
+    assert "token_type_ids" not in pair
 
 
 def test_a_model_that_sees_the_future_is_refused() -> None:
@@ -172,9 +170,8 @@ def test_fewer_layers_than_the_model_has(tmp_path: Path) -> None:
     cfg = SimpleNamespace(model=str(whole), dropout=0.0, trust_remote_code=False, num_layers=2)
     importlib.import_module("recipes.text_classification").build_model(cfg, ["no", "yes"], 0).save_pretrained(cut)
     assert load_config(str(cut), 0.0, False).num_hidden_layers == 2
-    (cut / "config.json").write_text(
-        json.dumps(json.loads((cut / "config.json").read_text()) | {"num_hidden_layers": 1})
-    )
+    config = json.loads((cut / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (cut / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="cannot be read"):  # and not a traceback
         load_config(str(cut), 0.0, False)
 
@@ -185,9 +182,8 @@ def test_samples_that_the_model_could_not_generate_are_refused() -> None:
     check_model = importlib.import_module("recipes.causal_lm").check_model
     check_model(SimpleNamespace(prompt="words", samples=1, sample_tokens=12), model, tokenizer)
     check_model(SimpleNamespace(prompt="words", samples=0, sample_tokens=13), model, tokenizer)
-    with pytest.raises(
-        UserError, match="the prompt has 5 tokens and sample_tokens is 13, but the model reads at most 16"
-    ):
+    words = "the prompt has 5 tokens and sample_tokens is 13, but the model reads at most 16"
+    with pytest.raises(UserError, match=words):
         check_model(SimpleNamespace(prompt="words", samples=1, sample_tokens=13), model, tokenizer)
     rotary = LlamaForCausalLM(
         LlamaConfig(
@@ -199,12 +195,10 @@ def test_samples_that_the_model_could_not_generate_are_refused() -> None:
             max_position_embeddings=16,
         )
     )
-    check_model(
-        SimpleNamespace(prompt="words", samples=1, sample_tokens=99), rotary, tokenizer
-    )  # whose positions have no end
-    headless = GPT2Model(
-        model.config
-    )  # as a model with code of its own may be, which transformers cannot generate with
+    # Rotary positions have no limit.
+    check_model(SimpleNamespace(prompt="words", samples=1, sample_tokens=99), rotary, tokenizer)
+    # transformers cannot generate without a head, which a model with code of its own may lack.
+    headless = GPT2Model(model.config)
     with pytest.raises(UserError, match="cannot generate with it; set --samples 0"):
         check_model(SimpleNamespace(prompt="words", samples=1, sample_tokens=12), headless, tokenizer)
     check_model(SimpleNamespace(prompt="words", samples=0, sample_tokens=12), headless, tokenizer)
@@ -215,9 +209,8 @@ def test_damaged_weights_and_what_does_not_fit_them_are_one_line(tmp_path: Path)
     wider = load_config(str(tmp_path), 0.0, False, intermediate_size=32)
     with pytest.raises(UserError, match=r"a local folder, but it cannot be read .*other sizes than its config"):
         load_weights(AutoModel, str(tmp_path), wider, False)
-    (tmp_path / "model.safetensors").write_text(
-        "version https://git-lfs.github.com/spec/v1\n"
-    )  # cloned without git-lfs
+    # What a clone without git-lfs has in place of the weights.
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(UserError, match=r"a local folder, but it cannot be read .*Safetensor"):
         load_weights(AutoModel, str(tmp_path), load_config(str(tmp_path), 0.0, False), False)
 
@@ -251,38 +244,28 @@ def test_a_pretrained_decoder_keeps_its_weights_and_writes_with_its_own_tokens(t
     )
     cfg.decoder = cfg.model
     source_tokenizer, target_tokenizer = load_tokenizers(cfg, ["unread"], ["unread"])
-    assert target_tokenizer("a word")["input_ids"] == [
-        *source_tokenizer("a word", add_special_tokens=False)["input_ids"],
-        source_tokenizer.sep_token_id,
-    ]
+    ids = source_tokenizer("a word", add_special_tokens=False)["input_ids"]
+    start, end = source_tokenizer.cls_token_id, source_tokenizer.sep_token_id
+    assert target_tokenizer("a word")["input_ids"] == [*ids, end]
     model = build_model(cfg, target_tokenizer)
-    assert (model.config.decoder_start_token_id, model.config.eos_token_id) == (
-        source_tokenizer.cls_token_id,
-        source_tokenizer.sep_token_id,
-    )
-    weights, of_encoder = model.decoder.bert.state_dict(), model.encoder.state_dict()
+    assert (model.config.decoder_start_token_id, model.config.eos_token_id) == (start, end)
+    weights, encoder_weights = model.decoder.bert.state_dict(), model.encoder.state_dict()
     new = [name for name in weights if "crossattention" in name]
-    assert new and all((weights[name] == of_encoder[name]).all() for name in weights if name not in new)
+    assert new and all((weights[name] == encoder_weights[name]).all() for name in weights if name not in new)
     frozen = {id(parameter) for parameter in pretrained_parameters(cfg, model)}
-    assert {name.split(".")[0] for name, parameter in model.named_parameters() if id(parameter) not in frozen} == {
-        "decoder"
-    }
+    trained = [name for name, parameter in model.named_parameters() if id(parameter) not in frozen]
+    assert {name.split(".")[0] for name in trained} == {"decoder"}
 
-    # What is exported of it is a model to go on with.
-    for part, folder in (
-        (model, "export"),
-        (source_tokenizer, "export"),
-        (target_tokenizer, "export/target_tokenizer"),
-    ):
-        part.save_pretrained(tmp_path / folder)
+    # The export is a model that another training can start from.
+    model.save_pretrained(tmp_path / "export")
+    source_tokenizer.save_pretrained(tmp_path / "export")
+    target_tokenizer.save_pretrained(tmp_path / "export" / "target_tokenizer")
     cfg.model, cfg.decoder, cfg.pretrained_learning_rate = str(tmp_path / "export"), None, 1e-4
-    again = load_tokenizers(cfg, ["unread"], ["unread"])
-    assert [tokenizer("a word")["input_ids"] for tokenizer in again] == [
-        tokenizer("a word")["input_ids"] for tokenizer in (source_tokenizer, target_tokenizer)
-    ]
-    assert all(
-        (weights == model.state_dict()[name]).all() for name, weights in build_model(cfg, again[1]).state_dict().items()
-    )
+    exported_tokenizers = load_tokenizers(cfg, ["unread"], ["unread"])
+    for exported, tokenizer in zip(exported_tokenizers, (source_tokenizer, target_tokenizer), strict=True):
+        assert exported("a word")["input_ids"] == tokenizer("a word")["input_ids"]
+    for name, tensor in build_model(cfg, exported_tokenizers[1]).state_dict().items():
+        assert (tensor == model.state_dict()[name]).all(), name
 
 
 @pytest.mark.parametrize(
@@ -294,11 +277,7 @@ def test_a_pretrained_decoder_keeps_its_weights_and_writes_with_its_own_tokens(t
         ("bert", "small", "knows 32 tokens, the tokenizer beside it 30,522"),
         ("bert", "llama", "llama, cannot attend to an encoder"),
         ("bert", "nowhere", "nowhere: neither a local folder nor"),
-        (
-            "bert",
-            "big_bird",
-            "EncoderDecoderModel: this transformers cannot generate with it",
-        ),  # which was known after the training only
+        ("bert", "big_bird", "EncoderDecoderModel: this transformers cannot generate with it"),
         ("bert", "big_code", "big_code: .*Cross-attention not implemented for MQA"),
     ],
 )
@@ -346,46 +325,42 @@ def test_what_is_pre_trained_learns_at_its_own_rate_or_not_at_all(
         whole.save_pretrained(tmp_path)
         cfg.model = str(tmp_path)
     model = build_model(cfg, tokenizer)
-    of_adam = SimpleNamespace(
+    settings = SimpleNamespace(
         learning_rate=1e-3, weight_decay=0.1, adam_betas=[0.9, 0.999], adam_eps=1e-8, pretrained_learning_rate=rate
     )
-    optimizer = make_adamw(of_adam, model, {"zero_optimization": {"stage": 2}}, pretrained_parameters(cfg, model))
+    optimizer = make_adamw(settings, model, {"zero_optimization": {"stage": 2}}, pretrained_parameters(cfg, model))
     group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == (id(parameter) in group_of) == (rate > 0 or not name.startswith(prefix)), name
         if parameter.requires_grad:
             assert group_of[id(parameter)]["lr"] == (rate if name.startswith(prefix) else 1e-3), name
             assert group_of[id(parameter)]["weight_decay"] == (0.1 if parameter.dim() > 1 else 0.0), name
-    assert optimizer.param_groups[0]["lr"] == (
-        1e-4 if given == "an encoder-decoder" else 1e-3
-    )  # which is what a run logs
+    logged_rate = 1e-4 if given == "an encoder-decoder" else 1e-3  # a run logs the rate of the first group
+    assert optimizer.param_groups[0]["lr"] == logged_rate
 
 
 def test_from_scratch_a_token_starts_as_one_vector_on_both_sides() -> None:
     cfg = SimpleNamespace(model=None, trust_remote_code=False, **SIZES)
     model = build_model(cfg, train_tokenizer(["a few words"], 259, SPECIAL_TOKENS))
-    of_sources, of_targets = (half.embed_tokens.weight for half in (model.get_encoder(), model.get_decoder()))
-    assert (
-        of_sources is not of_targets
-        and torch.equal(of_sources, of_targets)
-        and of_targets is model.get_output_embeddings().weight
+    source_embeddings, target_embeddings = (
+        half.embed_tokens.weight for half in (model.get_encoder(), model.get_decoder())
     )
+    assert source_embeddings is not target_embeddings and torch.equal(source_embeddings, target_embeddings)
+    assert target_embeddings is model.get_output_embeddings().weight
 
 
 def test_a_whole_encoder_decoder_brings_its_tokenizers_and_needs_a_rate(tmp_path: Path) -> None:
-    tokenizer, of_targets = (
-        train_tokenizer(["a few words"], 259, SPECIAL_TOKENS),
-        train_tokenizer(["many more words"] * 9, 264, SPECIAL_TOKENS),
-    )
+    tokenizer = train_tokenizer(["a few words"], 259, SPECIAL_TOKENS)
+    target_tokenizer = train_tokenizer(["many more words"] * 9, 264, SPECIAL_TOKENS)
     cfg = SimpleNamespace(model=None, trust_remote_code=False, pretrained_learning_rate=0.0, **SIZES)
-    for part in (build_model(cfg, of_targets), tokenizer):
+    for part in (build_model(cfg, target_tokenizer), tokenizer):
         part.save_pretrained(tmp_path)
     cfg.model = str(tmp_path)
     with pytest.raises(UserError, match="nothing is trained; set it"):
         load_tokenizers(cfg, ["a"], ["b"])
     cfg.pretrained_learning_rate = 1e-4
     assert [len(found) for found in load_tokenizers(cfg, ["a"], ["b"])] == [259, 259]
-    of_targets.save_pretrained(tmp_path / "target_tokenizer")  # as in an export
+    target_tokenizer.save_pretrained(tmp_path / "target_tokenizer")  # as in an export
     assert [len(found) for found in load_tokenizers(cfg, ["a"], ["b"])] == [259, 264]
 
 
