@@ -73,9 +73,8 @@ def training_batches(
     for step in itertools.count(start):
         draws = np.random.SeedSequence((seed, step, 2)).generate_state(batch_size, np.uint64)
         # Neighbours in length go to different ranks at the same time, so that no rank waits long for another.
-        own = np.arange(batch_size).reshape(-1, micro_batch_size)[
-            ranks.data_parallel_rank() :: ranks.data_parallel_size()
-        ]
+        micro_batches = np.arange(batch_size).reshape(-1, micro_batch_size)
+        own = micro_batches[ranks.data_parallel_rank() :: ranks.data_parallel_size()]
         yield [
             to_device(collate({**rows[step_rows[step][part].tolist()], "draw": draws[part]}), device) for part in own
         ]

@@ -1,6 +1,5 @@
 """The trained model, gathered from all ranks, as files."""
 
-import contextlib
 import json
 from pathlib import Path
 
@@ -26,11 +25,8 @@ def full_state_dict(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor
     parameters = dict(engine.module.named_parameters(remove_duplicate=False))
     state: dict[str, torch.Tensor] = {}
     for name, tensor in engine.module.state_dict(keep_vars=True).items():
-        with (
-            deepspeed.zero.GatheredParameters(parameters[name])
-            if partitioned and name in parameters
-            else contextlib.nullcontext()
-        ):
+        to_gather = [parameters[name]] if partitioned and name in parameters else []
+        with deepspeed.zero.GatheredParameters(to_gather, enabled=partitioned):
             if ranks.rank() == 0:
                 state[name] = tensor.detach().cpu().clone()
     return state

@@ -56,9 +56,8 @@ def make_adamw(
 def make_schedule(cfg: Any, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
     """A LambdaLR with the learning rate of each of `total_steps` steps: from 0 up over `warmup_steps` of them, then
     as `lr_schedule` says."""
-    name = (
-        "constant_with_warmup" if cfg.lr_schedule == "constant" else cfg.lr_schedule
-    )  # transformers' "constant" has no warm-up
+    # transformers' "constant" has no warm-up
+    name = "constant_with_warmup" if cfg.lr_schedule == "constant" else cfg.lr_schedule
     return get_scheduler(name, optimizer, cfg.warmup_steps, total_steps)
 
 

@@ -21,9 +21,7 @@ class RunSettings:
     save_every: PositiveInt | None = None  # steps between checkpoints; null: none by steps
     save_minutes: Minutes | None = 10.0  # minutes between checkpoints; null: none by time
     keep_checkpoints: PositiveInt = 2  # how many of the newest are kept
-    keep_best: bool = (
-        False  # whether the best checkpoint by validation score is kept, and in the end exported and tested
-    )
+    keep_best: bool = False  # whether the best one by validation score is kept, and in the end exported and tested
     time_limit: Minutes | None = None  # minutes from the start after which the run saves and stops; null: none
     rank_timeout: Minutes = 10.0  # minutes that a rank waits for another before the run ends
     not_finite: Literal["stop", "skip"] = "stop"  # what to do at a step whose loss or gradient is not finite

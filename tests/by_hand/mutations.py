@@ -34,15 +34,15 @@ MUTATIONS = [
     Mutation(
         "drop the all-reduce of the label count",
         "recipes/recurrent_lm.py",
-        "labels = ranks.all_sum(torch.stack(",
-        "labels = (lambda count: count)(torch.stack(",
+        "labels = ranks.sum_over_ranks(",
+        "labels = sum(",
         RECURRENT,
     ),
     Mutation(
         "forget the factor that undoes DeepSpeed's division by the accumulation steps (Adam hides it: only the norms show)",
-        "recipes/recurrent_lm.py",
-        "engine.backward(veto_if_not_finite(loss) * accumulation_steps * ranks.world_size())",
-        "engine.backward(veto_if_not_finite(loss) * ranks.world_size())",
+        "lib/run/run.py",
+        "veto_if_not_finite(loss) * accumulation_steps * ranks.data_parallel_size()",
+        "veto_if_not_finite(loss) * ranks.data_parallel_size()",
         RECURRENT,
     ),
     Mutation(
@@ -55,8 +55,8 @@ MUTATIONS = [
     Mutation(
         "let a rank take neighbouring rows, by which other rows meet in a step",
         "lib/data/batches.py",
-        "own = np.arange(batch_size).reshape(-1, micro_batch_size)[ranks.rank() :: ranks.world_size()]",
-        "own = (np.arange(batch_size).reshape(-1, micro_batch_size) + ranks.rank())[ranks.rank() :: ranks.world_size()] % batch_size",
+        "own = micro_batches[ranks.data_parallel_rank() :: ranks.data_parallel_size()]",
+        "own = (micro_batches + ranks.rank())[ranks.rank() :: ranks.world_size()] % batch_size",
         RECURRENT,
     ),
     Mutation(
@@ -104,8 +104,8 @@ MUTATIONS = [
     Mutation(
         "export what a rank holds and not what all hold",
         "lib/distributed/export.py",
-        "deepspeed.zero.GatheredParameters(parameters[name]) if partitioned and name in parameters",
-        "deepspeed.zero.GatheredParameters(parameters[name]) if False",
+        "with deepspeed.zero.GatheredParameters(to_gather, enabled=partitioned):",
+        "with contextlib.nullcontext(to_gather):",
         RECURRENT,
     ),
     Mutation(
@@ -139,14 +139,14 @@ MUTATIONS = [
     Mutation(
         "draw dropout by what ran before",
         "lib/run/run.py",
-        "set_seed(int(np.random.SeedSequence((self.cfg.seed, step, ranks.rank())).generate_state(1)[0]))",
+        "set_seed(int(np.random.SeedSequence((cfg.seed, step, ranks.rank())).generate_state(1)[0]))",
         "pass",
         "tests/contract/test_recipes.py -k 'text_classification and interrupted'",
     ),
     Mutation(
         "export the last weights where the best were asked for",
-        "recipes/causal_lm.py",
-        "    checkpoints.take_best()\n",
+        "lib/run/run.py",
+        "        self.checkpoints.take_best()\n",
         "",
         "tests/run/test_checkpoints.py -k the_best_is_exported",
     ),
@@ -159,16 +159,16 @@ MUTATIONS = [
     ),
     Mutation(
         "delete the run that is to be overwritten before the new one is checked",
-        "lib/run/run.py",
-        "self._old = {path: _identity(path) for top in there for path in _contents_first(top)}",
-        "[path.unlink() for top in there for path in _contents_first(top) if not path.is_dir()]",
+        "lib/run/folder.py",
+        "self._old = {path: _identity(path) for top in found for path in _contents_first(top)}",
+        "[path.unlink() for top in found for path in _contents_first(top) if not path.is_dir()]",
         "tests/run/test_runs.py -k overwrite",
     ),
     Mutation(
         "count an evaluation as part of the steps",
         "lib/run/run.py",
-        "            if self._aside:\n                self.restart_clock()",
-        "            pass",
+        "            self.metrics.end_interruption()\n",
+        "",
         "tests/run/test_runs.py -k 'only_steps or what_follows'",
     ),
     Mutation(
