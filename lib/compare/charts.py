@@ -396,10 +396,10 @@ def overview(results: Results, palette: Palette) -> Figure:
     names = [name for name in ("memory", "speed", "traffic") if name in found]
     with matplotlib.rc_context(STYLE):
         height = max(found[name][2] for name in names) + 0.2
-        whole = Figure(figsize=(WIDTH * len(names), height), layout="constrained", facecolor=palette["paper"])
-        parts = whole.subfigures(1, len(names), squeeze=False, wspace=0.03)[0]
-        for part, name in zip(parts, names, strict=True):
-            part.set_facecolor(palette["paper"])
-            part.suptitle(found[name][0], x=0.02, ha="left", color=palette["ink"], fontsize=11, fontweight="bold")
-            found[name][1](part, results, palette)
-    return whole
+        figure = Figure(figsize=(WIDTH * len(names), height), layout="constrained", facecolor=palette["paper"])
+        panels = figure.subfigures(1, len(names), squeeze=False, wspace=0.03)[0]
+        for panel, name in zip(panels, names, strict=True):
+            panel.set_facecolor(palette["paper"])
+            panel.suptitle(found[name][0], x=0.02, ha="left", color=palette["ink"], fontsize=11, fontweight="bold")
+            found[name][1](panel, results, palette)
+    return figure

@@ -263,10 +263,8 @@ def code_version(recipe: str, settings: list[str]) -> tuple[str, str]:
         if file.parent.name != "compare" or file.name == "measure.py"
     ]
     files += [ROOT / "recipes" / f"{recipe}.py", ROOT / "recipes" / f"{recipe}.yaml"]
-    values = [
-        part.partition("=")[2] or part for part in settings
-    ]  # a value may be the path of a file, such as a data set
-    # Path.is_file would raise an error where a value is too long for a name.
+    # A value may name a file, such as a data set. Path.is_file would raise an error where it is too long for a name.
+    values = [part.partition("=")[2] or part for part in settings]
     files += [Path(value) for value in values if os.path.isfile(value)]  # noqa: PTH113
     code = hashlib.sha256()
     for path in files:
@@ -327,7 +325,7 @@ def run_all(folder: Path, spec: dict[str, Any]) -> None:
         for config in spec["configs"]
     ]
     seconds: dict[bool, list[float]] = {True: [], False: []}  # of the runs that have ended; True: in the first round
-    left = ""
+    time_left = ""
     for position, (number, ranks, config) in enumerate(cases, 1):
         run = case_folder(folder, config, ranks, number)
         outcome = read_outcome(run)
@@ -340,7 +338,7 @@ def run_all(folder: Path, spec: dict[str, Any]) -> None:
             if number > 1 and first is not None and first["failed"]:
                 continue  # the config would fail again
             with live_progress(
-                f"{name}{left}", run / "steps_done", spec["steps"] if number == 1 else spec["repeat_steps"]
+                f"{name}{time_left}", run / "steps_done", spec["steps"] if number == 1 else spec["repeat_steps"]
             ):
                 outcome = run_one(run, spec, number, ranks, config)
         seconds[number == 1].append(outcome["seconds"])
@@ -349,9 +347,11 @@ def run_all(folder: Path, spec: dict[str, Any]) -> None:
             first: statistics.fmean(seconds[first] or [0.5 * statistics.fmean(seconds[True])])
             for first in (True, False)
         }
-        seconds_left = int(sum(means[other == 1] for other, _, _ in ahead))
-        left = f"; about {seconds_left // 60}:{seconds_left % 60:02d} left" if ahead else ""
-        print(f"{name}: {'failed: ' + outcome['failed'] if outcome['failed'] else outcome['said']}{left}", flush=True)
+        seconds_left = int(sum(means[round_number == 1] for round_number, _, _ in ahead))
+        time_left = f"; about {seconds_left // 60}:{seconds_left % 60:02d} left" if ahead else ""
+        print(
+            f"{name}: {'failed: ' + outcome['failed'] if outcome['failed'] else outcome['said']}{time_left}", flush=True
+        )
 
 
 @contextlib.contextmanager
@@ -462,9 +462,9 @@ def why_failed(log: str, status: int) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a file whole or not at all."""
-    part = path.with_name(f".{path.name}")
-    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 def list_past() -> None:

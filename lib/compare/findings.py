@@ -67,14 +67,14 @@ def surprise(results: Results, rows: list[Row]) -> Sentence:
 
     It is a loss that differs by more than rounding; else the figure that exceeds the paper's by the largest factor.
     """
-    left = [row for row in results.good() if row["loss_left_at_step"] is not None]
-    if left:
-        start = f"Surprising: {case_name(left[0], results)} left the path of the losses at step "
+    diverged = [row for row in results.good() if row["loss_left_at_step"] is not None]
+    if diverged:
+        start = f"Surprising: {case_name(diverged[0], results)} left the path of the losses at step "
         return [
             start,
-            (left[0], "loss_left_at_step"),
+            (diverged[0], "loss_left_at_step"),
             "; the largest relative difference is ",
-            (left[0], "loss_difference"),
+            (diverged[0], "loss_difference"),
             ".",
         ]
     first, peak = rows[0], results.peak

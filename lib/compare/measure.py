@@ -258,9 +258,9 @@ class Meter:
         raise Stopped(f"measured {self.last_step} steps", 0)
 
     def write(self) -> None:
-        part = self.folder / f".rank-{ranks.rank()}.json"
-        part.write_text(json.dumps(self.result), encoding="utf-8")
-        part.replace(self.folder / f"rank-{ranks.rank()}.json")
+        temporary = self.folder / f".rank-{ranks.rank()}.json"
+        temporary.write_text(json.dumps(self.result), encoding="utf-8")
+        temporary.replace(self.folder / f"rank-{ranks.rank()}.json")
 
 
 def facts(engine: Any) -> dict[str, Any]:
@@ -307,9 +307,9 @@ def facts(engine: Any) -> dict[str, Any]:
 
 def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
-    folder, steps, what, recipe, *settings = arguments
+    folder, steps, mode, recipe, *settings = arguments
     sys.argv = [recipe, *settings]
-    meter = Meter(Path(folder), int(steps), goes_on=what == "all")
+    meter = Meter(Path(folder), int(steps), goes_on=mode == "all")
     deepspeed.initialize = meter.initialize(deepspeed.initialize)
     batches.training_batches = meter.training_batches(batches.training_batches)
     # These are replaced before the recipe is imported, so that the recipe needs no line of its own to be measured.

@@ -221,8 +221,8 @@ def setting(results: Results) -> dict[str, str]:
     """What was compared, on what, when and with which versions."""
     spec = results.spec
     good = results.good()
-    left = missing_runs(results.folder, spec)
-    missing = f"; missing or failed runs: {left}" if left else ""
+    missing_runs_count = missing_runs(results.folder, spec)
+    missing = f"; missing or failed runs: {missing_runs_count}" if missing_runs_count else ""
     repeats = f", repeated in turn ({spec['rounds'] - 1} x {spec['repeat_steps']} steps)" if spec["rounds"] > 1 else ""
     machine = (
         f"{results.device}s" if results.on_gpu else f"CPU, {spec['cores']} cores" if good else f"{spec['cores']} cores"

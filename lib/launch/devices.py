@@ -80,12 +80,12 @@ def find() -> Devices:
 
 
 def _find() -> Devices:
-    asked = os.environ.get("DS_ACCELERATOR", "")
-    if asked == "cpu":
+    requested = os.environ.get("DS_ACCELERATOR", "")
+    if requested == "cpu":
         return Devices("cpu")
     build = _torch_build()
     if (
-        asked not in ("", "cuda")
+        requested not in ("", "cuda")
         or build.get("hip")
         or build.get("xpu")
         or any(map(importlib.util.find_spec, OTHER_ACCELERATORS))
@@ -98,9 +98,10 @@ def _find() -> Devices:
         return Devices("cpu") if name == "cpu" else _chosen(name, count, variable)
     count, driver, has_mig = (0, "", False) if _hides_all(os.environ.get("CUDA_VISIBLE_DEVICES")) else _nvidia()
     if count == 0:
-        if asked:
+        if requested:
             raise UserError(
-                f"DS_ACCELERATOR={asked}, but there is no NVIDIA GPU to use; leave it out, or set DS_ACCELERATOR=cpu"
+                f"DS_ACCELERATOR={requested}, but there is no NVIDIA GPU to use;"
+                " leave it out, or set DS_ACCELERATOR=cpu"
             )
         if Path("/dev/kfd").exists():
             print(

@@ -73,11 +73,12 @@ def run_once(command: list[str], output: IO[str] | None = None, ended: Callable[
     def pass_on(number: int, _: Any) -> None:
         """Pass a signal on. The first lets ranks save and stop, or ends ranks that still start. A second kills all."""
         stop_signals.append((number, time.monotonic()))
-        again = stop_signals[-1][1] - stop_signals[0][1] > 1  # second; a terminal that closes sends two signals at once
+        # A terminal that closes sends two signals at once, which count as one.
+        is_second = stop_signals[-1][1] - stop_signals[0][1] > 1
         processes = session_of(launcher.pid) if launcher else []
-        for process in processes if again else ranks_of(processes) or processes:
+        for process in processes if is_second else ranks_of(processes) or processes:
             with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(signal.SIGKILL if again else signal.SIGTERM)
+                process.send_signal(signal.SIGKILL if is_second else signal.SIGTERM)
 
     before = {
         number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -99,13 +100,13 @@ def run_once(command: list[str], output: IO[str] | None = None, ended: Callable[
         time.sleep(0.05)
     status = 0 if ended is not None and ended() else launcher.wait()
     deadline = time.monotonic() + UNKILLABLE_SECONDS
-    while left := session_of(launcher.pid):  # the launcher has ended, but other processes may still run
-        for process in left:
+    while remaining := session_of(launcher.pid):  # the launcher has ended, but other processes may still run
+        for process in remaining:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         if time.monotonic() > deadline:  # the process hangs in a call to the kernel
             print(
-                f"warning: process {', '.join(str(process.pid) for process in left)} was killed and does not end,"
+                f"warning: process {', '.join(str(process.pid) for process in remaining)} was killed and does not end,"
                 " as where a disk or a device no longer answers; it may keep its device and run folder in use",
                 file=Console(2),
             )
@@ -196,9 +197,9 @@ def run_until_it_ends(launcher: str, arguments: list[str], run_dir: str | None, 
     for attempt in range(restarts + 1):
         # An attempt that failed before its run began has not touched the folder. The folder may then hold an older run,
         # which is to be overwritten and not resumed.
-        again = ["--resume", "true", "--overwrite", "false"] if version_of(config) != config_before else []
-        command = [launcher, "--log_level", "critical", "--master_port", str(free_port()), *arguments, *again]
-        print(shlex.join([part.removeprefix(f"{Path.cwd()}/") for part in command]))
+        resume_options = ["--resume", "true", "--overwrite", "false"] if version_of(config) != config_before else []
+        command = [launcher, "--log_level", "critical", "--master_port", str(free_port()), *arguments, *resume_options]
+        print(shlex.join([word.removeprefix(f"{Path.cwd()}/") for word in command]))
         if dry_run:
             return 0
         marker_before = end_marker(run_dir)
@@ -210,11 +211,11 @@ def run_until_it_ends(launcher: str, arguments: list[str], run_dir: str | None, 
         if status in (MISTAKE, STOPPED):  # another start would not help after a mistake, and is not wanted after a stop
             return status
         status = status % 256 or FAULT  # DeepSpeed's launcher ends with 0 when its child was killed
-        left = restarts - attempt
-        if left:
+        restarts_left = restarts - attempt
+        if restarts_left:
             print(
                 f"restart  exit code {status}; starting again from the newest checkpoint"
-                f" ({left} restart{'s' if left > 1 else ''} left)"
+                f" ({restarts_left} restart{'s' if restarts_left > 1 else ''} left)"
             )
         elif run_dir and (Path(run_dir) / "checkpoints").is_dir():
             print(

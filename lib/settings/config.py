@@ -96,8 +96,8 @@ def check_value(value: Any, kind: Any, where: str, text: bool) -> Any:
 def comments(config_class: type) -> dict[str, str]:
     """{field: its trailing comment, which is its help}. The recipe's own settings come first, then inherited ones."""
     found: dict[str, str] = {}
-    for part in inspect.getmro(config_class)[:-1]:
-        found |= dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(part), re.MULTILINE))
+    for base_class in inspect.getmro(config_class)[:-1]:
+        found |= dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(base_class), re.MULTILINE))
     return found
 
 

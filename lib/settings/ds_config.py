@@ -488,13 +488,13 @@ def _check_zero(config: dict[str, Any], found: Findings, world_size: int) -> Non
     for key in set(zero) & set(_REMOVED_ZERO_CONFIG_KEYS):
         found.problems.append(f"zero_optimization.{key} has been removed from DeepSpeed; delete it")
         del zero[key]
-    for what in ("offload_optimizer", "offload_param"):
-        if isinstance(zero.get(what), dict) and zero[what].get("device") == "auto":
+    for section_name in ("offload_optimizer", "offload_param"):
+        if isinstance(zero.get(section_name), dict) and zero[section_name].get("device") == "auto":
             found.problems.append(
-                f'zero_optimization.{what}.device is "auto", and no setting of the recipe can fill it;'
+                f'zero_optimization.{section_name}.device is "auto", and no setting of the recipe can fill it;'
                 ' write "cpu" or "none"'
             )
-            del zero[what]
+            del zero[section_name]
     stage = zero.get("stage")
     if stage not in (0, 1, 2, 3) or not isinstance(stage, int) or isinstance(stage, bool):
         found.problems.append(
@@ -505,7 +505,7 @@ def _check_zero(config: dict[str, Any], found: Findings, world_size: int) -> Non
     if parsed is None:
         del config["zero_optimization"]
         return
-    offload = {what: offload_device(config, what) for what in ("optimizer", "param")}
+    offload = {section_name: offload_device(config, section_name) for section_name in ("optimizer", "param")}
     # (whether the key is on, the lowest stage at which it does anything). DeepSpeed accepts these at every stage.
     lowest_stages = {
         "offload_param": (offload["param"] != "none", 3), "offload_optimizer": (offload["optimizer"] != "none", 1),

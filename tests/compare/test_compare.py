@@ -249,9 +249,9 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     assert "--resume goes on" in rest
     first = only_folder(folder) / "good-2ranks" / "round1" / "rank-0.json"
     before = first.stat().st_mtime_ns
-    said = run_compare(folder, *COMMAND, "--resume")
+    printed = run_compare(folder, *COMMAND, "--resume")
     assert first.stat().st_mtime_ns == before, "what had ended was run again"
-    return folder, said
+    return folder, printed
 
 
 @pytest.fixture(scope="module")
@@ -277,11 +277,11 @@ def scaling(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 @pytest.mark.slow
 def test_a_config_that_fails_is_a_row_with_its_reason(comparison: tuple[Path, str]) -> None:
-    folder, said = comparison
+    folder, printed = comparison
     rows = {row["config"]: row for row in collect(only_folder(folder)).rows}
     assert list(rows) == ["good", "coarse", "greedy"]
     assert "memory" in rows["greedy"]["failed"]
-    assert f"greedy: failed: {rows['greedy']['failed']}" in said
+    assert f"greedy: failed: {rows['greedy']['failed']}" in printed
     for config in ("good", "coarse"):
         assert rows[config]["failed"] is None
         assert rows[config]["timed_steps"] == 5 + 5
@@ -292,8 +292,8 @@ def test_a_config_that_fails_is_a_row_with_its_reason(comparison: tuple[Path, st
 @pytest.mark.slow
 def test_losses_that_leave_the_path_are_an_alarm(comparison: tuple[Path, str]) -> None:
     """No accepted DeepSpeed JSON changes the losses, so the test changes a run's recorded losses and reports again."""
-    folder, said = comparison
-    assert "left the path" not in said
+    folder, printed = comparison
+    assert "left the path" not in printed
     other = folder / "left"
     shutil.copytree(only_folder(folder), other)
     metrics = other / "coarse-2ranks" / "round1" / "metrics.jsonl"
@@ -302,23 +302,23 @@ def test_losses_that_leave_the_path_are_an_alarm(comparison: tuple[Path, str]) -
         if "loss" in entry and entry["step"] >= 5:
             entry["loss"] *= 1 + 1e-4
     metrics.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    said = run_compare(folder, other)
+    printed = run_compare(folder, other)
     good, coarse = collect(other).good()
     page = (other / "report.html").read_text()
-    assert coarse["loss_left_at_step"] == 5 and "coarse left the path of the losses at step 5" in said
+    assert coarse["loss_left_at_step"] == 5 and "coarse left the path of the losses at step 5" in printed
     assert 'class="card alarm">coarse left the path' in page
     assert good["loss_left_at_step"] is None and "good left the path" not in page
 
 
 @pytest.mark.slow
 def test_a_config_is_compared_on_several_ranks(scaling: tuple[Path, str]) -> None:
-    folder, said = scaling
+    folder, printed = scaling
     one, two = collect(only_folder(folder)).good()
     assert (one["ranks"], two["ranks"]) == (1, 2)
     assert one["loss_difference_over_ranks"] == 0 < two["loss_difference_over_ranks"] < 1e-5
     assert two["loss_left_at_step"] is None and two["step_ratio"] == 1
     assert two["traffic_passes"] == pytest.approx(2, rel=0.05), "the preset was not applied"
-    assert "zero2 on " in said
+    assert "zero2 on " in printed
 
 
 @pytest.mark.slow
@@ -334,8 +334,8 @@ def test_an_older_comparison_is_laid_beside_and_listed(comparison: tuple[Path, s
         measured = json.loads(path.read_text())
         measured["seconds"] = [{phase: 2 * seconds for phase, seconds in step.items()} for step in measured["seconds"]]
         path.write_text(json.dumps(measured))
-    said = run_compare(folder, new, "--with", old)
-    assert re.search(r"torch: 1\.0 -> 2\.", said)
+    printed = run_compare(folder, new, "--with", old)
+    assert re.search(r"torch: 1\.0 -> 2\.", printed)
     with (new / "with.csv").open() as file:
         ratios = {(row["config"], row["ranks"], row["column"]): row["ratio"] for row in csv.DictReader(file)}
     assert float(ratios["coarse", "2", "step_ms"]) == pytest.approx(0.5)
@@ -432,10 +432,10 @@ def test_the_page_in_a_browser(request: pytest.FixtureRequest, which: str, width
 
 @pytest.mark.slow
 def test_sentences_and_files_are_there(comparison: tuple[Path, str]) -> None:
-    folder, said = comparison
+    folder, printed = comparison
     results = collect(only_folder(folder))
     three = [plain(sentence, results) for sentence in sentences(results)]
-    assert len(three) == 3 and all(sentence in said for sentence in three)
+    assert len(three) == 3 and all(sentence in printed for sentence in three)
     assert three[0].startswith(("Take good", "Take coarse")) and "greedy failed." in three[1]
     markdown = (only_folder(folder) / "report.md").read_text()
     for name in re.findall(r"\((charts/\w+\.png)\)", markdown):

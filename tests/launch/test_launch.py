@@ -82,8 +82,8 @@ def test_results_are_a_table_of_runs_that_are_not_run_twice() -> None:
     (row,) = [line for line in first.stdout.splitlines() if line.startswith("| [`recurrent_lm`]")]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[2:6] == ["sotu", "perplexity", f"{scores['perplexity']:.3g}", f"unigram {unigram['perplexity']:.3g}"]
-    again = launch("results", "recurrent_lm", "--quick")
-    assert "has finished already" in again.stdout + again.stderr and row in again.stdout
+    second = launch("results", "recurrent_lm", "--quick")
+    assert "has finished already" in second.stdout + second.stderr and row in second.stdout
     assert "did you mean 'recurrent_lm'" in launch("results", "recurent_lm").stderr
     assert "leave the names of recipes out" in launch("results", "recurrent_lm", "--readme").stderr
 

@@ -371,13 +371,13 @@ def test_what_is_fast_says_nothing_and_a_phase_speaks_for_what_has_no_name(monke
 
 
 def test_on_a_terminal_a_bar_moves_and_goes_away(short_silence: None) -> None:
-    ours, theirs = pty.openpty()
-    with os.fdopen(theirs, "w") as console, Signs(console) as watch, progress("evaluating", total=100) as advance:
+    terminal, process_side = pty.openpty()
+    with os.fdopen(process_side, "w") as console, Signs(console) as watch, progress("evaluating", total=100) as advance:
         advance(50)
         time.sleep(0.3)
         watch.print("step 1")
-    seen = os.read(ours, 65536).decode()
-    os.close(ours)
+    seen = os.read(terminal, 65536).decode()
+    os.close(terminal)
     assert "evaluating:  50%|" in seen and "\r\033[Kstep 1\r\n" in seen
 
 
@@ -443,9 +443,9 @@ def test_a_run_shows_what_its_rank_0_does_and_the_other_ranks_nothing(
             time.sleep(0.6)
     run.close()
     assert threading.active_count() == threads
-    said = [line for line in capfd.readouterr().out.splitlines() if not line.startswith("step ")]
-    assert said[0].startswith("starting: 0:0") and any(line.startswith("loading the rows: 0:0") for line in said)
-    assert any(line.startswith("training: 1 of 3 steps") for line in said)
+    printed = [line for line in capfd.readouterr().out.splitlines() if not line.startswith("step ")]
+    assert printed[0].startswith("starting: 0:0") and any(line.startswith("loading the rows: 0:0") for line in printed)
+    assert any(line.startswith("training: 1 of 3 steps") for line in printed)
     monkeypatch.setattr(ranks, "rank", lambda: 1)
     run._send_chatter_to_log("log.txt")
     run._lock = None
