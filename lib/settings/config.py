@@ -167,7 +167,8 @@ def parser_of(recipe_path: Path, doc: str | None, settings: dict[str, tuple[bool
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by DeepSpeed's launcher
     group = parser.add_argument_group("settings (they win over the YAML)")
     for name, (is_bool, text) in settings.items():
-        optional_value: dict[str, Any] = {"nargs": "?", "const": "true"} if is_bool else {}  # --resume: --resume true
+        # A bool needs no value: --resume means --resume true.
+        optional_value: dict[str, Any] = {"nargs": "?", "const": "true"} if is_bool else {}
         group.add_argument(f"--{name}", metavar="", help=text.replace("%", "%%"), **optional_value)
     return parser
 

@@ -417,7 +417,7 @@ def _check_precision(config: dict[str, Any], found: Findings) -> None:
     accelerator = get_accelerator()
     supported = {"fp32": True, "bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
     if accelerator.device_name() == "cpu":
-        supported["fp16"] = False  # DeepSpeed's fp16 optimizer refuses a CPU
+        supported["fp16"] = False  # DeepSpeed refuses fp16 on a CPU
     others = " or ".join(kind for kind, is_supported in supported.items() if is_supported)
     sections = {key: config.pop(key) for key in ("bf16", "fp16") if key in config}
     enabled = {key: section.pop("enabled", "auto") for key, section in sections.items()}
