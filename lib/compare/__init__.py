@@ -1,1 +1,1 @@
-"""Runs a recipe under several DeepSpeed JSONs, and says what it measured."""
+"""The comparison: runs a recipe under several DeepSpeed JSONs, and reports what it measured."""

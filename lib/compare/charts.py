@@ -1,6 +1,6 @@
-"""The charts of a comparison, drawn by matplotlib. Each is a function that draws into a figure; colors come from a palette.
+"""The charts of a comparison, drawn by matplotlib. Each is a function that draws into a figure, in a palette's colors.
 
-Every number written into a chart is a value of results.csv; its SVG group has the id <chart>:<config>:<ranks>:<column>.
+Every number in a chart is a value of results.csv, and its SVG group has the id <chart>:<config>:<ranks>:<column>.
 """
 
 import io
@@ -21,14 +21,15 @@ matplotlib.use("agg")
 
 Palette = dict[str, str]
 LIGHT = {
-    "ink": "#1c1d21", "muted": "#6d6f78", "line": "#dddee3", "paper": "#ffffff", "a": "#3567b0", "b": "#e09b2d", "c": "#2f9482", "d": "#a3568f", "e": "#8a8f3c",
-    "f": "#c2543d",
+    "ink": "#1c1d21", "muted": "#6d6f78", "line": "#dddee3", "paper": "#ffffff",
+    "a": "#3567b0", "b": "#e09b2d", "c": "#2f9482", "d": "#a3568f", "e": "#8a8f3c", "f": "#c2543d",
 }  # fmt: skip
 DARK = {
-    "ink": "#e9e9ec", "muted": "#a0a2ab", "line": "#3a3b42", "paper": "#1b1c20", "a": "#7aa7e8", "b": "#edb95c", "c": "#5cc2ae", "d": "#d08bbe", "e": "#bcc16a",
-    "f": "#e8826c",
+    "ink": "#e9e9ec", "muted": "#a0a2ab", "line": "#3a3b42", "paper": "#1b1c20",
+    "a": "#7aa7e8", "b": "#edb95c", "c": "#5cc2ae", "d": "#d08bbe", "e": "#bcc16a", "f": "#e8826c",
 }  # fmt: skip
-# For SVG inside a page: colors that are replaced by the page's own variables, so that they follow its light or dark scheme.
+# Stand-ins for colors in an SVG inside a page. inline_svg replaces them by the page's CSS variables, so that a chart
+# follows the page's light or dark scheme.
 CSS = {name: f"#ab00{number:02x}" for number, name in enumerate(LIGHT)}
 SERIES = ("a", "b", "c", "d", "e", "f")
 PART_NAMES = {"parameters": "parameters", "gradients": "gradients", "optimizer": "optimizer states"}
@@ -39,7 +40,7 @@ PHASE_NAMES = {
     "data": "waiting for data",
     "other": "other",
 }
-WIDTH = 4.7  # inches; a phone's width at a readable size, two of them beside each other on a screen
+WIDTH = 4.7  # inches: readable at the width of a phone, and narrow enough for two charts in a row on a screen
 
 STYLE: Any = {
     "font.size": 9,
@@ -66,7 +67,7 @@ def style_axes(axes: Any, palette: Palette) -> None:
 
 
 def literal(text: str) -> str:
-    """Text that matplotlib does not read as a formula."""
+    """The text, escaped so that matplotlib does not read it as a formula."""
     return text.replace("$", r"\$")
 
 
@@ -76,13 +77,13 @@ def legend(figure: Figure, handles: dict[str, Any], palette: Palette, columns: i
 
 
 def write_number(
-    axes: Any, at: tuple[float, float], chart: str, row: Row, column: str, kind: str, palette: Palette
+    axes: Any, point: tuple[float, float], chart: str, row: Row, *, column: str, kind: str, palette: Palette
 ) -> Any:
-    """Write a figure of a row beside a point, marked so that it can be traced."""
+    """Write a value of a row to the right of a point, with an SVG id that tells the row and the column."""
     box = {"facecolor": palette["paper"], "edgecolor": "none", "pad": 1}
     return axes.annotate(
         written(row[column], kind),
-        at,
+        point,
         xytext=(5, 0),
         textcoords="offset points",
         va="center",
@@ -92,23 +93,38 @@ def write_number(
     )
 
 
-def stacked_bars(figure: Figure, results: Results, palette: Palette, chart: str, parts: list[tuple[str, str, list[tuple[str, bool]]]], label: str, kind: str,
-                 theory_columns: tuple[str, str] | None, x_label: str) -> None:  # fmt: skip
-    """One horizontal bar a row. parts: (name, color, [(column, whether it is drawn pale)]); label: the column written behind a bar."""
+def stacked_bars(
+    figure: Figure,
+    results: Results,
+    palette: Palette,
+    chart: str,
+    *,
+    parts: list[tuple[str, str, list[tuple[str, bool]]]],
+    label: str,
+    kind: str,
+    theory_columns: tuple[str, str] | None,
+    x_label: str,
+) -> None:
+    """One horizontal bar for each row.
+
+    parts: (name, color, [(column, whether it is drawn pale)]) of each part of a bar.
+    label: the column whose value stands at the end of a bar; kind: the kind of this column and of the parts' columns.
+    theory_columns: the columns drawn as a solid and a dotted line.
+    """
     rows = results.good()
     size, unit = (1.0, "ms") if kind == "ms" else unit_of(max([row[label] for row in rows], default=1))
     axes = figure.add_subplot()
     style_axes(axes, palette)
     used: dict[str, Any] = {}
     ends = []
-    for at, row in enumerate(rows):
+    for y, row in enumerate(rows):
         left = 0.0
         for name, color, columns in parts:
             for column, pale in columns:
                 value = (row[column] or 0) / size
                 if value > 0:
                     axes.barh(
-                        at, value, left=left, height=0.62, color=palette[color], alpha=0.5 if pale else 1, linewidth=0
+                        y, value, left=left, height=0.62, color=palette[color], alpha=0.5 if pale else 1, linewidth=0
                     )
                     used[name] = Patch(color=palette[color])
                     if pale:
@@ -121,12 +137,11 @@ def stacked_bars(figure: Figure, results: Results, palette: Palette, chart: str,
                 theory_columns, styles, ("this config, by theory", "ZeRO paper"), strict=True
             ):
                 value = row[column] / size
-                axes.plot([value, value], [at - 0.42, at + 0.42], color=palette["ink"], linestyle=style, linewidth=1.6)
+                axes.plot([value, value], [y - 0.42, y + 0.42], color=palette["ink"], linestyle=style, linewidth=1.6)
                 used[name] = Line2D([], [], color=palette["ink"], linestyle=style, linewidth=1.6)
                 end = max(end, value)
-        write_number(
-            axes, (left, at), chart, row, label, kind, palette
-        )  # at the end of the bar, not of the lines beyond it
+        # The number stands at the end of the bar, even where a line is drawn beyond it.
+        write_number(axes, (left, y), chart, row, column=label, kind=kind, palette=palette)
         ends.append(end)
     axes.set_yticks(range(len(rows)), [literal(case_name(row, results)) for row in rows], color=palette["ink"])
     axes.invert_yaxis()
@@ -147,11 +162,11 @@ def memory(figure: Figure, results: Results, palette: Palette) -> None:
         results,
         palette,
         "memory",
-        parts,
-        "states_bytes",
-        "bytes",
-        ("states_theory_bytes", "states_paper_bytes"),
-        "model states on a rank",
+        parts=parts,
+        label="states_bytes",
+        kind="bytes",
+        theory_columns=("states_theory_bytes", "states_paper_bytes"),
+        x_label="model states on a rank",
     )
 
 
@@ -165,11 +180,11 @@ def traffic(figure: Figure, results: Results, palette: Palette) -> None:
         results,
         palette,
         "traffic",
-        parts,
-        "traffic_bytes",
-        "bytes",
-        ("traffic_theory_bytes", "traffic_paper_bytes"),
-        "sent by a rank in a step",
+        parts=parts,
+        label="traffic_bytes",
+        kind="bytes",
+        theory_columns=("traffic_theory_bytes", "traffic_paper_bytes"),
+        x_label="sent by a rank in a step",
     )
 
 
@@ -183,11 +198,11 @@ def step_time(figure: Figure, results: Results, palette: Palette) -> None:
         results,
         palette,
         "step",
-        parts,
-        "step_ms",
-        "ms",
-        None,
-        "mean of each phase; the number is the median step",
+        parts=parts,
+        label="step_ms",
+        kind="ms",
+        theory_columns=None,
+        x_label="mean of each phase; the number is the median step",
     )
 
 
@@ -198,9 +213,9 @@ def speed(figure: Figure, results: Results, palette: Palette) -> None:
     axes = figure.add_subplot()
     style_axes(axes, palette)
     handles: dict[str, Any] = {}
-    for at, config in enumerate(results.spec["configs"]):
+    for number, config in enumerate(results.spec["configs"]):
         rows = [row for row in results.good() if row["config"] == config]
-        color = palette[SERIES[at % len(SERIES)]]
+        color = palette[SERIES[number % len(SERIES)]]
         if rows:
             axes.plot(
                 [row[column] / size for row in rows],
@@ -222,24 +237,24 @@ def speed(figure: Figure, results: Results, palette: Palette) -> None:
 
 
 def losses(figure: Figure, results: Results, palette: Palette) -> None:
-    """The curves on top of each other, and below them how far each is from the first."""
+    """The loss curves on top of each other, and below them each curve's distance from the first."""
     rows = results.good()
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     tolerance = TOLERANCE[results.spec["precision"]]
     handles: dict[str, Any] = {}
     configs, counts = list(results.spec["configs"]), list(results.spec["ranks"])
-    for at, row in enumerate(rows):
+    for number, row in enumerate(rows):
         values = results.losses[row["config"], row["ranks"]]
         first = results.first_on_as_many_ranks(row)
         color = palette[SERIES[configs.index(row["config"]) % len(SERIES)]]
         style: Any = ("-", "--", ":", "-.")[counts.index(row["ranks"]) % 4]
-        # The first is broad, and each one narrower than the one under it, so that all can be seen where they coincide.
+        # Each curve is narrower than the one below it, so that all can be seen where they coincide.
         above.plot(
             range(1, len(values) + 1),
             values,
             color=color,
             linestyle=style,
-            linewidth=max(1.2, 6.5 - 5.3 * at / max(1, len(rows) - 1)),
+            linewidth=max(1.2, 6.5 - 5.3 * number / max(1, len(rows) - 1)),
         )
         if row is not first:
             floor = [max(value, 1e-9) for value in results.loss_differences(row, first)]
@@ -277,16 +292,16 @@ def losses(figure: Figure, results: Results, palette: Palette) -> None:
 
 
 def scaling(figure: Figure, results: Results, palette: Palette) -> None:
-    """Throughput over the number of ranks, beside what it would be if each rank added as much as the first."""
+    """Throughput over the number of ranks, and what it would be if each rank added as much as the first."""
     axes = figure.add_subplot()
     style_axes(axes, palette)
     counts = results.spec["ranks"]
     handles: dict[str, Any] = {}
-    for at, config in enumerate(results.spec["configs"]):
+    for number, config in enumerate(results.spec["configs"]):
         rows = [row for row in results.good() if row["config"] == config]
         if len(rows) < 2:
             continue
-        color = palette[SERIES[at % len(SERIES)]]
+        color = palette[SERIES[number % len(SERIES)]]
         axes.plot(
             [row["ranks"] for row in rows],
             [row["tokens_per_second"] for row in rows],
@@ -296,10 +311,10 @@ def scaling(figure: Figure, results: Results, palette: Palette) -> None:
             markersize=5,
         )
         if not handles:
-            each = rows[0]["tokens_per_second"] / rows[0]["ranks"]
+            tokens_per_rank = rows[0]["tokens_per_second"] / rows[0]["ranks"]
             axes.plot(
                 [counts[0], counts[-1]],
-                [each * counts[0], each * counts[-1]],
+                [tokens_per_rank * counts[0], tokens_per_rank * counts[-1]],
                 color=palette["muted"],
                 linestyle=":",
                 linewidth=1.4,
@@ -315,11 +330,11 @@ def scaling(figure: Figure, results: Results, palette: Palette) -> None:
     legend(figure, handles, palette, 2)
 
 
-Chart = tuple[str, Callable[[Figure, Results, Palette], None], float]  # (title, draws, height in inches)
+Chart = tuple[str, Callable[[Figure, Results, Palette], None], float]  # (title, function that draws, height in inches)
 
 
 def charts_of(results: Results) -> dict[str, Chart]:
-    """{file name: chart}, of those that the results can fill."""
+    """{file name: chart} of the charts for which the results have values."""
     count = len(results.good())
     if not count:
         return {}
@@ -338,7 +353,7 @@ def charts_of(results: Results) -> dict[str, Chart]:
 
 
 def draw(results: Results, chart: Chart, palette: Palette, titled: bool) -> Figure:
-    title, into, height = chart
+    title, draw_into, height = chart
     with matplotlib.rc_context(STYLE):
         figure = Figure(
             figsize=(WIDTH, height + (0.3 if titled else 0)),
@@ -347,7 +362,7 @@ def draw(results: Results, chart: Chart, palette: Palette, titled: bool) -> Figu
         )
         if titled:
             figure.suptitle(title, x=0.02, ha="left", color=palette["ink"], fontsize=11, fontweight="bold")
-        into(figure, results, palette)
+        draw_into(figure, results, palette)
     return figure
 
 
@@ -359,7 +374,7 @@ def svg(figure: Figure) -> str:
 
 
 def inline_svg(results: Results, name: str, chart: Chart) -> str:
-    """An <svg> element for a page: its colors are the page's variables, its ids are its own."""
+    """An <svg> element for a page. Its colors are variables of the page, and its ids differ from other charts' ids."""
     text = svg(draw(results, chart, CSS, titled=False))
     text = text[text.index("<svg") :]
     for color, value in CSS.items():
@@ -376,15 +391,15 @@ def inline_svg(results: Results, name: str, chart: Chart) -> str:
 
 
 def overview(results: Results, palette: Palette) -> Figure:
-    """The three charts that say most, beside each other: for a README."""
+    """The three charts that say most in a row, for a README."""
     found = charts_of(results)
     names = [name for name in ("memory", "speed", "traffic") if name in found]
     with matplotlib.rc_context(STYLE):
         height = max(found[name][2] for name in names) + 0.2
-        whole = Figure(figsize=(WIDTH * len(names), height), layout="constrained", facecolor=palette["paper"])
-        parts = whole.subfigures(1, len(names), squeeze=False, wspace=0.03)[0]
-        for part, name in zip(parts, names, strict=True):
-            part.set_facecolor(palette["paper"])
-            part.suptitle(found[name][0], x=0.02, ha="left", color=palette["ink"], fontsize=11, fontweight="bold")
-            found[name][1](part, results, palette)
-    return whole
+        figure = Figure(figsize=(WIDTH * len(names), height), layout="constrained", facecolor=palette["paper"])
+        panels = figure.subfigures(1, len(names), squeeze=False, wspace=0.03)[0]
+        for panel, name in zip(panels, names, strict=True):
+            panel.set_facecolor(palette["paper"])
+            panel.suptitle(found[name][0], x=0.02, ha="left", color=palette["ink"], fontsize=11, fontweight="bold")
+            found[name][1](panel, results, palette)
+    return figure

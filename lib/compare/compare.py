@@ -4,9 +4,9 @@
     ./launch.sh compare <folder of a comparison> [--with OLD]    report once more, beside an older one
     ./launch.sh compare --list                                   past comparisons
 
-Each run is a launch of its own (lib/compare/measure.py). A first round runs every config to its checkpoint and test; further rounds repeat the
-first steps of all, one config after the other, so that a slow minute of the machine shows: rounds then differ. What has ended is
-kept in the comparison's folder, and --resume goes on from there.
+Each run is a launch of its own (lib/compare/measure.py). The first round runs every config to its checkpoint and test.
+Further rounds repeat the first steps of every config, one after the other, so that a slow minute of the machine shows
+as a difference between rounds. Runs that have ended are kept in the comparison's folder, and --resume runs the rest.
 """
 
 import argparse
@@ -43,15 +43,16 @@ from lib.settings.config import parse as parse_settings
 from lib.settings.ds_config import load_ds_config, read_json
 
 FEWEST_STEPS = INSPECTED + 2
-# The settings that a comparison decides, where a recipe has them. None: run_one decides.
+# The settings that a comparison decides, where a recipe has them. None: run_one sets the value.
 DECIDED = {
-    "run_dir": None, "max_steps": None, "epochs": "null", "eval_every": "null", "save_every": None, "save_minutes": "null", "keep_best": "false",
-    "time_limit": "null", "resume": "false", "overwrite": "true", "monitor": "null",
+    "run_dir": None, "max_steps": None, "epochs": "null", "eval_every": "null", "save_every": None,
+    "save_minutes": "null", "keep_best": "false", "time_limit": "null", "resume": "false", "overwrite": "true",
+    "monitor": "null",
 }  # fmt: skip
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """(options, recipe settings)."""
+    """(options, recipe settings) from the arguments of the command. Raises UserError."""
     parser = Parser(
         prog="./launch.sh compare",
         description=__doc__,
@@ -80,7 +81,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--rounds",
         type=int,
-        help="how often each config runs; all but the first time the first quarter of the steps, at least 8 (default: 2)",
+        help="how often each config runs; all but the first time the first quarter of the steps, at least 8"
+        " (default: 2)",
     )
     parser.add_argument(
         "--preset", choices=["paper"], help="paper: set ZeRO's knobs so that the paper's volumes of traffic appear"
@@ -109,7 +111,7 @@ def numbers(text: str, option: str) -> list[int]:
 
 
 def config_files(options: argparse.Namespace) -> dict[str, Path]:
-    """{name: file} of the DeepSpeed configs to compare, in order."""
+    """{name: file} of the DeepSpeed configs to compare, in order. Raises UserError."""
     folder = ROOT / "ds_configs" / options.recipe
     if options.stages and options.ds_configs:
         raise UserError("--stages and --ds_configs both choose the configs; give one of them")
@@ -127,7 +129,8 @@ def config_files(options: argparse.Namespace) -> dict[str, Path]:
     for file in files:
         if not file.is_file():
             raise UserError(
-                f"there is no {display_path(file)}{did_you_mean(file.stem, [path.stem for path in folder.glob('*.json')])}"
+                f"there is no {display_path(file)}"
+                f"{did_you_mean(file.stem, [path.stem for path in folder.glob('*.json')])}"
             )
     named = {file.stem: file for file in files}
     if len(named) < len(files):
@@ -146,7 +149,11 @@ def configs_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def check(recipe: str, settings: list[str], configs: dict[str, str], ranks: list[int], steps: int) -> dict[str, Any]:
-    """What the comparison needs to know of the recipe. Raises UserError where a run would. In a process of its own, for it imports DeepSpeed."""
+    """Check the recipe's settings under each config and number of ranks. Raises UserError where a run would.
+
+    Returns what the comparison needs to know about the recipe: {"fields": names of its settings, "precision": ...}.
+    Called in its own process, because it imports DeepSpeed.
+    """
     try:
         module = importlib.import_module(f"recipes.{recipe}")
         fields = typing.get_type_hints(module.Config)
@@ -181,22 +188,23 @@ def check(recipe: str, settings: list[str], configs: dict[str, str], ranks: list
     return {"fields": list(fields), "precision": cfg.precision}
 
 
-def in_a_process(do: Any, *arguments: Any) -> Any:
-    """The result of a function in a fresh process, so that what it imports and takes of the devices goes with it."""
+def in_a_process(function: Any, *arguments: Any) -> Any:
+    """The result of a function that is called in a fresh process, whose end frees the memory of host and device."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(do, *arguments).result()
+        return pool.submit(function, *arguments).result()
 
 
 def plan(options: argparse.Namespace, settings: list[str]) -> Path:
-    """Check everything and make the comparison's folder. Returns the folder."""
-    there = devices.find()
-    ranks = numbers(options.ranks or str(there.default_ranks), "ranks")
-    there.launcher_options(max(ranks))  # raises where there are fewer devices
+    """Check everything and make the comparison's folder. Returns the folder. Raises UserError."""
+    machine_devices = devices.find()
+    ranks = numbers(options.ranks or str(machine_devices.default_ranks), "ranks")
+    machine_devices.launcher_options(max(ranks))  # raises UserError where there are fewer devices
     steps = 30 if options.steps is None else options.steps
     rounds = 2 if options.rounds is None else options.rounds
     if steps < FEWEST_STEPS or rounds < 1:
         raise UserError(
-            f"--steps is {steps} and --rounds is {rounds}; there must be at least {FEWEST_STEPS} steps (the first {INSPECTED} are not timed) and 1 round"
+            f"--steps is {steps} and --rounds is {rounds}; there must be at least {FEWEST_STEPS} steps"
+            f" (the first {INSPECTED} are not timed) and 1 round"
         )
     configs = configs_of(options)
     commit, code = code_version(options.recipe, settings)
@@ -237,7 +245,10 @@ def plan(options: argparse.Namespace, settings: list[str]) -> Path:
 
 
 def code_version(recipe: str, settings: list[str]) -> tuple[str, str]:
-    """(the commit of this checkout, a hash of what a comparison runs: lib/, the recipe, its YAML, and files that settings name)."""
+    """(this checkout's commit, a hash of the code and data that a comparison runs).
+
+    The hash is over lib/, the recipe, its YAML, and the files that settings name.
+    """
     try:
         found = subprocess.run(
             ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
@@ -245,23 +256,25 @@ def code_version(recipe: str, settings: list[str]) -> tuple[str, str]:
         commit = found.stdout.strip() or "no commit"
     except OSError:
         commit = "no commit"
+    # Of lib/compare, only measure.py takes part in a run.
     files = [
         file
         for file in sorted((ROOT / "lib").rglob("*.py"))
         if file.parent.name != "compare" or file.name == "measure.py"
-    ]  # the rest only reports
+    ]
     files += [ROOT / "recipes" / f"{recipe}.py", ROOT / "recipes" / f"{recipe}.yaml"]
-    named = [part.partition("=")[2] or part for part in settings]  # a setting may name a file, of the data say
-    files += [Path(name) for name in named if os.path.isfile(name)]  # noqa: PTH113  (Path.is_file raises an error where a name is too long)
+    # A value may name a file, such as a data set. Path.is_file would raise an error where it is too long for a name.
+    values = [part.partition("=")[2] or part for part in settings]
+    files += [Path(value) for value in values if os.path.isfile(value)]  # noqa: PTH113
     code = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
-            code.update(hashlib.file_digest(file, "sha256").digest())  # piece by piece
+            code.update(hashlib.file_digest(file, "sha256").digest())  # reads the file in pieces
     return commit, code.hexdigest()[:8]
 
 
 def resumed(options: argparse.Namespace, settings: list[str]) -> Path:
-    """The folder of the newest comparison of the recipe. Options given again must be its own."""
+    """The folder of the recipe's newest comparison. Raises UserError if an option differs from the comparison's."""
     folders = [folder for folder, spec in past() if spec["recipe"] == options.recipe]
     if not folders:
         raise UserError(f"there is no comparison of {options.recipe} in runs/ to go on with; leave --resume out")
@@ -282,7 +295,8 @@ def resumed(options: argparse.Namespace, settings: list[str]) -> Path:
     for name, value in given.items():
         if value is not None and value != spec[name]:
             raise UserError(
-                f"{display_path(folder)} was started with {name} {json.dumps(spec[name])}, not {json.dumps(value)}; start a new one, without --resume"
+                f"{display_path(folder)} was started with {name} {json.dumps(spec[name])}, not {json.dumps(value)};"
+                " start a new one, without --resume"
             )
     return folder
 
@@ -294,53 +308,59 @@ def versions() -> dict[str, str]:
 
 
 def past() -> list[tuple[Path, dict[str, Any]]]:
-    """(folder, what it compares) of the comparisons in runs/, oldest first."""
+    """(folder, comparison.json) of each comparison in runs/, oldest first."""
     found = []
     for path in sorted(Path("runs").glob("compare-*/comparison.json"), key=lambda path: path.parent.name[-15:]):
-        with contextlib.suppress(UserError):  # one that cannot be read is passed over
+        with contextlib.suppress(UserError):  # a comparison that cannot be read is left out
             found.append((path.parent, results.read_spec(path.parent)))
     return found
 
 
 def run_all(folder: Path, spec: dict[str, Any]) -> None:
-    """Run what has not ended yet, round by round."""
+    """Do the runs that have not ended yet, round by round."""
     cases = [
         (number, ranks, config)
         for number in range(1, spec["rounds"] + 1)
         for ranks in spec["ranks"]
         for config in spec["configs"]
     ]
-    seconds: dict[bool, list[float]] = {
-        True: [],
-        False: [],
-    }  # of the runs that have ended: of the first round, of others
-    left = ""
-    for at, (number, ranks, config) in enumerate(cases, 1):
+    seconds: dict[bool, list[float]] = {True: [], False: []}  # of the runs that have ended; True: in the first round
+    time_left = ""
+    for position, (number, ranks, config) in enumerate(cases, 1):
         run = case_folder(folder, config, ranks, number)
         outcome = read_outcome(run)
-        name = f"[{at:>{len(str(len(cases)))}}/{len(cases)}] {config}, {ranks} rank{'s' if ranks > 1 else ''}, round {number}"
+        name = (
+            f"[{position:>{len(str(len(cases)))}}/{len(cases)}]"
+            f" {config}, {ranks} rank{'s' if ranks > 1 else ''}, round {number}"
+        )
         if outcome is None or outcome["failed"]:
             first = read_outcome(case_folder(folder, config, ranks, 1))
             if number > 1 and first is not None and first["failed"]:
-                continue  # it would fail again
+                continue  # the config would fail again
             with live_progress(
-                f"{name}{left}", run / "steps_done", spec["steps"] if number == 1 else spec["repeat_steps"]
+                f"{name}{time_left}", run / "steps_done", spec["steps"] if number == 1 else spec["repeat_steps"]
             ):
                 outcome = run_one(run, spec, number, ranks, config)
         seconds[number == 1].append(outcome["seconds"])
-        ahead = cases[at:]
+        ahead = cases[position:]
         means = {
             first: statistics.fmean(seconds[first] or [0.5 * statistics.fmean(seconds[True])])
             for first in (True, False)
         }
-        seconds_left = int(sum(means[other == 1] for other, _, _ in ahead))
-        left = f"; about {seconds_left // 60}:{seconds_left % 60:02d} left" if ahead else ""
-        print(f"{name}: {'failed: ' + outcome['failed'] if outcome['failed'] else outcome['said']}{left}", flush=True)
+        seconds_left = int(sum(means[round_number == 1] for round_number, _, _ in ahead))
+        time_left = f"; about {seconds_left // 60}:{seconds_left % 60:02d} left" if ahead else ""
+        print(
+            f"{name}: {'failed: ' + outcome['failed'] if outcome['failed'] else outcome['said']}{time_left}", flush=True
+        )
 
 
 @contextlib.contextmanager
 def live_progress(name: str, steps_done: Path, steps: int) -> Iterator[None]:
-    """On a terminal, show in one line how far a run has come, from the file in which it counts; elsewhere say from time to time that it runs."""
+    """Show how far a run has come while it runs.
+
+    On a terminal one line shows the step, which the run writes into the file `steps_done`. Elsewhere a line from time
+    to time says that the run goes on.
+    """
     if not sys.stdout.isatty():
         with Signs(sys.stdout), progress(name.partition(";")[0]):
             yield
@@ -364,7 +384,10 @@ def live_progress(name: str, steps_done: Path, steps: int) -> Iterator[None]:
 
 
 def run_one(run: Path, spec: dict[str, Any], number: int, ranks: int, config: str) -> dict[str, Any]:
-    """Run a config once. Returns its outcome, which is also left in the folder."""
+    """Run a config once, in the folder `run`. Returns the outcome, which is also written into the folder.
+
+    number: of the round. Raises KeyboardInterrupt after a signal to stop.
+    """
     shutil.rmtree(run, ignore_errors=True)
     run.mkdir(parents=True)
     steps = spec["steps"] if number == 1 else spec["repeat_steps"]
@@ -375,9 +398,11 @@ def run_one(run: Path, spec: dict[str, Any], number: int, ranks: int, config: st
     }
     settings = [*spec["settings"], *(f"--{name}={value}" for name, value in decided.items() if name in spec["fields"])]
     command = [
-        str(Path(sys.executable).parent / "deepspeed"), "--log_level", "critical", "--master_port", str(supervise.free_port()), *devices.find().launcher_options(ranks),
+        str(Path(sys.executable).parent / "deepspeed"), "--log_level", "critical",
+        "--master_port", str(supervise.free_port()), *devices.find().launcher_options(ranks),
         "--module", "lib.compare.measure", str(run), str(steps), "all" if number == 1 else "times",
-        str(ROOT / "recipes" / f"{spec['recipe']}.py"), "--deepspeed_config", str(run.parents[1] / "ds_configs" / f"{config}.json"), *settings,
+        str(ROOT / "recipes" / f"{spec['recipe']}.py"),
+        "--deepspeed_config", str(run.parents[1] / "ds_configs" / f"{config}.json"), *settings,
     ]  # fmt: skip
 
     def ended() -> bool:
@@ -399,12 +424,8 @@ def run_one(run: Path, spec: dict[str, Any], number: int, ranks: int, config: st
         outcome["said"] = f"{results.written(statistics.median(steps_ms), 'ms')} a step, {seconds:.0f} s in all"
         for name in ("steps_done", *(f"ended-{rank}" for rank in range(ranks))):
             (run / name).unlink(missing_ok=True)
-    for name in (
-        "metrics.jsonl",
-        "config.yaml",
-        "ds_config.json",
-        "log.txt",
-    ):  # the rest, model and checkpoint, was measured and is large
+    # These files are kept. The model and the checkpoint have been measured, and are large.
+    for name in ("metrics.jsonl", "config.yaml", "ds_config.json", "log.txt"):
         if (run / "run" / name).is_file():
             shutil.move(run / "run" / name, run / (f"run-{name}" if name == "log.txt" else name))
     shutil.rmtree(run / "run", ignore_errors=True)
@@ -415,22 +436,24 @@ def run_one(run: Path, spec: dict[str, Any], number: int, ranks: int, config: st
 
 
 def printed(run: Path) -> str:
-    """What a run printed: on the console, and to its own log."""
+    """What a run printed into its own log and, after that, on the console."""
     files = [run / "run" / "log.txt", run / "log.txt"]
     return "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file())
 
 
 def why_failed(log: str, status: int) -> str:
-    """The reason in what all ranks of a run printed. Want of memory first, for other ranks' errors follow from one rank's."""
+    """The reason why a run failed, from what all of its ranks printed.
+
+    A lack of memory on one rank makes other ranks fail with other errors, so a message about memory comes first.
+    """
     lines = [" ".join(line.split()) for line in log.splitlines() if line.strip()]
     exceptions = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception): ", line)]
     memory = [line for line in exceptions if re.search(r"out of memory|not enough memory|can't allocate memory", line)]
-    own = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    lost = [line for line in own if "lost contact with another rank" in line]
-    found = memory or [line for line in own if line not in lost]
-    if not found and (
-        status in (137, 247) or lost
-    ):  # 247 is the launcher's own exit code where a rank ended by signal 9
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    lost = [line for line in errors if "lost contact with another rank" in line]
+    found = memory or [line for line in errors if line not in lost]
+    # 247 is the launcher's exit code where a rank was ended by signal 9.
+    if not found and (status in (137, 247) or lost):
         return "a rank was killed, as the kernel does when host memory runs out"
     return (found or exceptions or [f"exit code {status}; the end of its log: {lines[-1] if lines else 'empty'}"])[0][
         :300
@@ -439,9 +462,9 @@ def why_failed(log: str, status: int) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a file whole or not at all."""
-    part = path.with_name(f".{path.name}")
-    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 def list_past() -> None:
@@ -451,9 +474,13 @@ def list_past() -> None:
     for folder, spec in folders:
         missing = results.missing_runs(folder, spec)
         state = f"; runs still to do: {missing}, --resume goes on" if missing else ""
-        about = f"{', '.join(spec['configs'])}; ranks {', '.join(map(str, spec['ranks']))}; {spec['steps']} steps; {' '.join(spec['settings']) or 'default settings'}"
+        about = (
+            f"{', '.join(spec['configs'])}; ranks {', '.join(map(str, spec['ranks']))}; {spec['steps']} steps;"
+            f" {' '.join(spec['settings']) or 'default settings'}"
+        )
         print(
-            f"{display_path(folder)}  {spec['created']}  {about}; deepspeed {spec['versions']['deepspeed']}, torch {spec['versions']['torch']}, commit {spec['commit']}{state}"
+            f"{display_path(folder)}  {spec['created']}  {about}; deepspeed {spec['versions']['deepspeed']},"
+            f" torch {spec['versions']['torch']}, commit {spec['commit']}{state}"
         )
 
 
@@ -464,7 +491,8 @@ def main(arguments: list[str]) -> int:
         return 0
     if options.recipe is None:
         raise UserError("name a recipe, such as: ./launch.sh compare text_classification; or --list, or --help")
-    other = results.collect(Path(from_home(options.other))) if options.other else None  # before anything expensive
+    # The older comparison is read first, so that a mistake in its name shows before anything runs.
+    other = results.collect(Path(from_home(options.other))) if options.other else None
     if (Path(options.recipe) / "comparison.json").is_file():
         folder = Path(options.recipe)
         given = [
@@ -474,14 +502,16 @@ def main(arguments: list[str]) -> int:
         ]
         if given or settings:
             raise UserError(
-                f"{display_path(folder)} has been run; only --with goes with it, not {' '.join([f'--{name}' for name in given] + settings)}"
+                f"{display_path(folder)} has been run; only --with goes with it,"
+                f" not {' '.join([f'--{name}' for name in given] + settings)}"
             )
     else:
         options.recipe = options.recipe.removeprefix("recipes/").removesuffix(".py")
         recipes = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
         if options.recipe not in recipes:
             raise UserError(
-                f"there is neither a recipe nor a comparison {options.recipe}{did_you_mean(options.recipe, recipes)}; recipes: {' '.join(recipes)}"
+                f"there is neither a recipe nor a comparison {options.recipe}"
+                f"{did_you_mean(options.recipe, recipes)}; recipes: {' '.join(recipes)}"
             )
         parser = parser_from_source(ROOT / "recipes" / f"{options.recipe}.py")
         if parser is not None:
@@ -493,13 +523,14 @@ def main(arguments: list[str]) -> int:
             run_all(folder, spec)
         except KeyboardInterrupt:
             print(
-                f"\nstopped; ./launch.sh compare {spec['recipe']} --resume goes on, and runs nothing again that has succeeded"
+                f"\nstopped; ./launch.sh compare {spec['recipe']} --resume goes on,"
+                " and runs nothing again that has succeeded"
             )
             return 130
     found = results.collect(folder)
-    apart = report.nothing_in_common(found, other) if other is not None else None
-    if apart:
-        print(f"warning: {apart}")
+    reason = report.nothing_in_common(found, other) if other is not None else None
+    if reason:
+        print(f"warning: {reason}")
         other = None
     report.write(found, other)
     print(report.as_text(found, other))

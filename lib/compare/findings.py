@@ -1,25 +1,26 @@
-"""What a comparison comes to, in three sentences: which config to take and why, what the fastest that fits is, what was surprising.
+"""A comparison's findings in three sentences: which config to take and why, which is the fastest, what was surprising.
 
-A sentence holds text and figures; a figure is (row, column's name), so that it can be traced to results.csv.
+A sentence is a list of texts and figures. A figure is (row, name of a column), so that it can be traced to results.csv.
 """
 
 from lib.compare.results import Results, Row, case_name, written
 
 Sentence = list[str | tuple[Row, str]]
-NEAR = 0.05  # step times and peaks that differ by less are taken as equal: what a noisy machine resolves
+NEAR = 0.05  # step times and peaks that differ by a smaller part count as equal, because a machine's timing is noisy
 
 
 def sentences(results: Results) -> list[Sentence]:
     trusted = [row for row in results.good() if row["loss_left_at_step"] is None]
     if not trusted:
         return [["No config ran to the end; the reasons are in the report."]]
-    ranks = max(trusted, key=lambda row: row["tokens_per_second"])["ranks"]  # step times are compared on as many ranks
+    # Step times are compared on one number of ranks: the fastest row's.
+    ranks = max(trusted, key=lambda row: row["tokens_per_second"])["ranks"]
     rows = [row for row in trusted if row["ranks"] == ranks]
     return [advice(results, rows), speed(results, rows), surprise(results, rows)]
 
 
 def advice(results: Results, rows: list[Row]) -> Sentence:
-    """Of the configs that are as fast as any, one with the least memory at its peak."""
+    """The config to take: among those that are as fast as the fastest, the one with the least memory at its peak."""
     peak, place = results.peak, " on its device" if results.on_gpu else ""
     states = "states_device_bytes" if results.on_gpu else "states_bytes"
     fastest = max(rows, key=lambda row: row["tokens_per_second"])
@@ -62,15 +63,18 @@ def speed(results: Results, rows: list[Row]) -> Sentence:
 
 
 def surprise(results: Results, rows: list[Row]) -> Sentence:
-    """The finding that a reader would least expect: losses that differ, else the largest factor by which a figure is other than the paper promises."""
-    left = [row for row in results.good() if row["loss_left_at_step"] is not None]
-    if left:
-        start = f"Surprising: {case_name(left[0], results)} left the path of the losses at step "
+    """The finding that a reader would least expect.
+
+    It is a loss that differs by more than rounding; else the figure that exceeds the paper's by the largest factor.
+    """
+    diverged = [row for row in results.good() if row["loss_left_at_step"] is not None]
+    if diverged:
+        start = f"Surprising: {case_name(diverged[0], results)} left the path of the losses at step "
         return [
             start,
-            (left[0], "loss_left_at_step"),
+            (diverged[0], "loss_left_at_step"),
             "; the largest relative difference is ",
-            (left[0], "loss_difference"),
+            (diverged[0], "loss_difference"),
             ".",
         ]
     first, peak = rows[0], results.peak

@@ -1,10 +1,11 @@
-"""Run a recipe and measure it from outside, without a line in the recipe. One process of it a rank; lib/compare/compare.py launches them:
+"""Run a recipe and measure it from outside, without a line in the recipe. lib/compare/compare.py starts the ranks:
 
     deepspeed --module lib.compare.measure FOLDER STEPS all|times recipes/x.py settings ...
 
-deepspeed.initialize is wrapped, so that the engine's forward, backward and step leave marks in time. One step, INSPECTED, is taken apart: its
-tensors are counted, its collectives logged, its floating-point operations counted; neither it nor those before it are timed. FOLDER gets
-rank-<rank>.json. With "all" the run goes on to its checkpoint and its test, with "times" it ends after STEPS steps.
+deepspeed.initialize is wrapped, so that the engine's forward, backward and step record the times at which they begin
+and end. In the step INSPECTED the tensors and the floating-point operations are counted and the collectives are logged;
+this step and the steps before it are not timed. Each rank writes FOLDER/rank-<rank>.json. With "all" the run goes on to
+its checkpoint and its test; with "times" it ends after STEPS steps.
 """
 
 import contextlib
@@ -35,18 +36,17 @@ from lib.run import checkpoint_files, checkpoints, run
 from lib.run.cli import leave
 from lib.settings.ds_config import stage_of
 
-ATTENTION_ON_CPU = (
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-)  # which torch 2.13 does not count of itself
+# torch 2.13 does not count the operations of this kernel by itself.
+ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Of an attention, from the shapes of its inputs."""
+    """The floating-point operations of an attention, from the shapes of its inputs."""
     return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]  # torch gives it no types
 
 
 class Clock:
-    """Marks in time: of the device where it has events, which are queued and not waited for, else of the host."""
+    """Marks points in time: by the device's events, which the host need not wait for; on a CPU by the host's clock."""
 
     def __init__(self) -> None:
         self.on_device = get_accelerator().device_name() != "cpu"
@@ -63,7 +63,7 @@ class Clock:
 
 
 def restart_host_peak() -> None:
-    with contextlib.suppress(OSError):  # where the kernel does not let it, the peak is since the start of the process
+    with contextlib.suppress(OSError):  # where the kernel refuses, the peak is counted from the start of the process
         Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -82,17 +82,17 @@ class Meter:
         self.folder, self.last_step, self.goes_on = folder, steps, goes_on
         self.clock = Clock()
         self.step = 1
-        self.marks: list[tuple[str, Any]] = []  # (the phase that begins, when), of the step that runs
-        self.steps: list[list[tuple[str, Any]]] = []  # of each step; the last mark ends it
-        self.held: dict[str, dict[str, int]] = {}  # the most of each kind in the inspected step
+        self.marks: list[tuple[str, Any]] = []  # (the phase that begins, the time), of the current step
+        self.steps: list[list[tuple[str, Any]]] = []  # the marks of each step; the last mark is the end of the step
+        self.held: dict[str, dict[str, int]] = {}  # {kind: {place: bytes}}: the most of each kind in the inspected step
         self.logging = False  # whether collectives are logged
-        self.flops = 0  # of the inspected step's forward passes on this rank
+        self.flops = 0  # floating-point operations of the inspected step's forward passes on this rank
         self.result: dict[str, Any] = {}
 
     def mark(self, phase: str) -> None:
         self.marks.append((phase, self.clock.mark()))
 
-    # What is wrapped. Each method returns the function that takes the place of the one it is given.
+    # Each of these methods takes a function and returns a wrapper, which replaces that function.
 
     def initialize(self, real: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(real)
@@ -116,10 +116,9 @@ class Meter:
                 self.logging = True
                 comm.comms_logger.reset_data()
                 comm.configure(enabled=True, prof_all=True, verbose=False, debug=False)
-            self.mark("forward")  # and the loss, until backward begins
-            if (
-                self.step != INSPECTED or not torch.is_grad_enabled()
-            ):  # a pass without gradients is followed by the same one with them
+            self.mark("forward")  # this phase includes the loss, for it lasts until backward begins
+            # A pass without gradients is not counted: the same pass with gradients follows.
+            if self.step != INSPECTED or not torch.is_grad_enabled():
                 return real(*arguments, **options)
             with FlopCounterMode(display=False, custom_mapping={ATTENTION_ON_CPU: attention_flops}) as counter:
                 output = real(*arguments, **options)
@@ -143,20 +142,19 @@ class Meter:
         return timed_backward
 
     def allreduce_gradients(self, engine: Any, real: Callable[..., Any]) -> Callable[..., Any]:
-        """At the end of the backward pass, where stages 0 and 1 still have all gradients."""
+        """DeepSpeed calls it at the end of the backward pass, when stages 0 and 1 still hold all gradients."""
 
         @functools.wraps(real)
         def watched_allreduce(*arguments: Any, **options: Any) -> Any:
             if self.step == INSPECTED:
-                self.note_held(
-                    {"gradients": held_bytes(engine)["gradients"]}
-                )  # stage 3 has not released all parameters yet
+                # Only gradients are noted: stage 3 has not yet released all the parameters that it gathered.
+                self.note_held({"gradients": held_bytes(engine)["gradients"]})
             return real(*arguments, **options)
 
         return watched_allreduce
 
     def note_held(self, now: dict[str, dict[str, int]]) -> None:
-        """Keep the largest count of each kind: what is held of the gradients changes within a step."""
+        """Keep the largest count of bytes of each kind, because a rank's gradients grow and shrink within a step."""
         for kind, places in now.items():
             if sum(places.values()) > sum(self.held.get(kind, {}).values()):
                 self.held[kind] = places
@@ -164,11 +162,11 @@ class Meter:
     def engine_step(self, engine: Any, real: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(real)
         def timed_step(*arguments: Any, **options: Any) -> Any:
-            ends = engine.is_gradient_accumulation_boundary()
+            is_last_micro_batch = engine.is_gradient_accumulation_boundary()
             self.mark("optimizer")
             output = real(*arguments, **options)
             self.mark("other")
-            if ends and self.step <= self.last_step:
+            if is_last_micro_batch and self.step <= self.last_step:
                 self.end_step(engine)
             return output
 
@@ -190,7 +188,7 @@ class Meter:
         self.step += 1
 
     def inspect(self, engine: Any) -> None:
-        """At the end of the inspected step: what was counted in it, and the facts that theory needs."""
+        """At the end of the inspected step, collect what was counted in it, and the facts that theory needs."""
         comm.configure(enabled=False)
         logged = {
             op: {int(size): calls[0] for size, calls in sizes.items()}
@@ -207,7 +205,7 @@ class Meter:
             for (phase, start), (_, end) in itertools.pairwise(marks):
                 phases[phase] += self.clock.seconds(start, end)
             seconds.append(phases)
-        self.result["seconds"] = seconds  # of each phase, a step
+        self.result["seconds"] = seconds  # for each step {phase: seconds}
         self.result["peak_host_bytes"] = host_peak()
         self.result["peak_device_bytes"] = get_accelerator().max_memory_allocated() if self.clock.on_device else None
 
@@ -228,12 +226,12 @@ class Meter:
 
     def save(self, real: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(real)
-        def timed_save(of: Any, step: int) -> Any:
+        def timed_save(run_checkpoints: Any, step: int) -> Any:
             dist.barrier()
             started = time.perf_counter()
-            saved = real(of, step)
+            saved = real(run_checkpoints, step)
             if saved:
-                folder = of.folder / checkpoint_files.folder_of(step)
+                folder = run_checkpoints.folder / checkpoint_files.folder_of(step)
                 self.result["checkpoint_seconds"] = time.perf_counter() - started
                 self.result["checkpoint_bytes"] = sum(
                     path.stat().st_size for path in folder.rglob("*") if path.is_file()
@@ -245,9 +243,9 @@ class Meter:
 
     def log_scores(self, real: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(real)
-        def note_scores(of_run: Any, step: int, split: str, scores: dict[str, float], **best: str) -> None:
-            real(of_run, step, split, scores, **best)
-            if split == "test":  # all is measured, and the baselines are the same for every config
+        def note_scores(measured_run: Any, step: int, split: str, scores: dict[str, float], **best: str) -> None:
+            real(measured_run, step, split, scores, **best)
+            if split == "test":  # all is measured now; the baselines that follow are the same for every config
                 self.result["scores"] = scores
                 self.write()
                 self.end()
@@ -256,25 +254,28 @@ class Meter:
 
     def end(self) -> NoReturn:
         dist.barrier()
-        (self.folder / f"ended-{ranks.rank()}").touch()  # for lib/compare/compare.py, which then waits no longer
+        (self.folder / f"ended-{ranks.rank()}").touch()  # tells lib/compare/compare.py not to wait any longer
         raise Stopped(f"measured {self.last_step} steps", 0)
 
     def write(self) -> None:
-        part = self.folder / f".rank-{ranks.rank()}.json"
-        part.write_text(json.dumps(self.result), encoding="utf-8")
-        part.replace(self.folder / f"rank-{ranks.rank()}.json")
+        temporary = self.folder / f".rank-{ranks.rank()}.json"
+        temporary.write_text(json.dumps(self.result), encoding="utf-8")
+        temporary.replace(self.folder / f"rank-{ranks.rank()}.json")
 
 
 def facts(engine: Any) -> dict[str, Any]:
-    """What theory needs to know about the model and how this rank trains it. Numbers of elements, unless they say otherwise."""
+    """What theory needs to know about the model and how this rank trains it.
+
+    Sizes are numbers of elements, where the name does not say bytes.
+    """
     zero, stage = engine.optimizer, stage_of(engine.config)
     parameters = {
         parameter: getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters()
     }
-    kept_whole = {
-        parameter for parameter in parameters if getattr(parameter, "ds_persist", False)
-    }  # stage 3's small ones
-    uses = [
+    # Stage 3 keeps small parameters whole on every rank.
+    kept_whole = {parameter for parameter in parameters if getattr(parameter, "ds_persist", False)}
+    # A tied parameter is listed once for each module that has it, because stage 3 gathers it for each.
+    gathered = [
         parameter
         for module in engine.module.modules()
         for parameter in module.parameters(recurse=False)
@@ -287,11 +288,9 @@ def facts(engine: Any) -> dict[str, Any]:
         "parameters": sum(parameters.values()),
         "trained": sum(count for parameter, count in parameters.items() if parameter.requires_grad),
         "kept_whole": sum(parameters[parameter] for parameter in kept_whole),
-        "in_modules": sum(
-            parameters[parameter] for parameter in uses
-        ),  # a tied parameter is gathered for each module that has it
-        "frozen_in_modules": sum(parameters[parameter] for parameter in uses if not parameter.requires_grad),
-        # At stages 1 and 2, the parameters that lie at least in part in this rank's share.
+        "in_modules": sum(parameters[parameter] for parameter in gathered),
+        "frozen_in_modules": sum(parameters[parameter] for parameter in gathered if not parameter.requires_grad),
+        # At stages 1 and 2, all of the parameters that lie in this rank's share, be it only in part.
         "touching_share": sum(parameter.numel() for group in in_partition for parameter in group)
         if in_partition is not None
         else None,
@@ -308,17 +307,17 @@ def facts(engine: Any) -> dict[str, Any]:
 
 def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
-    folder, steps, what, recipe, *settings = arguments
+    folder, steps, mode, recipe, *settings = arguments
     sys.argv = [recipe, *settings]
-    meter = Meter(Path(folder), int(steps), goes_on=what == "all")
+    meter = Meter(Path(folder), int(steps), goes_on=mode == "all")
     deepspeed.initialize = meter.initialize(deepspeed.initialize)
     batches.training_batches = meter.training_batches(batches.training_batches)
-    # Replaced on purpose, so that the recipe, which is imported after this, needs no line for being measured.
+    # These are replaced before the recipe is imported, so that the recipe needs no line of its own to be measured.
     checkpoints.Checkpoints.save = meter.save(checkpoints.Checkpoints.save)  # type: ignore[method-assign]
     run.Run.log_scores = meter.log_scores(run.Run.log_scores)  # type: ignore[method-assign]
     try:
         runpy.run_path(recipe, run_name="__main__")
-    except Stopped:  # a recipe that does not go through lib.run.cli.cli
+    except Stopped:  # reaches this where the recipe does not go through lib.run.cli.cli
         leave(0)
 
 

@@ -1,7 +1,8 @@
 """The report of a comparison: the terminal's table, results.csv, report.md, report.html and charts/.
 
-Every number of a finding is written by `results.written` from a value of results.csv (or with.csv, beside another comparison); in the page it
-carries the row and column that it comes from, which tests/compare/test_compare.py checks.
+Every number in a finding is a value of results.csv, or of with.csv where there is an older comparison, in the form that
+`results.written` gives it. On the page each number carries the names of its row and column;
+tests/compare/test_compare.py checks them.
 """
 
 import csv
@@ -15,7 +16,7 @@ from lib.compare.findings import Sentence, plain, sentences
 from lib.compare.results import INSPECTED, Results, Row, case_name, missing_runs, relative, written
 from lib.errors import display_path
 
-# The table: heading -> the columns of a cell; the second part, in brackets, is of the others.
+# The table: heading -> the columns of a cell. The first column's value comes first, the others' follow in brackets.
 TABLE = {
     "states a rank (theory)": ("states_bytes", "states_theory_bytes"),
     "in host memory": ("states_host_bytes",),
@@ -30,14 +31,18 @@ TABLE = {
     "loss, over ranks": ("loss_difference_over_ranks",),
 }
 CAPTIONS = {
-    "memory": "Counted from tensors, the most in a step; buffers and activations come on top. Solid line: what this config should hold; dotted: the ZeRO paper.",
+    "memory": "Counted from tensors, the most in a step; buffers and activations come on top."
+    " Solid line: what this config should hold; dotted: the ZeRO paper.",
     "speed": "Up and to the left is better. The peak holds activations, buffers and, of a process, its libraries.",
-    "step_time": "From the same marks on every config; backward and optimizer step hold the collectives that they wait for.",
-    "traffic": "DeepSpeed's log of its collectives, as bytes on the wire of ring collectives. Solid line: this config, by theory; dotted: the ZeRO paper.",
+    "step_time": "From the same marks on every config;"
+    " backward and optimizer step hold the collectives that they wait for.",
+    "traffic": "DeepSpeed's log of its collectives, as bytes on the wire of ring collectives."
+    " Solid line: this config, by theory; dotted: the ZeRO paper.",
     "losses": "All curves should be one. Below, each one's distance from the first config on as many ranks.",
     "scaling": "Dotted: if each rank added as much as the first. On a CPU all ranks share its cores.",
 }
-LAID_BESIDE = (
+# The columns whose values are shown next to those of an older comparison.
+PAIRED_COLUMNS = (
     "step_ms",
     "tokens_per_second",
     "states_bytes",
@@ -49,15 +54,15 @@ LAID_BESIDE = (
 
 
 def table_of(results: Results) -> dict[str, tuple[str, ...]]:
-    """TABLE without the columns that say nothing here, and with the recipe's scores."""
-    silent = {"mfu": None, "peak_device_bytes": None, "loss_difference_over_ranks": None, "states_host_bytes": 0}
-    shown_here = {
+    """TABLE without the columns that have nothing to show in this comparison, and with the recipe's scores."""
+    empty_values = {"mfu": None, "peak_device_bytes": None, "loss_difference_over_ranks": None, "states_host_bytes": 0}
+    shown = {
         heading: names
         for heading, names in TABLE.items()
-        if any(row[names[0]] != silent.get(names[0], "") for row in results.good())
+        if any(row[names[0]] != empty_values.get(names[0], "") for row in results.good())
     }
     scores = [column.name for column in results.columns() if column.name.startswith("score_")]
-    return shown_here | {name.removeprefix("score_"): (name,) for name in scores}
+    return shown | {name.removeprefix("score_"): (name,) for name in scores}
 
 
 def title_of(results: Results) -> str:
@@ -79,11 +84,14 @@ def cells(results: Results, row: Row, table: dict[str, tuple[str, ...]]) -> list
     return found
 
 
-# Beside another comparison
+# An older comparison, `other`, next to this one
 
 
-def beside(results: Results, other: Results) -> list[dict[str, Any]]:
-    """One entry for each figure of a config and number of ranks that both have: config, ranks, column, old, new, ratio."""
+def paired_figures(results: Results, other: Results) -> list[dict[str, Any]]:
+    """One entry for each figure of each config and number of ranks that both comparisons have.
+
+    An entry has config, ranks, column, old, new and ratio; that of the last loss has loss_difference, and no ratio.
+    """
     entries = []
     for row in results.good():
         old = next(
@@ -92,7 +100,7 @@ def beside(results: Results, other: Results) -> list[dict[str, Any]]:
         if old is None:
             continue
         case = {"config": row["config"], "ranks": row["ranks"]}
-        for column in LAID_BESIDE:
+        for column in PAIRED_COLUMNS:
             if row[column] and old[column]:
                 entries.append(
                     case
@@ -116,21 +124,22 @@ def beside(results: Results, other: Results) -> list[dict[str, Any]]:
 
 
 def nothing_in_common(results: Results, other: Results) -> str | None:
-    """Why two comparisons cannot be laid beside each other."""
-    if beside(results, other):
+    """Why two comparisons cannot be shown next to each other; None where they can."""
+    if paired_figures(results, other):
         return None
     cases = ", ".join(f"{row['config']} on {row['ranks']}" for row in other.good()) or "no config that ran"
     return f"{display_path(other.folder)} has {cases}: nothing that {display_path(results.folder)} has too"
 
 
 def what_differs(results: Results, other: Results) -> list[str]:
-    """What else differs between two comparisons, as "name: old -> new"."""
+    """What differs between the set-ups of two comparisons, as "name: old -> new"."""
     facts = []
-    for found in (other, results):
-        spec = found.spec
+    for comparison in (other, results):
+        spec = comparison.spec
         facts.append({
-            "recipe": spec["recipe"], "settings": " ".join(spec["settings"]) or "none", "steps": spec["steps"], "precision": spec["precision"],
-            "preset": spec["preset"] or "none", "device": found.device, "cores": spec["cores"], "commit": spec["commit"], "code": spec["code"], **spec["versions"],
+            "recipe": spec["recipe"], "settings": " ".join(spec["settings"]) or "none", "steps": spec["steps"],
+            "precision": spec["precision"], "preset": spec["preset"] or "none", "device": comparison.device,
+            "cores": spec["cores"], "commit": spec["commit"], "code": spec["code"], **spec["versions"],
         })  # fmt: skip
         facts[-1] |= {
             f"ds_configs/{name}.json": "changed"
@@ -146,7 +155,7 @@ def what_differs(results: Results, other: Results) -> list[str]:
 
 def as_text(results: Results, other: Results | None) -> str:
     """The table and the three sentences, for the terminal."""
-    # A terminal is narrow: the spread of steps and rounds is in the report.
+    # A terminal is narrow, so that only the report shows the spread over steps and rounds.
     table = {
         heading if "theory" in heading else heading.split(" (")[0]: names if "theory" in heading else names[:1]
         for heading, names in table_of(results).items()
@@ -168,7 +177,7 @@ def as_text(results: Results, other: Results | None) -> str:
             *(f"  {line}" for line in what_differs(results, other)),
             "",
         ]
-        text += aligned([["config", "ranks", "", "then", "now", "ratio"], *beside_cells(results, other)])
+        text += aligned([["config", "ranks", "", "then", "now", "ratio"], *paired_cells(results, other)])
     return "\n".join(
         [*text, "", *(f"{number}. {plain(sentence, results)}" for number, sentence in enumerate(sentences(results), 1))]
     )
@@ -178,17 +187,17 @@ def aligned(lines: list[list[str]]) -> list[str]:
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     return [
         "  ".join(
-            cell.rjust(width) if at else cell.ljust(width)
-            for at, (cell, width) in enumerate(zip(line, widths, strict=True))
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
     ]
 
 
-def beside_cells(results: Results, other: Results) -> list[list[str]]:
+def paired_cells(results: Results, other: Results) -> list[list[str]]:
     kinds, abouts = kinds_of(results), {column.name: column.about for column in results.columns()}
     lines = []
-    for entry in beside(results, other):
+    for entry in paired_figures(results, other):
         kind = kinds[entry["column"]]
         change = (
             written(entry["ratio"], "ratio")
@@ -212,19 +221,23 @@ def setting(results: Results) -> dict[str, str]:
     """What was compared, on what, when and with which versions."""
     spec = results.spec
     good = results.good()
-    left = missing_runs(results.folder, spec)
-    missing = f"; missing or failed runs: {left}" if left else ""
+    missing_runs_count = missing_runs(results.folder, spec)
+    missing = f"; missing or failed runs: {missing_runs_count}" if missing_runs_count else ""
     repeats = f", repeated in turn ({spec['rounds'] - 1} x {spec['repeat_steps']} steps)" if spec["rounds"] > 1 else ""
     machine = (
         f"{results.device}s" if results.on_gpu else f"CPU, {spec['cores']} cores" if good else f"{spec['cores']} cores"
     )
     return {
-        "recipe": spec["recipe"] + (f", {results.model} with {good[0]['parameters']:,} parameters, {spec['precision']}" if good else ""),
-        "machine": f"{machine}, {written(spec['memory_bytes'], 'bytes')} of memory; ranks: {', '.join(map(str, spec['ranks']))}",
-        "made": f"{spec['created']}, " + ", ".join(f"{name} {version}" for name, version in spec["versions"].items()) + f", commit {spec['commit']}",
+        "recipe": spec["recipe"]
+        + (f", {results.model} with {good[0]['parameters']:,} parameters, {spec['precision']}" if good else ""),
+        "machine": f"{machine}, {written(spec['memory_bytes'], 'bytes')} of memory;"
+        f" ranks: {', '.join(map(str, spec['ranks']))}",
+        "made": f"{spec['created']}, "
+        + ", ".join(f"{name} {version}" for name, version in spec["versions"].items())
+        + f", commit {spec['commit']}",
         "runs": f"{spec['steps']} steps under each config{repeats}; the first {INSPECTED} are not timed{missing}",
         "command": spec["command"],
-    }  # fmt: skip
+    }
 
 
 def note_lines(results: Results) -> list[tuple[str, str]]:
@@ -232,7 +245,7 @@ def note_lines(results: Results) -> list[tuple[str, str]]:
 
 
 def marked(text: str) -> str:
-    """Text as Markdown shows it: no tags, no cells, and one line."""
+    """The text on one line, escaped so that Markdown shows it as it is: without tags, table cells, emphasis or code."""
     return " ".join(re.sub(r"[<|`*\\]", r"\\\g<0>", text).split())
 
 
@@ -273,7 +286,7 @@ def as_markdown(results: Results, other: Results | None) -> str:
         lines += [
             "| config | ranks | | then | now | ratio |",
             "|---|---|---|---|---|---|",
-            *(table_line(line) for line in beside_cells(results, other)),
+            *(table_line(line) for line in paired_cells(results, other)),
         ]
     for name, (title, _, _) in charts.charts_of(results).items():
         lines += ["", f"## {title}", "", f"![{title}](charts/{name}.png)", "", CAPTIONS[name]]
@@ -302,7 +315,8 @@ PAGE_STYLE = """
 :root { color-scheme: light dark; LIGHT }
 @media (prefers-color-scheme: dark) { :root { DARK } }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+body { margin: 0; background: var(--ground); color: var(--ink); \
+font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 main { max-width: 1120px; margin: 0 auto; padding: 28px 16px 60px; }
 h1 { font-size: 1.65rem; line-height: 1.2; margin: 0 0 6px; text-wrap: balance; }
 h2 { font-size: 1.05rem; margin: 0 0 8px; }
@@ -332,12 +346,14 @@ dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 4px 
 dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
 ul { padding-left: 20px; margin: 0; } li + li { margin-top: 6px; } .verdict li + li { margin-top: 0; }
 summary { cursor: pointer; font-weight: 600; }
-@media (min-width: 860px) { .charts { grid-template-columns: repeat(2, minmax(0, 1fr)); } .verdict { grid-template-columns: repeat(3, minmax(0, 1fr)); } }
+@media (min-width: 860px) { .charts { grid-template-columns: repeat(2, minmax(0, 1fr)); } \
+.verdict { grid-template-columns: repeat(3, minmax(0, 1fr)); } }
 @media (max-width: 859px) {
   .rows thead { display: none; }
   .rows tr { display: block; padding: 10px 0; border-bottom: 1px solid var(--line); }
   .rows tbody th { display: block; border: 0; padding: 0 0 4px; font-size: 1rem; text-align: left; }
-  .rows td { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 8px; border: 0; padding: 2px 0; text-align: right; }
+  .rows td { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 8px; border: 0; \
+padding: 2px 0; text-align: right; }
   .rows td::before { content: attr(data-heading); color: var(--muted); text-align: left; }
   .rows small { display: inline; }
 }
@@ -345,7 +361,7 @@ summary { cursor: pointer; font-weight: 600; }
 
 
 def escaped(value: Any) -> str:
-    """Whatever comes from a file or a recipe (names of configs, scores and settings, what a run said), as text of the page or in an attribute."""
+    """A value from a file or a recipe, such as a config's name or a run's message, escaped for HTML."""
     return html.escape(str(value))
 
 
@@ -359,10 +375,13 @@ def page_style() -> str:
 
 
 def figure_of(row: Row, column: str, kind: str) -> str:
-    """A number, with where it comes from."""
+    """A number as an HTML element that names the row and the column of results.csv from which the number comes."""
     if row.get(column) is None:
         return "-"
-    return f'<data data-row="{escaped(row["config"])}:{escaped(row["ranks"])}" data-column="{escaped(column)}" value="{escaped(row[column])}">{escaped(written(row[column], kind))}</data>'
+    return (
+        f'<data data-row="{escaped(row["config"])}:{escaped(row["ranks"])}" data-column="{escaped(column)}"'
+        f' value="{escaped(row[column])}">{escaped(written(row[column], kind))}</data>'
+    )
 
 
 def sentence_html(sentence: Sentence, kinds: dict[str, str]) -> str:
@@ -385,7 +404,8 @@ def row_html(results: Results, row: Row) -> str:
             )
             css = "bad" if name == "loss_difference" and row["loss_left_at_step"] is not None else ""
             parts.append(
-                f'<td data-heading="{escaped(heading)}" class="{css}"><span>{figure_of(row, name, kinds[name])} {more}</span></td>'
+                f'<td data-heading="{escaped(heading)}" class="{css}">'
+                f"<span>{figure_of(row, name, kinds[name])} {more}</span></td>"
             )
     return "".join([*parts, "</tr>"])
 
@@ -396,17 +416,20 @@ def alarms(results: Results) -> str:
     for row in results.good():
         if row["loss_left_at_step"] is not None:
             sentence: Sentence = [
-                f"{case_name(row, results)} left the path of the losses at step ", (row, "loss_left_at_step"), ": the largest relative difference is ",
-                (row, "loss_difference"), ", more than rounding explains. Do not trust its figures.",
-            ]  # fmt: skip
+                f"{case_name(row, results)} left the path of the losses at step ",
+                (row, "loss_left_at_step"),
+                ": the largest relative difference is ",
+                (row, "loss_difference"),
+                ", more than rounding explains. Do not trust its figures.",
+            ]
             found.append(f'<p class="card alarm">{sentence_html(sentence, kinds)}</p>')
     return "".join(found)
 
 
-def beside_html(results: Results, other: Results) -> str:
+def paired_html(results: Results, other: Results) -> str:
     kinds, abouts = kinds_of(results), {column.name: column.about for column in results.columns()}
     rows = []
-    for entry in beside(results, other):
+    for entry in paired_figures(results, other):
         key, kind = escaped(f"{entry['config']}:{entry['ranks']}:{entry['column']}"), kinds[entry["column"]]
         old, new = (
             f'<data data-with="{key}:{which}">{escaped(written(entry[which], kind))}</data>' for which in ("old", "new")
@@ -419,17 +442,20 @@ def beside_html(results: Results, other: Results) -> str:
             else escaped(entry["config"])
         )
         rows.append(
-            f"<tr><th>{name}</th><td>{escaped(abouts[entry['column']])}</td><td>{old}</td><td>{new}</td><td>{change}</td></tr>"
+            f"<tr><th>{name}</th><td>{escaped(abouts[entry['column']])}</td>"
+            f"<td>{old}</td><td>{new}</td><td>{change}</td></tr>"
         )
     differs = "".join(f"<li>{escaped(line)}</li>" for line in what_differs(results, other))
     return (
-        f'<section class="card"><h2>Beside {escaped(other.folder.name)}</h2><ul class="small">{differs}</ul><div class="scroll"><table><thead><tr><th>config</th><th></th>'
-        f"<th>then</th><th>now</th><th>ratio, or loss difference</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>"
+        f'<section class="card"><h2>Beside {escaped(other.folder.name)}</h2><ul class="small">{differs}</ul>'
+        '<div class="scroll"><table><thead><tr><th>config</th><th></th>'
+        "<th>then</th><th>now</th><th>ratio, or loss difference</th></tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div></section>"
     )
 
 
 def everything_html(results: Results) -> str:
-    """All columns of results.csv, a line each."""
+    """All columns of results.csv, each on a line."""
     rows = results.good()
     head = "".join(f"<th>{escaped(case_name(row, results))}</th>" for row in rows)
     lines = []
@@ -438,8 +464,8 @@ def everything_html(results: Results) -> str:
             values = "".join(f"<td>{figure_of(row, column.name, column.kind)}</td>" for row in rows)
             lines.append(f"<tr><td>{escaped(column.about)}</td>{values}</tr>")
     return (
-        f'<details class="card"><summary>All figures (results.csv)</summary><div class="scroll"><table><thead><tr><th></th>{head}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div></details>"
+        '<details class="card"><summary>All figures (results.csv)</summary><div class="scroll"><table>'
+        f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div></details>"
     )
 
 
@@ -449,7 +475,8 @@ def as_html(results: Results, other: Results | None) -> str:
     title = title_of(results)
     verdict = "".join(f'<li class="card">{sentence_html(sentence, kinds)}</li>' for sentence in sentences(results))
     figures = "".join(
-        f'<figure class="card" id="chart-{name}"><h2>{escaped(chart[0])}</h2>{charts.inline_svg(results, name, chart)}<figcaption>{escaped(CAPTIONS[name])}</figcaption></figure>'
+        f'<figure class="card" id="chart-{name}"><h2>{escaped(chart[0])}</h2>{charts.inline_svg(results, name, chart)}'
+        f"<figcaption>{escaped(CAPTIONS[name])}</figcaption></figure>"
         for name, chart in charts.charts_of(results).items()
     )
     headings = "".join(
@@ -457,6 +484,12 @@ def as_html(results: Results, other: Results | None) -> str:
         for heading in [*(["ranks"] if len(results.spec["ranks"]) > 1 else []), *table_of(results)]
     )
     notes = "".join(f"<li>{escaped(what)}: {escaped(why)}</li>" for what, why in note_lines(results))
+    differences = (
+        f'<section class="card"><h2>Where it differs from the ZeRO paper, and why</h2><ul>{notes}</ul></section>'
+        if notes
+        else ""
+    )
+
     made = "".join(
         f"<dt>{escaped(name)}</dt><dd>{f'<code>{escaped(value)}</code>' if name == 'command' else escaped(value)}</dd>"
         for name, value in facts.items()
@@ -469,12 +502,16 @@ def as_html(results: Results, other: Results | None) -> str:
 <p class="lead">{escaped(facts["recipe"])}. {escaped(facts["machine"])}. {escaped(results.spec["created"])}.</p>
 {alarms(results)}
 <ol class="verdict">{verdict}</ol>
-<section class="card"><h2>What each costs and gives</h2><div class="scroll"><table class="rows"><thead><tr><th>config</th>{headings}</tr></thead>
+<section class="card"><h2>What each costs and gives</h2><div class="scroll"><table class="rows">\
+<thead><tr><th>config</th>{headings}</tr></thead>
 <tbody>{"".join(row_html(results, row) for row in results.rows)}</tbody></table></div>
-<p class="small">Losses, memory and time of every config were measured in processes of their own. A ratio is over the first config's time on as many ranks, step by step; in brackets, the rounds that were lowest and highest. The loss is held against the first config on as many ranks; over ranks, against the same config on the first number of ranks.</p></section>
+<p class="small">Losses, memory and time of every config were measured in processes of their own. \
+A ratio is over the first config's time on as many ranks, step by step; in brackets, the rounds that were lowest and \
+highest. The loss is held against the first config on as many ranks; over ranks, against the same config on the first \
+number of ranks.</p></section>
 <section class="charts">{figures}</section>
-{beside_html(results, other) if other is not None else ""}
-{f'<section class="card"><h2>Where it differs from the ZeRO paper, and why</h2><ul>{notes}</ul></section>' if notes else ""}
+{paired_html(results, other) if other is not None else ""}
+{differences}
 <section>{everything_html(results)}</section>
 <section class="card"><h2>How it was made</h2><dl>{made}</dl></section>
 </main></body></html>
@@ -504,7 +541,9 @@ def write(results: Results, other: Results | None) -> None:
     }
     if other is not None:
         names = ["config", "ranks", "column", "old", "new", "ratio", "loss_difference"]
-        files["with.csv"] = to_csv(names, [[entry.get(name) for name in names] for entry in beside(results, other)])
+        files["with.csv"] = to_csv(
+            names, [[entry.get(name) for name in names] for entry in paired_figures(results, other)]
+        )
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
     drawn = folder / "charts"

@@ -1,7 +1,8 @@
-"""What a comparison found: one row for each config and number of ranks, from what lib/compare/measure.py left in the comparison's folder.
+"""The results of a comparison: one row for each config and number of ranks, read from the comparison's folder.
 
-A row is a dictionary with a value for each of COLUMNS, None where it does not apply. results.csv is these rows, and every number in the
-report and on the terminal is one of them.
+lib/compare/measure.py and the runs have left their files there. A row is a dictionary with a value for each of COLUMNS,
+None where a column does not apply. results.csv has these rows, and every number in the report and on the terminal is a
+value of a row.
 """
 
 import json
@@ -17,11 +18,13 @@ from lib.compare import theory
 from lib.errors import UserError, display_path
 
 Row = dict[str, Any]
-TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3, "fp16": 2e-3}  # largest relative difference of a loss that is rounding
-STATES_OFF, TRAFFIC_OFF = 0.01, 0.05  # what differs from theory by more, theory does not describe
-NOTED = 0.01  # part of the paper's figure from which on a difference from it is noted
-INSPECTED = 3  # the step that lib/compare/measure.py takes apart: the optimizer's states are there, and stage 3 knows the order of the modules
-PHASES = ("forward", "backward", "optimizer", "data", "other")  # of a step's time
+TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3, "fp16": 2e-3}  # relative differences of a loss up to this are rounding
+STATES_OFF, TRAFFIC_OFF = 0.01, 0.05  # a figure that differs from theory by a larger part is not described by theory
+NOTED = 0.01  # differences from the paper that are larger than this part of the paper's figure are noted
+# The step that lib/compare/measure.py inspects. By then the optimizer's states exist, and stage 3 knows the order in
+# which the modules are used.
+INSPECTED = 3
+PHASES = ("forward", "backward", "optimizer", "data", "other")  # the parts of a step's time
 TRAFFIC = {
     "all_reduce": "all-reduce",
     "reduce_scatter": "reduce-scatter",
@@ -36,7 +39,7 @@ FLOP_UNITS = ((1e15, "PFLOP/s"), (1e12, "TFLOP/s"), (1e9, "GFLOP/s"), (1e6, "MFL
 @dataclass(frozen=True)
 class Column:
     name: str
-    kind: str  # how it is written: bytes, ms, s, count, flops, ratio, percent, small, passes, score, text
+    kind: str  # how a value is written: bytes, ms, s, count, flops, ratio, percent, small, passes, score, text
     about: str
 
 
@@ -56,11 +59,26 @@ COLUMNS = [
     Column("states_host_bytes", "bytes", "model states that a rank keeps in host memory"),
     *(
         Column(f"{kind}_{place}bytes", "bytes", f"{what} on a rank{about}")
-        for kind, what in (("parameters", "parameters"), ("gradients", "gradients"), ("optimizer", "optimizer states and fp32 copies of the weights"))
-        for place, about in (("device_", "'s device"), ("host_", ", in host memory"), ("theory_", ", as this config should have them"), ("paper_", ", by the paper"))
+        for kind, what in (
+            ("parameters", "parameters"),
+            ("gradients", "gradients"),
+            ("optimizer", "optimizer states and fp32 copies of the weights"),
+        )
+        for place, about in (
+            ("device_", "'s device"),
+            ("host_", ", in host memory"),
+            ("theory_", ", as this config should have them"),
+            ("paper_", ", by the paper"),
+        )
     ),
-    Column("gathered_parameters_bytes", "bytes", "parameters on a rank at the end of the forward pass, those that stage 3 has gathered included"),
-    Column("peak_device_bytes", "bytes", "most memory that the device's allocator gave out, from the start to the last step"),
+    Column(
+        "gathered_parameters_bytes", "bytes",
+        "parameters on a rank at the end of the forward pass, those that stage 3 has gathered included",
+    ),
+    Column(
+        "peak_device_bytes", "bytes",
+        "most memory that the device's allocator gave out, from the start to the last step",
+    ),
     Column("peak_host_bytes", "bytes", "most host memory of a rank's process in the timed steps, libraries included"),
     Column("step_ms", "ms", "an optimizer step, median"),
     Column("step_p10_ms", "ms", "an optimizer step, 10th percentile"),
@@ -70,7 +88,10 @@ COLUMNS = [
     Column("optimizer_ms", "ms", "optimizer step, with its collectives, mean a step"),
     Column("data_ms", "ms", "waiting for the batch, mean a step"),
     Column("other_ms", "ms", "the rest of the loop, mean a step"),
-    Column("step_ratio", "ratio", "step time over that of the first config on as many ranks: median over the same steps, mean of the rounds"),
+    Column(
+        "step_ratio", "ratio",
+        "step time over that of the first config on as many ranks: median over the same steps, mean of the rounds",
+    ),
     Column("step_ratio_low", "ratio", "the same, of the round where it was lowest"),
     Column("step_ratio_high", "ratio", "the same, of the round where it was highest"),
     Column("tokens_per_second", "count", "over all ranks: tokens of the timed steps over their seconds"),
@@ -86,9 +107,15 @@ COLUMNS = [
     Column("traffic_passes", "passes", "traffic in passes over the parameters, where the paper has 2 and 3"),
     Column("loss_first", "score", "training loss at the first step"),
     Column("loss_last", "score", "training loss at the last step"),
-    Column("loss_difference", "small", "largest relative difference of a step's loss from that of the first config on as many ranks"),
+    Column(
+        "loss_difference", "small",
+        "largest relative difference of a step's loss from that of the first config on as many ranks",
+    ),
     Column("loss_left_at_step", "count", "first step whose difference is more than rounding"),
-    Column("loss_difference_over_ranks", "small", "largest relative difference of a step's loss from that of the same config on the first number of ranks"),
+    Column(
+        "loss_difference_over_ranks", "small",
+        "largest relative difference of a step's loss from that of the same config on the first number of ranks",
+    ),
     Column("checkpoint_bytes", "bytes", "a checkpoint, of all ranks"),
     Column("checkpoint_seconds", "s", "for which training waits while it is saved"),
     Column("timed_steps", "count", "steps that were timed, over all rounds"),
@@ -101,28 +128,27 @@ class Results:
     folder: Path
     spec: dict[str, Any]  # comparison.json
     rows: list[Row]
-    losses: dict[tuple[str, int], list[float]] = field(default_factory=dict)  # (config, ranks) -> one a step
-    notes: dict[tuple[str, str], list[str]] = field(
-        default_factory=dict
-    )  # (more or less of what than in the paper, why) -> configs
+    losses: dict[tuple[str, int], list[float]] = field(default_factory=dict)  # (config, ranks) -> the loss of each step
+    # (a difference from the paper, such as "more traffic", and the reason) -> the configs that have it
+    notes: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     on_gpu: bool = False
     device: str = ""
     model: str = ""
 
     @property
     def peak(self) -> str:
-        """The column that says what must fit: the device's peak, on a CPU the process's."""
+        """The column of the memory that must suffice: the device's peak; on a CPU that of a rank's process."""
         return "peak_device_bytes" if self.on_gpu else "peak_host_bytes"
 
     def good(self) -> list[Row]:
         return [row for row in self.rows if row["failed"] is None]
 
     def first_on_as_many_ranks(self, row: Row) -> Row:
-        """The row that others are held against."""
+        """The row of the first config on as many ranks, with which `row` is compared."""
         return next(other for other in self.good() if other["ranks"] == row["ranks"])
 
     def loss_differences(self, row: Row, other: Row) -> list[float]:
-        """The relative difference of two rows' losses, one a step."""
+        """The relative difference of two rows' losses at each step."""
         pairs = zip(
             self.losses[row["config"], row["ranks"]], self.losses[other["config"], other["ranks"]], strict=False
         )
@@ -150,7 +176,7 @@ class Results:
 
 
 def read_spec(folder: Path) -> dict[str, Any]:
-    """What is compared: the comparison.json that lib/compare/compare.py made."""
+    """The comparison.json that lib/compare/compare.py wrote: what is compared. Raises UserError without a valid one."""
     try:
         return json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -160,17 +186,18 @@ def read_spec(folder: Path) -> dict[str, Any]:
 
 
 def collect(folder: Path) -> Results:
-    """The results in a comparison's folder, as far as it has come."""
+    """The results in a comparison's folder, which may be incomplete. Raises UserError if a file is broken."""
     spec = read_spec(folder)
     results = Results(folder, spec, [])
     timings: dict[tuple[str, int], dict[tuple[int, int], float]] = {}
     for ranks in spec["ranks"]:
         for config in spec["configs"]:
             try:
-                row, losses, seconds = _row(folder, spec, config, ranks, results)
+                row, losses, seconds = _row(folder, spec, config, ranks, results=results)
             except (OSError, ValueError, KeyError, IndexError) as error:
                 raise UserError(
-                    f"{display_path(folder)}: what {config} on {ranks} ranks left is not whole ({type(error).__name__}: {error}); delete {config}-{ranks}ranks/ in it and --resume"
+                    f"{display_path(folder)}: what {config} on {ranks} ranks left is not whole"
+                    f" ({type(error).__name__}: {error}); delete {config}-{ranks}ranks/ in it and --resume"
                 ) from None
             if row is not None:
                 results.rows.append(row)
@@ -185,7 +212,7 @@ def case_folder(folder: Path, config: str, ranks: int, round_number: int) -> Pat
 
 
 def read_outcome(folder: Path) -> dict[str, Any] | None:
-    """How a run ended, {"failed": reason or None, ...}; None where it has not."""
+    """How a run ended: {"failed": the reason or None, ...}; None where the run has not ended."""
     try:
         return json.loads((folder / "outcome.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -206,9 +233,12 @@ def missing_runs(folder: Path, spec: dict[str, Any]) -> int:
 
 
 def _row(
-    folder: Path, spec: dict[str, Any], config: str, ranks: int, results: Results
+    folder: Path, spec: dict[str, Any], config: str, ranks: int, *, results: Results
 ) -> tuple[Row | None, list[float], dict[tuple[int, int], float]]:
-    """The row of a config on so many ranks, its losses, and {(round, step): seconds}; no row where its first run has not ended."""
+    """(row, losses, {(round, step): seconds}) of a config on a number of ranks; no row if the first run has not ended.
+
+    Also fills in the device, the model and the notes of `results`.
+    """
     runs = [(number, case_folder(folder, config, ranks, number)) for number in range(1, spec["rounds"] + 1)]
     outcomes = [read_outcome(run) for _, run in runs]
     if outcomes[0] is None:
@@ -224,7 +254,7 @@ def _row(
     facts = measured[0]["facts"]
     results.on_gpu, results.device, results.model = facts["device_bytes"] is not None, facts["device"], facts["model"]
     row |= {name: facts[name] for name in ("stage", "parameters", "micro_batch_size", "accumulation_steps")}
-    ds_config = json.loads((runs[0][1] / "ds_config.json").read_text(encoding="utf-8"))  # without "auto"
+    ds_config = json.loads((runs[0][1] / "ds_config.json").read_text(encoding="utf-8"))  # each "auto" is filled in
     _add_states(row, ds_config, measured, results)
     _add_traffic(row, ds_config, measured, results)
 
@@ -239,14 +269,12 @@ def _row(
     if results.on_gpu:
         row["peak_device_bytes"] = max(rank["peak_device_bytes"] for rank in measured)
 
-    phases: dict[
-        tuple[int, int], dict[str, float]
-    ] = {}  # (round, step) -> seconds of each phase, of the steps that are timed
+    phases: dict[tuple[int, int], dict[str, float]] = {}  # (round, step) -> {phase: seconds}, for the timed steps
     for (number, run), outcome in zip(runs, outcomes, strict=True):
         if outcome is not None and not outcome["failed"]:
             seconds = json.loads((run / "rank-0.json").read_text(encoding="utf-8"))["seconds"]
             phases |= {(number, step): seconds[step - 1] for step in range(INSPECTED + 1, len(seconds) + 1)}
-    totals = {at: sum(split.values()) for at, split in phases.items()}
+    totals = {round_and_step: sum(phase_seconds.values()) for round_and_step, phase_seconds in phases.items()}
     row["timed_steps"] = len(totals)
     row["step_p10_ms"], row["step_ms"], row["step_p90_ms"] = (
         1000 * float(value) for value in np.quantile(list(totals.values()), (0.1, 0.5, 0.9))
@@ -261,7 +289,7 @@ def _row(
 
 
 def _add_states(row: Row, ds_config: dict[str, Any], measured: list[dict[str, Any]], results: Results) -> None:
-    """The model states of the rank that holds the most."""
+    """Add the model states of the rank that has the most."""
     rank = max(measured, key=lambda rank: sum(sum(places.values()) for places in rank["held"].values()))
     expected = theory.states(ds_config, rank["facts"])
     for kind in theory.KINDS:
@@ -279,7 +307,8 @@ def _add_states(row: Row, ds_config: dict[str, Any], measured: list[dict[str, An
             if abs(amount) > NOTED * row["states_paper_bytes"]:
                 results.note(
                     row,
-                    f"{'more' if amount > 0 else 'less'} memory for {'optimizer states' if kind == 'optimizer' else kind}",
+                    f"{'more' if amount > 0 else 'less'} memory for"
+                    f" {'optimizer states' if kind == 'optimizer' else kind}",
                     why,
                 )
     if abs(row["states_bytes"] - row["states_theory_bytes"]) > STATES_OFF * row["states_theory_bytes"]:
@@ -287,6 +316,7 @@ def _add_states(row: Row, ds_config: dict[str, Any], measured: list[dict[str, An
 
 
 def _add_traffic(row: Row, ds_config: dict[str, Any], measured: list[dict[str, Any]], results: Results) -> None:
+    """Add what a rank sends in the inspected step, the mean over ranks."""
     facts = measured[0]["facts"]
     ranks = facts["world_size"]
     sent = [theory.wire_bytes(rank["logged"], ranks) for rank in measured]
@@ -298,8 +328,8 @@ def _add_traffic(row: Row, ds_config: dict[str, Any], measured: list[dict[str, A
     }
     kinds |= {"all_gather_into_tensor": "all_gather", "all_gather": "all_gather"}
     row |= {f"{kind}_bytes": 0.0 for kind in TRAFFIC}
-    for rank in sent:  # the mean over ranks
-        for op, value in rank.items():
+    for sent_by_rank in sent:
+        for op, value in sent_by_rank.items():
             row[f"{kinds.get(op, 'other_traffic')}_bytes"] += value / len(sent)
     expected = theory.traffic(ds_config, facts)
     row["traffic_bytes"] = sum(row[f"{kind}_bytes"] for kind in TRAFFIC)
@@ -315,25 +345,29 @@ def _add_traffic(row: Row, ds_config: dict[str, Any], measured: list[dict[str, A
 
 
 def _compare_with_first(results: Results, timings: dict[tuple[str, int], dict[tuple[int, int], float]]) -> None:
-    """Hold each row against the first config on as many ranks, and its losses also against the same config on the first number of ranks."""
+    """Compare each row with the first config on as many ranks.
+
+    Its losses are also compared with those of the same config on the first number of ranks.
+    timings: {(config, ranks): {(round, step): seconds}}.
+    """
     tolerance = TOLERANCE[results.spec["precision"]]
     for row in results.good():
         key = (row["config"], row["ranks"])
         first = results.first_on_as_many_ranks(row)
-        alone = next(other for other in results.good() if other["config"] == row["config"])
+        on_first_ranks = next(other for other in results.good() if other["config"] == row["config"])
         differences = results.loss_differences(row, first)
         row["loss_difference"] = max(differences)
         row["loss_left_at_step"] = next(
             (step for step, value in enumerate(differences, 1) if not value <= tolerance), None
         )
         row["loss_difference_over_ranks"] = (
-            max(results.loss_differences(row, alone)) if len(results.spec["ranks"]) > 1 else None
+            max(results.loss_differences(row, on_first_ranks)) if len(results.spec["ranks"]) > 1 else None
         )
         base = timings[first["config"], first["ranks"]]
-        ratios: dict[int, list[float]] = {}  # of each round, which all count alike
-        for at, seconds in timings[key].items():
-            if at in base:
-                ratios.setdefault(at[0], []).append(seconds / base[at])
+        ratios: dict[int, list[float]] = {}  # round -> ratio of each step; all rounds count alike
+        for round_and_step, seconds in timings[key].items():
+            if round_and_step in base:
+                ratios.setdefault(round_and_step[0], []).append(seconds / base[round_and_step])
         medians = [statistics.median(values) for values in ratios.values()]
         row |= {
             "step_ratio": statistics.fmean(medians),
@@ -351,12 +385,12 @@ def relative(value: float, reference: float) -> float:
 
 
 def case_name(row: Row, results: Results) -> str:
-    """What a row is called where only its name is shown."""
+    """The name of a row: its config, with the number of ranks where the comparison has several."""
     return row["config"] if len(results.spec["ranks"]) == 1 else f"{row['config']} on {row['ranks']}"
 
 
 def written(value: Any, kind: str) -> str:
-    """A value as the report and the terminal write it; its unit is in it, or in the column's heading."""
+    """A value as the report and the terminal write it. Its unit is part of the text, or of the column's heading."""
     if value is None:
         return "-"
     if kind == "text":
@@ -365,7 +399,7 @@ def written(value: Any, kind: str) -> str:
         return "not finite"
     if kind in ("bytes", "flops"):
         units = BYTE_UNITS if kind == "bytes" else FLOP_UNITS
-        size, unit = next((found for found in units if value >= 0.9995 * found[0]), units[-1])
+        size, unit = next((pair for pair in units if value >= 0.9995 * pair[0]), units[-1])
         return f"{value:.0f} {unit}" if size == 1 else f"{_three_digits(value / size)} {unit}"
     if kind == "count":
         return f"{value:,.0f}"

@@ -1,8 +1,9 @@
-"""What a ZeRO config should cost a rank: the paper's formulas, and what DeepSpeed 0.19.8 does beside them.
+"""What a ZeRO config should cost a rank: the paper's formulas, and how DeepSpeed 0.19.8 departs from them.
 
-Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", sections 5 (states) and 7 (traffic).
-Psi is the number of parameters, N the number of ranks. The paper counts mixed precision (2 bytes for a parameter and a gradient, 12 for
-fp32 copy, momentum and variance); in fp32 it is 4, 4 and 8. Facts are those of lib/compare/measure.py: numbers of elements, never bytes that were counted.
+The paper is Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", sections 5
+(states) and 7 (traffic). Psi is the number of parameters, N the number of ranks. The paper counts mixed precision: 2
+bytes for a parameter, 2 for a gradient, 12 for fp32 copy, momentum and variance; in fp32 these are 4, 4 and 8. The
+facts are those of lib/compare/measure.py: numbers of elements. No measured bytes enter the formulas.
 """
 
 import re
@@ -11,7 +12,7 @@ from typing import Any
 
 from lib.settings.ds_config import offload_device, stage_of
 
-REUSE_DISTANCE = 1_000_000_000  # DeepSpeed's default of stage3_max_reuse_distance
+REUSE_DISTANCE = 1_000_000_000  # elements; DeepSpeed's default of stage3_max_reuse_distance
 PAPER_STAGE3 = (
     "stage3_param_persistence_threshold",
     "stage3_max_live_parameters",
@@ -20,19 +21,20 @@ PAPER_STAGE3 = (
 )
 KINDS = ("parameters", "gradients", "optimizer")
 
-# Peak matrix FLOP/s of devices, dense, without sparsity: {part of the name: (16-bit, fp32)}. From the vendors' data sheets; fp32 without
-# TF32, which PyTorch leaves off. The first that fits counts.
+# Peak matrix FLOP/s of devices, dense, without sparsity: {part of the name: (16-bit, fp32)}, from the vendors' data
+# sheets; fp32 is without TF32, which PyTorch leaves off. The first part that a device's name contains counts.
 PEAK_FLOPS = {
-    "H100 PCIe": (756e12, 51e12), "H100 NVL": (835e12, 60e12), "H100": (989e12, 67e12), "H200": (989e12, 67e12), "H800": (989e12, 67e12),
-    "B200": (2250e12, 75e12), "A100": (312e12, 19.5e12), "A800": (312e12, 19.5e12), "A40": (149.7e12, 37.4e12), "A10G": (70e12, 35e12),
-    "A10": (125e12, 31.2e12), "L40S": (362e12, 91.6e12), "L40": (181e12, 90.5e12), "L4": (121e12, 30.3e12), "V100": (125e12, 15.7e12),
-    "T4": (65e12, 8.1e12), "MI300X": (1307e12, 163e12),
+    "H100 PCIe": (756e12, 51e12), "H100 NVL": (835e12, 60e12), "H100": (989e12, 67e12), "H200": (989e12, 67e12),
+    "H800": (989e12, 67e12), "B200": (2250e12, 75e12), "A100": (312e12, 19.5e12), "A800": (312e12, 19.5e12),
+    "A40": (149.7e12, 37.4e12), "A10G": (70e12, 35e12), "A10": (125e12, 31.2e12), "L40S": (362e12, 91.6e12),
+    "L40": (181e12, 90.5e12), "L4": (121e12, 30.3e12), "V100": (125e12, 15.7e12), "T4": (65e12, 8.1e12),
+    "MI300X": (1307e12, 163e12),
 }  # fmt: skip
 
 
 @dataclass
 class Expected:
-    """A figure of the paper, and what DeepSpeed adds to it or takes from it: (amount, why)."""
+    """A figure of the paper in bytes, and what DeepSpeed adds to it or takes from it: (bytes, the reason)."""
 
     paper: float
     differences: list[tuple[float, str]] = field(default_factory=list)
@@ -47,16 +49,16 @@ class Expected:
 
 
 def peak_flops(device: str, element_bytes: int) -> float | None:
-    """Peak FLOP/s of a device by its name, for 16-bit or fp32 matrices; None where it is not known, as of CPUs."""
+    """Peak FLOP/s of the device of this name, for 16-bit or fp32 matrices; None where it is unknown, as for CPUs."""
     return next(
         (peaks[element_bytes == 4] for part, peaks in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", device)), None
     )
 
 
 def states(ds_config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Expected]:
-    """Bytes of "parameters", "gradients" and "optimizer" states on a rank, device and host together.
+    """{kind: bytes} of "parameters", "gradients" and "optimizer" states on a rank, on device and host together.
 
-    The most that is held after a backward pass of a step, with AdamW.
+    The bytes are the most that a rank has after any backward pass of a step, with AdamW.
     """
     stage, ranks, size = facts["stage"], facts["world_size"], facts["element_bytes"]
     psi, trained, accumulates = facts["parameters"], facts["trained"], facts["accumulation_steps"] > 1
@@ -72,7 +74,8 @@ def states(ds_config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Expect
     if stage == 3 and ranks > 1:  # on one rank the share is the whole
         parameters.differs(
             size * facts["kept_whole"],
-            "parameters of at most stage3_param_persistence_threshold elements are kept whole on every rank, beside the shares",
+            "parameters of at most stage3_param_persistence_threshold elements are kept whole on every rank,"
+            " beside the shares",
         )
     share = size * trained / ranks
     straddling = size * facts["touching_share"] - share if facts["touching_share"] is not None else 0.0
@@ -80,7 +83,8 @@ def states(ds_config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Expect
     if stage == 1 and reduced_in_backward:
         gradients.differs(
             share - gradients.paper,
-            "with overlap_comm and no accumulation, gradients move into the communication buffer during backward, which is not counted",
+            "with overlap_comm and no accumulation, gradients move into the communication buffer during backward,"
+            " which is not counted",
         )
     if offloads:
         freed = share if reduced_in_backward and not accumulates else 0
@@ -95,15 +99,15 @@ def states(ds_config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Expect
 
 
 def traffic(ds_config: dict[str, Any], facts: dict[str, Any]) -> Expected:
-    """Bytes that a rank sends in an optimizer step, with ring collectives."""
+    """The bytes that a rank sends in an optimizer step, with ring collectives."""
     stage, ranks, micro_steps = facts["stage"], facts["world_size"], facts["accumulation_steps"]
     zero = ds_config.get("zero_optimization", {})
-    ring = facts["element_bytes"] * (ranks - 1) / ranks  # bytes on the wire of one pass over one element
+    ring = facts["element_bytes"] * (ranks - 1) / ranks  # bytes that a rank sends for one element in one pass
     gradients, parameters = ring * facts["trained"], ring * facts["parameters"]
     volume = Expected(3 * parameters if stage == 3 else 2 * gradients)
     if stage in (1, 2):
         rounds = micro_steps if stage == 2 else 1
-        # A rank gets no more than its share of the sums only with all three of these; offloading makes gradients contiguous.
+        # A rank gets only its share of the sums if all three of these hold. Offloading makes gradients contiguous.
         contiguous = zero.get("contiguous_gradients", True) or offload_device(ds_config, "optimizer") != "none"
         all_reduces = (
             zero.get("use_multi_rank_bucket_allreduce", True) or not zero.get("reduce_scatter", True) or not contiguous
@@ -120,18 +124,20 @@ def traffic(ds_config: dict[str, Any], facts: dict[str, Any]) -> Expected:
     if stage == 3:
         kept_whole, in_modules = ring * facts["kept_whole"], ring * facts["in_modules"]
         gathered = parameters - kept_whole
-        # A module's parameters are kept from forward to backward where less than the reuse distance is used in between: the modules after it, twice.
+        # A module's parameters are kept from forward to backward if the elements used in between are fewer than the
+        # reuse distance. Between the two, every later module is used twice. The rest of the parameters is released.
         released = max(0.0, 1 - zero.get("stage3_max_reuse_distance", REUSE_DISTANCE) / 2 / max(1, facts["in_modules"]))
         volume.differs(-kept_whole, "parameters kept whole are gathered once, after the optimizer's step")
         volume.differs(
             (released - 1) * gathered,
-            "parameters that are used again within stage3_max_reuse_distance elements are gathered once, and kept until backward",
+            "parameters that are used again within stage3_max_reuse_distance elements are gathered once,"
+            " and kept until backward",
         )
         volume.differs(
             2 * released * (in_modules - gathered), "a parameter that two modules share is gathered for each of them"
         )
-        each = (1 - released) * gathered + 2 * released * in_modules
-        volume.differs((micro_steps - 1) * each, "parameters are gathered at every micro-batch")
+        per_micro_batch = (1 - released) * gathered + 2 * released * in_modules
+        volume.differs((micro_steps - 1) * per_micro_batch, "parameters are gathered at every micro-batch")
         volume.differs(
             (micro_steps - 1) * gradients, "stage 3 reduces the gradients of every micro-batch, the paper once a step"
         )
@@ -144,10 +150,11 @@ def traffic(ds_config: dict[str, Any], facts: dict[str, Any]) -> Expected:
 
 
 def wire_bytes(logged: dict[str, dict[str, int]], ranks: int) -> dict[str, float]:
-    """{collective: bytes that a rank sends} from DeepSpeed's log of them: {collective: {bytes of its argument: calls}}.
+    """{collective: bytes that a rank sends} from DeepSpeed's log, {collective: {bytes of its argument: calls}}.
 
-    With rings: an all-reduce passes its argument 2(N-1)/N times, a reduce-scatter (N-1)/N times (nccl-tests, PERFORMANCE.md); of an all-gather
-    the argument is a rank's share, which passes N-1 times. A reduce or broadcast is passed on by all ranks but one: (N-1)/N in the mean.
+    With rings, a rank sends 2(N-1)/N times the argument of an all-reduce and (N-1)/N times that of a reduce-scatter
+    (nccl-tests, PERFORMANCE.md). The argument of an all-gather is a rank's share, and a rank sends N-1 times as many
+    bytes. All ranks but one pass on the argument of a reduce or broadcast: (N-1)/N times the argument on average.
     """
     once = (ranks - 1) / ranks
     factors = {
@@ -165,7 +172,7 @@ def wire_bytes(logged: dict[str, dict[str, int]], ranks: int) -> dict[str, float
 
 
 def with_paper_preset(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """The config with the knobs set so that the paper's volumes appear on a model of any size."""
+    """The config with ZeRO's knobs set so that the traffic is the paper's on a model of any size."""
     changed = ds_config | {"zero_optimization": dict(ds_config.get("zero_optimization", {}))}
     if stage_of(ds_config) in (1, 2):
         changed["zero_optimization"] |= {

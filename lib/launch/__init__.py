@@ -1,1 +1,1 @@
-"""The commands of launch.sh that are processes of their own, before or beside the ranks."""
+"""The commands of launch.sh that are processes of their own, before the ranks or alongside them."""

@@ -1,9 +1,9 @@
-"""What launch.sh asks once before it starts a recipe: are its settings known, and which devices are there?
+"""What launch.sh asks once before it starts a recipe: are the settings known, and which devices does the machine have?
 
-    python -m lib.launch.preflight recipe.py RANKS settings ...   prints the options for `deepspeed`, after the value for DS_ACCELERATOR
+    python -m lib.launch.preflight recipe.py RANKS settings ...   prints DS_ACCELERATOR, then options for `deepspeed`
     python -m lib.launch.preflight recipe.py --help               prints the recipe's settings
 
-It imports neither torch nor the recipe: a wrong word is answered at once.
+It imports neither torch nor the recipe, so that a misspelt setting is reported at once.
 """
 
 import os
@@ -14,13 +14,8 @@ from lib.errors import UserError
 from lib.launch import devices
 from lib.settings import config
 
-OF_LAUNCH = (
-    "stage",
-    "ds_config",
-    "ranks",
-    "restarts",
-    "dry_run",
-)  # launch.sh takes them out; a misspelt one arrives here
+# launch.sh takes its own options out before it calls this, but a misspelt one arrives here.
+LAUNCH_OPTIONS = ("stage", "ds_config", "ranks", "restarts", "dry_run")
 
 
 def main(recipe: str, ranks: str, *settings: str) -> None:
@@ -31,7 +26,7 @@ def main(recipe: str, ranks: str, *settings: str) -> None:
         parser.print_help()
         return
     if parser is not None:
-        config.known_arguments(parser, list(settings), also=OF_LAUNCH)
+        config.known_arguments(parser, list(settings), also=LAUNCH_OPTIONS)
     found = devices.find()
     try:
         count = int(ranks) if ranks else found.default_ranks

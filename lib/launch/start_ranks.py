@@ -1,10 +1,12 @@
-"""Start the ranks that a `deepspeed` command starts, on this machine, without its two imports of DeepSpeed, which take seconds.
+"""Start on this machine the ranks that a `deepspeed` command would start, without the seconds of its two imports.
 
-    python -m lib.launch.start_ranks --log_level critical --master_port 29500 --num_accelerators 2 recipe.py settings ...
+    python -m lib.launch.start_ranks --log_level critical --master_port 29500 --num_accelerators 2 recipe.py ...
 
-It takes the options that launch.sh prints, and gives the ranks the environment and arguments that DeepSpeed 0.19.8 gives them (deepspeed/launcher/launch.py;
-tests/launch/test_start.py compares them). When a rank fails, it ends the others and takes its exit code. For accelerators other than CPUs and NVIDIA's and AMD's
-GPUs, whose variables DeepSpeed knows, it becomes the `deepspeed` command itself.
+The `deepspeed` command imports DeepSpeed twice before the ranks do; this process does not. It takes the options that
+launch.sh prints, and gives each rank the environment and arguments that DeepSpeed 0.19.8 gives it
+(deepspeed/launcher/launch.py; tests/launch/test_start.py compares the two). When a rank fails, this process ends the
+other ranks and takes the failed rank's exit code. Accelerators other than CPUs and NVIDIA's and AMD's GPUs need
+variables that only DeepSpeed knows; for these this process becomes the `deepspeed` command itself.
 """
 
 import argparse
@@ -18,16 +20,16 @@ from typing import Any
 
 from lib.errors import EXIT_SECONDS, STOPPED
 
-OWN_WORDS_SECONDS = 1.0  # in which a rank whose neighbour has failed may say so and end by itself
-GRACE_SECONDS = 10.0  # from SIGTERM to SIGKILL
+OWN_WORDS_SECONDS = 1.0  # after a rank has failed, the other ranks may report it and end by themselves for so long
+GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL
 
 
 def main() -> int:
     if os.environ.get("DS_ACCELERATOR", "cuda") not in ("cpu", "cuda"):
         os.execv(Path(sys.executable).parent / "deepspeed", ["deepspeed", *sys.argv[1:]])
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("--log_level")  # DeepSpeed's launcher's; this one says nothing
-    parser.add_argument("--hostfile")  # /dev/null: this machine alone
+    parser.add_argument("--log_level")  # for DeepSpeed's launcher; this one logs nothing
+    parser.add_argument("--hostfile")  # for DeepSpeed's launcher: /dev/null, which means this machine alone
     parser.add_argument("--master_port", required=True)
     parser.add_argument("--num_accelerators", type=int)
     parser.add_argument("--include")
@@ -67,24 +69,23 @@ def main() -> int:
         time.sleep(0.05)
     failed = next(filter(None, codes), 0)
     if failed:
-        wait(
-            ranks, EXIT_SECONDS + 10 if failed == STOPPED else OWN_WORDS_SECONDS
-        )  # a monitor of rank 0 may still be uploading
+        # After a stop that was asked for, rank 0's monitor may still be uploading.
+        wait(ranks, EXIT_SECONDS + 10 if failed == STOPPED else OWN_WORDS_SECONDS)
         end(ranks)
     return failed
 
 
 def wait(ranks: list[subprocess.Popen[bytes]], seconds: float) -> None:
-    """Until all have ended, but no longer than so many seconds."""
+    """Wait until all ranks have ended, but no longer than `seconds`."""
     deadline = time.monotonic() + seconds
     while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
 def end(ranks: list[subprocess.Popen[bytes]]) -> None:
-    """End those that still run."""
+    """End the ranks that still run."""
     for rank in ranks:
-        rank.terminate()  # nothing happens where it has ended
+        rank.terminate()  # does nothing to a rank that has ended
     wait(ranks, GRACE_SECONDS)
     for rank in ranks:
         rank.kill()

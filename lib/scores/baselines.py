@@ -1,4 +1,4 @@
-"""Trivial baselines, which scores are to be read beside: has anything been learned?"""
+"""Trivial baselines. A score is compared with them to see whether anything was learned."""
 
 import re
 import time
@@ -17,11 +17,11 @@ from lib.scores.evaluation import (
     spaced,
 )
 
-MEMORY_ROWS = 50_000  # training rows that a translation memory holds: with more, it might outlast the training
+MEMORY_ROWS = 50_000  # training rows that a translation memory uses; with more, it might take longer than the training
 
 
 def majority_class(train_labels: Sequence[int], test_labels: Sequence[int]) -> dict[str, float]:
-    """The scores of always answering with the most frequent training label."""
+    """The scores of a model that always predicts the most frequent training label."""
     most_frequent = int(np.bincount(np.asarray(train_labels)).argmax())
     return classification_scores(test_labels, [most_frequent] * len(test_labels))
 
@@ -30,14 +30,17 @@ def majority_class(train_labels: Sequence[int], test_labels: Sequence[int]) -> d
 def tfidf_logistic_regression(
     train_texts: Sequence[str], train_labels: Sequence[int], test_texts: Sequence[str], test_labels: Sequence[int]
 ) -> dict[str, float]:
-    """The scores of scikit-learn's logistic regression on TF-IDF weighted words (or characters, if there are no words), fitted on the training rows."""
+    """The scores of scikit-learn's logistic regression on TF-IDF weighted words, fitted on the training rows.
+
+    Where the texts have no words, characters take the place of words.
+    """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
-    if len(set(train_labels)) < 2:  # few rows, all of one label
+    if len(set(train_labels)) < 2:  # a few rows may all have one label, which cannot be fitted
         return majority_class(train_labels, test_labels)
-    # Words as scikit-learn understands them; there may be none, only letters or signs, or no spaces between them.
+    # scikit-learn's words have two letters or more. Texts of single letters or signs, or without spaces, have no words.
     has_words = any(re.search(r"\b\w\w+\b", text) for text in train_texts) and not are_spaceless(train_texts)
     model = make_pipeline(
         TfidfVectorizer(analyzer="word" if has_words else "char", sublinear_tf=True), LogisticRegression(max_iter=1000)
@@ -51,7 +54,7 @@ def unigram(
 ) -> dict[str, float]:
     """The scores of a model that knows only how often each token occurs in training (with one added to each count).
 
-    It predicts what the language model is asked to: every token of the test stream but the first.
+    It predicts the same tokens as the language model: every token of the test stream but the first.
     """
     counts = np.bincount(train_tokens, minlength=vocab_size) + 1
     log_probabilities = np.log(counts / counts.sum())
@@ -62,7 +65,7 @@ def unigram(
 
 
 def unigram_masked(train_tokens: np.ndarray, hidden_tokens: Sequence[int], vocab_size: int) -> dict[str, float]:
-    """The scores at hidden tokens of a model that knows only how often each token occurs in training (with one added to each count)."""
+    """The scores of the same model as in `unigram` at the hidden tokens of a masked language model."""
     counts = np.bincount(train_tokens, minlength=vocab_size) + 1
     hidden = np.asarray(hidden_tokens)
     nats = -np.log(counts / counts.sum())[hidden].sum()
@@ -76,11 +79,12 @@ def unigram_masked(train_tokens: np.ndarray, hidden_tokens: Sequence[int], vocab
 def nearest_training_target(
     train_sources: Sequence[str], train_targets: Sequence[str], test_sources: Sequence[str]
 ) -> list[str]:
-    """For each test source, the target of the training source that is most alike: a translation memory.
+    """For each test source, the target of the most similar training source: a translation memory.
 
-    Alike is the cosine of TF-IDF weights of the 2 to 4 letters long pieces of words, by scikit-learn. On short messages they find better
-    neighbours than words do (1,256 French messages of Plone: chrF 35 against 32). 15,000 x 2,000 messages of 8 words take 2 s on a core.
-    Of more than MEMORY_ROWS training rows, so many are read, evenly spread.
+    The similarity is the cosine of TF-IDF weights of pieces of words, 2 to 4 letters long, by scikit-learn. On short
+    messages pieces find better neighbours than words do (1,256 French messages of Plone: chrF 35 against 32). For
+    15,000 training and 2,000 test messages of 8 words it takes 2 s on a core. Of more than MEMORY_ROWS training rows,
+    only MEMORY_ROWS are used, spread evenly over all.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.neighbors import NearestNeighbors
@@ -92,18 +96,18 @@ def nearest_training_target(
         vectorizer.fit_transform([sources[number] for number in kept])
     )
     nearest = index.kneighbors(vectorizer.transform(test_sources), return_distance=False)
-    return [train_targets[kept[place]] for place in nearest[:, 0]]
+    return [train_targets[kept[number]] for number in nearest[:, 0]]
 
 
 def first_sentence(context: str) -> str:
-    """The first sentence of a text ("" if it has none): an answer without reading the question."""
+    """The first sentence of a text ("" if it has none), as an answer that does not depend on the question."""
     return next(iter(sentences(context)), "")
 
 
 def longest_overlap(question: str, context: str) -> str:
-    """The sentence of a text that shares most words with the question, the first of equals ("" if the text has none)."""
-    asked = _words(question)
-    return max(sentences(context), key=lambda sentence: len(asked & _words(sentence)), default="")
+    """The sentence of a text that shares most words with the question, the first of equals ("" if there is none)."""
+    question_words = _words(question)
+    return max(sentences(context), key=lambda sentence: len(question_words & _words(sentence)), default="")
 
 
 def _words(text: str) -> set[str]:
@@ -114,21 +118,22 @@ def _words(text: str) -> set[str]:
 def bm25(queries: Sequence[str], documents: Sequence[str], depth: int) -> np.ndarray:
     """[queries, depth] numbers of the documents with the highest BM25 score, best first, by bm25s with its defaults.
 
-    Those are Lucene's variant with k1 = 1.5 and b = 0.75 over lower-cased words of two characters or more, without English stop words,
-    not stemmed; in texts without spaces, over single letters. A document that shares no word with the query is not found: -1 fills up such a row, which `retrieval_scores` understands.
+    The defaults are Lucene's variant with k1 = 1.5 and b = 0.75 over lower-cased words of two characters or more,
+    without English stop words, not stemmed. Texts without spaces are cut into single letters. A document that shares no
+    word with the query is not found. A row with fewer documents ends in -1, as `retrieval_scores` expects.
     """
     import bm25s
 
     letters: dict[str, Any] = {"token_pattern": r"\w"} if are_spaceless(documents) else {}
-    of_documents, of_queries = (
+    document_tokens, query_tokens = (
         bm25s.tokenize(list(texts), show_progress=False, **letters) for texts in (documents, queries)
     )
     ranking = np.full((len(queries), depth), -1)
-    if not of_documents.vocab or not of_queries.vocab:  # texts of single letters, say
+    if not document_tokens.vocab or not query_tokens.vocab:  # no text has a word: all words may be single letters
         return ranking
     index = bm25s.BM25()
-    index.index(of_documents, show_progress=False)
-    found, scores = index.retrieve(of_queries, k=min(depth, len(documents)), show_progress=False)
+    index.index(document_tokens, show_progress=False)
+    found, scores = index.retrieve(query_tokens, k=min(depth, len(documents)), show_progress=False)
     ranking[:, : found.shape[1]] = np.where(scores > 0, found, -1)
     return ranking
 
@@ -144,20 +149,21 @@ def gensim_word2vec(
     sample: float,
     seed: int,
 ) -> tuple[list[str], np.ndarray, float]:
-    """Word vectors by gensim's skip-gram with negative sampling (Mikolov et al., 2013), its C loop: (words, vectors, words_per_second).
+    """(words, vectors, words_per_second) of gensim's skip-gram with negative sampling (Mikolov et al., 2013), in C.
 
-    words: those that occur min_count times, the most frequent first; vectors: [words, dims] float32.
-    words_per_second: words of the documents, rare and subsampled ones too, times epochs, a second of training (without counting words).
-    sample: the frequency above which words are subsampled. All else is gensim's default: a learning rate from 0.025 down to 0.0001, a
-    random part of the window, noise by counts to the power of 0.75. One worker gives the same vectors every time.
+    words: those that occur at least min_count times, the most frequent first; vectors: [words, dims] float32.
+    words_per_second: all words of the documents, rare and subsampled ones too, times epochs, over the seconds of
+    training; building the vocabulary is not timed.
+    sample: the frequency above which words are subsampled. All else is gensim's default: a learning rate from 0.025
+    down to 0.0001, a random part of the window, noise by counts to the power of 0.75. There is one worker, because more
+    would give other vectors every time.
     """
     from gensim.models import Word2Vec
     from gensim.models.word2vec import MAX_WORDS_IN_BATCH
 
-    share = (
-        sample if sample < 1 else 0
-    )  # 1 and more are numbers of occurrences to gensim; as a share they thin nothing out, as 0 does
-    # gensim would ignore the rest of a longer document without a word
+    # gensim reads a sample of 1 or more as a number of occurrences. As a frequency it subsamples no word, as 0 does.
+    share = sample if sample < 1 else 0
+    # gensim would ignore the rest of a longer document in silence.
     pieces = [
         words[start : start + MAX_WORDS_IN_BATCH]
         for words in documents

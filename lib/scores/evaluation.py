@@ -1,4 +1,4 @@
-"""Scores, as the field's own tools define them; `baselines.py` has what they are to be read beside."""
+"""Scores, as the field's own tools define them. `baselines.py` has the baselines to compare them with."""
 
 import math
 import re
@@ -16,8 +16,8 @@ from lib.errors import UserError
 def classification_scores(labels: Sequence[int], predictions: Sequence[int]) -> dict[str, float]:
     """Accuracy and macro-F1, by scikit-learn.
 
-    Macro-F1 is the mean of the F1 of the labels that the rows have. scikit-learn's default takes in labels that are only predicted, too; then
-    a model and its baselines are each scored over a set of their own.
+    Macro-F1 is the mean F1 over the labels that occur in `labels`. By scikit-learn's default it would include labels
+    that are only predicted, and then a model and its baselines would be scored over different sets of labels.
     """
     from sklearn.metrics import accuracy_score, f1_score  # here, because it takes a second to import
 
@@ -28,27 +28,31 @@ def classification_scores(labels: Sequence[int], predictions: Sequence[int]) -> 
 
 
 def perplexity(nats: float, tokens: float) -> float:
-    """From the summed negative log-likelihood of so many tokens; infinite where it is too large for a number."""
+    """Perplexity from the summed negative log-likelihood (nats) of `tokens`; infinite if too large for a float."""
     return math.inf if nats / tokens > 700 else math.exp(nats / tokens)
 
 
 def perplexity_and_bits(loss_sum: float, tokens: int, text_bytes: int) -> dict[str, float]:
-    """Perplexity a token and bits a byte, from the summed negative log-likelihood (nats) of `tokens` that encode `text_bytes`."""
+    """Perplexity per token and bits per byte.
+
+    loss_sum: the summed negative log-likelihood (nats) of `tokens`, which encode `text_bytes` bytes of text.
+    """
     return {"perplexity": perplexity(loss_sum, tokens), "bits_per_byte": loss_sum / math.log(2) / text_bytes}
 
 
 def _bleu(tokenize: str) -> Any:
-    """sacrebleu's BLEU, all but the tokenizer at its defaults. A signature counts references, so it is told that there is one a row."""
+    """sacrebleu's BLEU with defaults for all but the tokenizer."""
     from sacrebleu.metrics.bleu import BLEU
 
-    return BLEU(tokenize=tokenize, references=[[""]])
+    return BLEU(tokenize=tokenize, references=[[""]])  # the signature states the number of references: one for each row
 
 
 def translation_scores(hypotheses: Sequence[str], references: Sequence[str], tokenize: str = "13a") -> dict[str, float]:
     """BLEU (Papineni et al., 2002) and chrF2 (Popovic, 2015) of the whole corpus, 0 to 100, by sacrebleu.
 
-    hypotheses: raw text, one a row, not tokenized; references: one a row.
-    tokenize: sacrebleu's tokenizer for BLEU (chrF needs none). "13a" suits languages that write spaces, "zh" Chinese, "char" any.
+    hypotheses: raw text, one for each row, not tokenized; references: one for each row.
+    tokenize: sacrebleu's tokenizer for BLEU (chrF needs none). "13a" suits languages that write spaces between words,
+    "zh" Chinese, "char" any language.
     """
     from sacrebleu.metrics.chrf import CHRF
 
@@ -59,29 +63,34 @@ def translation_scores(hypotheses: Sequence[str], references: Sequence[str], tok
 
 
 def bleu_signature(tokenize: str = "13a") -> str:
-    """sacrebleu's signature of the BLEU that `translation_scores` computes: to be quoted with it, or it cannot be compared (Post, 2018)."""
+    """sacrebleu's signature of `translation_scores`' BLEU, without which a BLEU cannot be compared (Post, 2018)."""
     return str(_bleu(tokenize).get_signature())
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a text, each on one line. A simple rule, not a trained one: a sentence ends
+    """The sentences of a text, each on one line, by a simple rule.
 
-    at a blank line, after a full stop, question or exclamation mark where white space and no lower-case letter follows, and after those of
-    Chinese and Japanese.
+    A sentence ends at a blank line, after a full stop, question mark or exclamation mark that is followed by white
+    space and then no lower-case letter, and after the corresponding marks of Chinese and Japanese.
     """
     parts = re.split(
-        r"(?<=[.!?])\s+(?![a-z\s])|(?<=[\u3002\uff01\uff1f])(?![\u3002\uff01\uff1f\u300d\u300f\u201d\u2019\uff09])|\n\s*\n",
+        r"(?<=[.!?])\s+(?![a-z\s])"
+        r"|(?<=[\u3002\uff01\uff1f])(?![\u3002\uff01\uff1f\u300d\u300f\u201d\u2019\uff09])"
+        r"|\n\s*\n",
         text,
     )
     return [" ".join(part.split()) for part in parts if part.strip()]
 
 
 # Letters of scripts that put no spaces between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese.
-SPACELESS = r"[\u0e01-\u0e4e\u0e81-\u0edf\u1000-\u109f\u1780-\u17d3\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+SPACELESS = (
+    r"[\u0e01-\u0e4e\u0e81-\u0edf\u1000-\u109f\u1780-\u17d3\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    r"\U00020000-\U0003ffff]"
+)
 
 
 def spaced(text: str) -> str:
-    """A text with spaces around each letter of a script without spaces, so that each counts as a word."""
+    """The text with spaces around each letter of a script without spaces, so that each such letter counts as a word."""
     return re.sub(SPACELESS, r" \g<0> ", text)
 
 
@@ -95,22 +104,23 @@ def are_spaceless(texts: Sequence[str]) -> bool:
 
 
 def check_bleu_tokenizer(tokenize: str, references: Sequence[str]) -> None:
-    """Raise a UserError where BLEU would take whole sentences for words."""
+    """Raise a UserError where BLEU would count whole sentences as words."""
     if tokenize in ("13a", "intl") and are_spaceless(references):
         raise UserError(
-            f"the targets have no spaces between words, which bleu_tokenizer {tokenize} needs; set --bleu_tokenizer zh for Chinese, char for others"
+            f"the targets have no spaces between words, which bleu_tokenizer {tokenize} needs;"
+            " set --bleu_tokenizer zh for Chinese, char for others"
         )
 
 
 class _EveryScript:
-    """A tokenizer for rouge-score, whose own drops all but a to z and digits."""
+    """A tokenizer for rouge-score that keeps words of every script; rouge-score's own keeps only a to z and digits."""
 
     def tokenize(self, text: str) -> list[str]:
         return re.findall(r"[^\W_]+", spaced(text.lower()))
 
 
 def rouge_tokens(references: Sequence[str]) -> str:
-    """What ROUGE of these counts: to be said with it."""
+    """The units that ROUGE counts in these references, as a text to be shown with the score."""
     if _is_english_alphabet(references):
         return "rouge-score's tokens, stemmed: a to z and digits"
     return "letters" if are_spaceless(references) else "words as they are written, not stemmed"
@@ -123,11 +133,12 @@ def _is_english_alphabet(texts: Sequence[str]) -> bool:
 
 
 def summarization_scores(summaries: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """ROUGE-1, -2, -L and -Lsum (Lin, 2004): the mean over rows of the F-measure, 0 to 100, by rouge-score with Porter's stemmer.
+    """ROUGE-1, -2, -L and -Lsum (Lin, 2004): F-measure, 0 to 100, means over rows, by rouge-score with Porter stemming.
 
-    ROUGE-Lsum compares sentence by sentence and takes a newline for the end of one, so both sides are split by `sentences`, which
-    ROUGE-L and the n-grams do not see. rouge-score drops all but the letters a to z and digits; where most letters of the references are
-    others, words are taken as they are written, not stemmed, and single letters in scripts without spaces.
+    ROUGE-Lsum compares sentence by sentence and reads a newline as the end of a sentence, so summaries and references
+    are split by `sentences`; this changes neither ROUGE-L nor the n-grams. rouge-score drops all but the letters a to z
+    and digits. Where most letters of the references are others, words are compared as they are written, not stemmed,
+    and in scripts without spaces single letters are compared.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -145,13 +156,16 @@ def summarization_scores(summaries: Sequence[str], references: Sequence[str]) ->
 
 
 def _normalized(answer: str) -> str:
-    """An answer as SQuAD compares it: lower case, without punctuation (ASCII), English articles and superfluous white space."""
+    """An answer as SQuAD compares it: lower case, without ASCII punctuation, English articles and extra white space."""
     letters = "".join(letter for letter in answer.lower() if letter not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", letters).split())
 
 
 def _word_f1(prediction: str, answer: str) -> float:
-    """F1 of the bags of words (letters, in scripts without spaces) of two normalized answers. If either is empty: 1 if both are, else 0."""
+    """F1 of the bags of words of two normalized answers. In scripts without spaces, letters count as words.
+
+    If one of the two is empty, it is 0; if both are, 1.
+    """
     predicted, expected = spaced(prediction).split(), spaced(answer).split()
     if not predicted or not expected:
         return float(predicted == expected)
@@ -159,10 +173,11 @@ def _word_f1(prediction: str, answer: str) -> float:
 
 
 def question_answering_scores(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Exact match and F1 over words, the mean over questions, 0 to 100, as SQuAD 2.0's evaluation script defines them (Rajpurkar et al., 2018).
+    """Exact match and F1 over words, 0 to 100, means over questions, by SQuAD 2.0's script (Rajpurkar et al., 2018).
 
-    answers: the acceptable answers of each question, of which the best counts. Where there is none (or all normalize to nothing), the
-    question has no answer, and the right prediction is one that normalizes to nothing.
+    answers: the acceptable answers of each question. The one that gives the best score counts. A question without
+    answers, or whose answers all normalize to nothing, has no answer; then a prediction that normalizes to nothing is
+    right.
     """
     exact_match = f1 = 0.0
     for text, accepted in zip(predictions, answers, strict=True):
@@ -174,10 +189,11 @@ def question_answering_scores(predictions: Sequence[str], answers: Sequence[Sequ
 
 
 def retrieval_scores(ranking: np.ndarray, relevant: Sequence[Collection[int]]) -> dict[str, float]:
-    """nDCG@10, MRR@10 and recall@1, @10, @100, the mean over all queries, 0 to 1, equal to trec_eval's (`-c`) with binary relevance.
+    """nDCG@10, MRR@10 and recall@1, @10, @100, 0 to 1, means over all queries.
 
-    ranking: [queries, depth] document numbers, best first, each once a query; -1 fills up a row that is shorter.
-    relevant: the numbers of each query's relevant documents; a query without any scores 0.
+    They equal those of `trec_eval -c` with binary relevance.
+    ranking: [queries, depth] document numbers, best first, each at most once in a row; a shorter row ends in -1.
+    relevant: the numbers of each query's relevant documents; a query that has none scores 0.
     """
     found = np.array([np.isin(row, list(numbers)) for row, numbers in zip(ranking, relevant, strict=True)])
     totals = np.array([len(set(numbers)) for numbers in relevant])
@@ -185,8 +201,8 @@ def retrieval_scores(ranking: np.ndarray, relevant: Sequence[Collection[int]]) -
     def recall(depth: int) -> float:
         return float((found[:, :depth].sum(1) / np.maximum(totals, 1)).mean())
 
-    gains = 1 / np.log2(np.arange(2, 12))  # of a relevant document at ranks 1 to 10
-    best = np.concatenate([[0], gains.cumsum()])[np.minimum(totals, 10)]  # as if the relevant documents came first
+    gains = 1 / np.log2(np.arange(2, 12))  # the gain of a relevant document at ranks 1 to 10
+    best = np.concatenate([[0], gains.cumsum()])[np.minimum(totals, 10)]  # if the relevant documents came first
     top = found[:, :10]
     return {
         "ndcg_at_10": float((top @ gains[: top.shape[1]] / np.where(best, best, 1)).mean()),
@@ -198,13 +214,13 @@ def retrieval_scores(ranking: np.ndarray, relevant: Sequence[Collection[int]]) -
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
-    """Vectors scaled to length 1, so that their products are cosines; a zero vector stays one."""
+    """Vectors scaled to length 1, so that their products are cosines; a zero vector stays zero."""
     lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return vectors / np.where(lengths, lengths, 1)
 
 
 def _rated_pairs(words: Sequence[str]) -> dict[str, list[tuple[int, int, float]]]:
-    """For each list of ratings, (one word's number, the other's, rating) of the pairs of which both words are there."""
+    """{list of ratings: [(number of a word, number of another, rating)]} of the pairs whose words are both known."""
     from gensim.test.utils import datapath
 
     number = {word.lower(): i for i, word in reversed(list(enumerate(words)))}
@@ -217,7 +233,7 @@ def _rated_pairs(words: Sequence[str]) -> dict[str, list[tuple[int, int, float]]
 
 
 def ratings_notes(words: Sequence[str]) -> list[str]:
-    """What is to be said where the ratings have hardly a pair of these words."""
+    """A note for each list of ratings that has fewer than 20 pairs of these words."""
     few = {name: len(pairs) for name, pairs in _rated_pairs(words).items() if len(pairs) < 20}
     return [
         f"{name} rates English words, and the text has both words of only {count} of its pairs: its score says nothing"
@@ -226,12 +242,12 @@ def ratings_notes(words: Sequence[str]) -> list[str]:
 
 
 def similarity_scores(words: Sequence[str], vectors: np.ndarray) -> dict[str, float]:
-    """Spearman's correlation, -1 to 1, of the cosines of word vectors with human ratings, and how many pairs it was taken over.
+    """Spearman's correlation, -1 to 1, of word vectors' cosines with human ratings, and the number of pairs used.
 
-    The ratings are WordSim-353 (Finkelstein et al., 2002: relatedness) and SimLex-999 (Hill et al., 2015: similarity proper), from
-    gensim's test data. Pairs of which a word is unknown are left out; case is ignored, the first of words that differ only in case
-    counts. NaN where fewer than two pairs are left.
-    words: of vectors [words, dims].
+    The ratings are WordSim-353 (Finkelstein et al., 2002: relatedness) and SimLex-999 (Hill et al., 2015: similarity
+    proper), from gensim's test data. Pairs with an unknown word are left out. Case is ignored: of words that differ
+    only in case, the first counts. The correlation is NaN where fewer than two pairs are left.
+    words: the words of vectors [words, dims], in this order.
     """
     from scipy.stats import spearmanr
 

@@ -1,13 +1,11 @@
-"""Texts that an encoder-decoder makes of all rows of a split."""
+"""Texts that an encoder-decoder generates from all rows of a split."""
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from transformers import (
-    PreTrainedTokenizerBase,
-)  # fmt: skip
+from transformers import PreTrainedTokenizerBase
 
 from lib.data.batches import Batch
 from lib.models.encoder_decoder import ONE_TEXT
@@ -18,10 +16,12 @@ def generate_texts(
     engine: Any, rows: Dataset, collate: Any, batch_size: int, tokenizer: PreTrainedTokenizerBase, max_length: int,
     beams: int, length_penalty: float, no_repeat_ngram: int = 0,
 ) -> list[str]:  # fmt: skip
-    """The text that the model makes of each row's source, the same on every rank, by beam search (1 beam: greedily).
+    """The text that the model generates from each row's source, by beam search (1 beam: greedily).
 
+    All ranks must call it, and every rank gets all texts.
+    max_length: the most tokens of a text.
     length_penalty: the search looks for the text whose log probability / length^length_penalty is the highest.
-    no_repeat_ngram: no run of so many tokens occurs twice in a text; 0: it may.
+    no_repeat_ngram: no sequence of so many tokens occurs twice in a text; 0 means that it may.
     """
     search = ONE_TEXT | {"num_beams": beams, "no_repeat_ngram_size": no_repeat_ngram}
     if beams > 1:
@@ -30,7 +30,8 @@ def generate_texts(
     def generate(batch: Batch) -> torch.Tensor:
         tokens = engine.module.generate(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=max_length, **search,
-            synced_gpus=engine.zero_optimization_stage() == 3,  # a rank that is done goes on with the others, which need its parameters
+            # At stage 3 a rank whose texts are complete goes on until all are, because the others need its parameters.
+            synced_gpus=engine.zero_optimization_stage() == 3,
         )  # fmt: skip
         return F.pad(tokens, (0, 1 + max_length - tokens.shape[1]), value=tokenizer.pad_token_id)
 

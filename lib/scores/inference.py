@@ -1,4 +1,4 @@
-"""Passes over all rows of a split, by all ranks together: each row counts once, and every rank gets the same result."""
+"""Passes over all rows of a split by all ranks together. Each row counts once, and every rank gets the same result."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,12 +14,16 @@ from lib.scores import evaluation
 
 
 def for_each_row(
-    engine: Any, rows: Any, collate: Callable[[dict[str, Any]], Batch], batch_size: int, answer: Callable[[Batch], torch.Tensor],
-    lengths: Sequence[int] | None = None, what: str = "evaluating",
+    engine: Any, rows: Any, collate: Callable[[dict[str, Any]], Batch], batch_size: int,
+    answer: Callable[[Batch], torch.Tensor], lengths: Sequence[int] | None = None, what: str = "evaluating",
 ) -> torch.Tensor:  # fmt: skip
-    """What `answer(batch)`, [rows of the batch, ...], says of each row: [all rows, ...] in their order, on the engine's device.
+    """Call `answer` on all rows in batches. Returns the answers, [all rows, ...], in the rows' order on every rank.
 
-    lengths: of the rows, so that rows of nearly one length are in a batch. what: for the console, if it takes long. See lib.data.batches.evaluation_batches for the other arguments.
+    All ranks must call it.
+    answer: returns [rows of the batch, ...] for a batch. Batches and answers are on the engine's device.
+    lengths: the rows' lengths, by which rows of similar length are put into one batch.
+    what: the name of this work, which the console shows if it takes long.
+    lib.data.batches.evaluation_batches explains the other arguments.
     """
     engine.eval()
     answers, numbers = [], []
@@ -35,7 +39,10 @@ def for_each_row(
 def language_model_scores(
     engine: Any, blocks: Blocks, batch_size: int, logits_of: Callable[[Any, Batch], torch.Tensor], texts: Sequence[str]
 ) -> dict[str, float]:  # fmt: skip
-    """Perplexity a token and bits a byte over all blocks, which are cut from these texts. logits_of(engine, batch): see token_losses."""
+    """Perplexity per token and bits per byte over all blocks, which were cut from `texts`.
+
+    logits_of(engine, batch): the logits that lib.models.losses.token_losses takes. All ranks must call it.
+    """
 
     def nats_and_tokens(batch: Batch) -> torch.Tensor:
         losses = token_losses(logits_of(engine, batch), batch["labels"])

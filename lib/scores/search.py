@@ -1,4 +1,4 @@
-"""Searching documents by vectors: what is relevant to which query, the index that a run leaves, and a command to try it by hand.
+"""Search documents by vectors: relevant documents of each query, the index of a run, and a command to try by hand.
 
 ./launch.sh search runs/semantic_search-... "sort the rows by a column" --top 5
 """
@@ -17,36 +17,40 @@ from lib.errors import UserError, did_you_mean, display_path
 from lib.scores import baselines, evaluation
 from lib.settings.config import Parser
 
-DEPTH = 100  # documents that a ranking has, as recall@100 asks for
+DEPTH = 100  # documents in a ranking, as many as recall@100 needs
 
 
 class Corpus:
-    """Pairs of a query and a document as a retrieval task: different queries, different documents, what is relevant to what."""
+    """Pairs of a query and a document, made into a retrieval task.
+
+    Equal queries are one query, equal documents one document. relevant: for each query the numbers of its documents.
+    """
 
     def __init__(self, queries: Sequence[str], documents: Sequence[str]):
         query_rows, document_rows = (
             {text: row for row, text in reversed(list(enumerate(texts)))} for texts in (queries, documents)
         )
-        self.query_rows, self.document_rows = (
-            sorted(query_rows.values()),
-            sorted(document_rows.values()),
-        )  # the first row with each
+        # The first row that has each query or document.
+        self.query_rows, self.document_rows = sorted(query_rows.values()), sorted(document_rows.values())
         self.queries, self.documents = (
             [queries[row] for row in self.query_rows],
             [documents[row] for row in self.document_rows],
         )
-        number = {document: place for place, document in enumerate(self.documents)}
-        found: dict[str, set[int]] = {query: set() for query in self.queries}
+        numbers = {document: number for number, document in enumerate(self.documents)}
+        relevant: dict[str, set[int]] = {query: set() for query in self.queries}
         for query, document in zip(queries, documents, strict=True):
-            found[query].add(number[document])
-        self.relevant = list(found.values())  # for each query, the numbers of its documents
+            relevant[query].add(numbers[document])
+        self.relevant = list(relevant.values())
 
     def bm25_scores(self) -> dict[str, float]:
         return evaluation.retrieval_scores(baselines.bm25(self.queries, self.documents, DEPTH), self.relevant)
 
 
 def save_sentence_transformer(folder: Path, max_length: int, trust_remote_code: bool) -> None:
-    """Make an exported encoder a model that SentenceTransformer(folder) loads: the mean over the tokens, scaled to length 1."""
+    """Add to an exported encoder what SentenceTransformer(folder) needs to load it.
+
+    The vector of a text is the mean over its tokens' vectors, scaled to length 1.
+    """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import modules
 
@@ -61,21 +65,25 @@ def save_sentence_transformer(folder: Path, max_length: int, trust_remote_code: 
 
 
 def save_index(folder: Path, documents: Sequence[str], vectors: np.ndarray) -> None:
-    """documents.json and vectors.safetensors, [documents, dims] of length 1."""
+    """Write documents.json and vectors.safetensors into the folder. vectors: [documents, dims], each of length 1."""
     folder.mkdir(exist_ok=True)
     (folder / "documents.json").write_text(json.dumps(documents, ensure_ascii=False), encoding="utf-8")
     save_file({"vectors": np.ascontiguousarray(vectors)}, folder / "vectors.safetensors")
 
 
 def search(run: Path, query: str, top: int, trust_remote_code: bool) -> list[tuple[float, str]]:
-    """The `top` documents of a run's index with the largest cosine with the query, best first: (cosine, document)."""
+    """[(cosine, document)] of the `top` documents in a run's index that are most similar to the query, best first.
+
+    Raises UserError if the run has no index.
+    """
     from sentence_transformers import SentenceTransformer
 
     if not (run / "index" / "vectors.safetensors").is_file():
-        there = [display_path(index.parents[1]) for index in Path("runs").glob("**/index/vectors.safetensors")]
-        known = f"; runs that have one: {', '.join(sorted(there)[:5])}" if there else ""
+        indexed = [display_path(index.parents[1]) for index in Path("runs").glob("**/index/vectors.safetensors")]
+        known = f"; runs that have one: {', '.join(sorted(indexed)[:5])}" if indexed else ""
         raise UserError(
-            f"{display_path(run)} has no index{did_you_mean(display_path(run), there)}; it is left by a finished run of semantic_search{known}"
+            f"{display_path(run)} has no index{did_you_mean(display_path(run), indexed)};"
+            f" it is left by a finished run of semantic_search{known}"
         )
     documents = json.loads((run / "index" / "documents.json").read_text(encoding="utf-8"))
     model = SentenceTransformer(str(run / "model"), device="cpu", trust_remote_code=trust_remote_code)

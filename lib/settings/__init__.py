@@ -1,1 +1,4 @@
-"""Settings: the YAML and the command line, the DeepSpeed JSON, what every run can be told. Read before torch is imported."""
+"""Settings: the YAML and the command line, the DeepSpeed JSON, the settings that every run has.
+
+They are read and checked before torch is imported.
+"""

@@ -1,8 +1,9 @@
 """Settings: a recipe's YAML file and the command line become one checked dataclass.
 
-The YAML holds what can change the loss curve, the DeepSpeed JSON what may only change memory and speed (lib/settings/ds_config.py).
-Every field of a recipe's `Config` must have a value; a key that is no field, a value of the wrong type or out of range and
-a key given twice are errors of one line that name the file and the key. Types and ranges are pydantic's.
+The YAML holds what can change the loss curve; the DeepSpeed JSON holds what may only change memory and speed
+(lib/settings/ds_config.py). Every field of a recipe's `Config` must have a value. An unknown key, a key that is given
+twice, and a value of the wrong type or out of range are each an error of one line that names the file and the key.
+Types and ranges are checked by pydantic.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from lib.errors import ROOT, UserError, did_you_mean, display_path, from_home
 
 Seed = typing.Annotated[int, Field(ge=0, lt=2**32)]
 Probability = typing.Annotated[float, Field(ge=0, lt=1)]
-Betas = typing.Annotated[  # on the command line 0.9,0.999; a list, as JSON and YAML give it back
+Betas = typing.Annotated[  # written 0.9,0.999 on the command line, and as a list in YAML and JSON
     list[Probability],
     Field(min_length=2, max_length=2),
     BeforeValidator(lambda value: value.split(",") if isinstance(value, str) else value),
@@ -68,10 +69,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def check_value(value: Any, kind: Any, where: str, text: bool) -> Any:
-    """`value` as the type `kind`. `text`: it comes from the command line, where everything is text.
+    """Check that `value` fits the type `kind`, and return it in that type.
 
-    In YAML, types are taken strictly, except that PyYAML reads 3e-4 as text: text that is a number passes for one. A leading ~ is the home
-    folder in every plain str, which is what paths are; a prompt and its like are `Text`.
+    text: whether the value comes from the command line, where every value is text. Values from YAML must have the type
+    itself, with one exception: PyYAML reads 3e-4 as text, so text in this form passes as a number. In a plain str, the
+    type of paths, a leading ~ stands for the home folder; a text that is no path, such as a prompt, is a `Text`.
+    Raises UserError, whose message begins with `where`.
     """
     adapter = TypeAdapter(kind)
     if isinstance(value, str) and kind in (str, str | None):
@@ -95,10 +98,10 @@ def check_value(value: Any, kind: Any, where: str, text: bool) -> Any:
 
 
 def comments(config_class: type) -> dict[str, str]:
-    """The trailing comment of each field, which is its help text: the recipe's own settings first, then those it inherits."""
+    """{field: its trailing comment, which is its help}. The recipe's own settings come first, then inherited ones."""
     found: dict[str, str] = {}
-    for part in inspect.getmro(config_class)[:-1]:
-        found |= dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(part), re.MULTILINE))
+    for base_class in inspect.getmro(config_class)[:-1]:
+        found |= dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(base_class), re.MULTILINE))
     defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
     return {name: _with_default(text, defaults[name]) for name, text in found.items()}
 
@@ -109,7 +112,10 @@ def _with_default(text: str, default: Any = dataclasses.MISSING) -> str:
 
 
 def load(config_class: type[C], yaml_path: Path, given: dict[str, str], quick: bool = False) -> C:
-    """A `config_class` from the YAML file, overlaid by its `quick:` section if asked, overlaid by the command line's `given`."""
+    """Make a `config_class` from the YAML file and from `given`, the settings on the command line, which win.
+
+    quick: whether the file's `quick:` section wins over the rest of the file. Raises UserError.
+    """
     values = read_yaml(yaml_path)
     overlay = values.pop("quick", None) or {}
     if not isinstance(overlay, dict):
@@ -134,26 +140,25 @@ def load(config_class: type[C], yaml_path: Path, given: dict[str, str], quick: b
             merged[key] = getattr(config_class, key)
         else:
             raise UserError(
-                f"{display_path(yaml_path)}: '{key}' is missing ({comments(config_class).get(key, 'a required setting')})"
+                f"{display_path(yaml_path)}: '{key}' is missing"
+                f" ({comments(config_class).get(key, 'a required setting')})"
             )
-    for one, other in (
-        ("max_steps", "epochs"),
-        ("epochs", "max_steps"),
-    ):  # how long to train: what is given wins over the YAML's other way to say it
-        if one in given and other not in given and merged[one] is not None:
-            merged[other] = None
+    # There are two ways to say how long to train. The one on the command line replaces the other one in the YAML.
+    for chosen, replaced in (("max_steps", "epochs"), ("epochs", "max_steps")):
+        if chosen in given and replaced not in given and merged[chosen] is not None:
+            merged[replaced] = None
     return config_class(**merged)
 
 
 class Parser(argparse.ArgumentParser):
-    """Whose errors are UserErrors."""
+    """An argument parser that raises a UserError where argparse would print its usage and exit."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
 
 def parser_of(recipe_path: Path, doc: str | None, settings: dict[str, tuple[bool, str]]) -> Parser:
-    """The parser of a recipe's arguments. settings: {name: (whether it is a bool, help text)}, in the order of the help."""
+    """The parser of a recipe's arguments. settings: {name: (whether it is a bool, help text)}, in the help's order."""
     parser = Parser(
         prog=display_path(recipe_path),
         description=doc,
@@ -169,19 +174,19 @@ def parser_of(recipe_path: Path, doc: str | None, settings: dict[str, tuple[bool
     parser.add_argument(
         "--quick", action="store_true", help="overlay the YAML's 'quick:' section: a short run, to see that all works"
     )
-    parser.add_argument(
-        "--deepspeed", action="store_true", help=argparse.SUPPRESS
-    )  # customary beside --deepspeed_config
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's
+    # Other DeepSpeed scripts take --deepspeed together with --deepspeed_config, so it is accepted here.
+    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by DeepSpeed's launcher
     group = parser.add_argument_group("settings (they win over the YAML)")
     for name, (is_bool, text) in settings.items():
-        alone: dict[str, Any] = {"nargs": "?", "const": "true"} if is_bool else {}  # --resume is --resume true
-        group.add_argument(f"--{name}", metavar="", help=text.replace("%", "%%"), **alone)
+        # A bool needs no value: --resume means --resume true.
+        optional_value: dict[str, Any] = {"nargs": "?", "const": "true"} if is_bool else {}
+        group.add_argument(f"--{name}", metavar="", help=text.replace("%", "%%"), **optional_value)
     return parser
 
 
 def known_arguments(parser: Parser, arguments: list[str], also: Iterable[str] = ()) -> argparse.Namespace:
-    """What the parser finds. Raises UserError for one that it does not know, with the nearest of those that it or `also` has."""
+    """Parse the arguments. Raises UserError for an unknown one, and names the nearest that the parser or `also` has."""
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         known = [*(name.removeprefix("--") for name in parser._option_string_actions), *also]
@@ -193,14 +198,14 @@ def known_arguments(parser: Parser, arguments: list[str], also: Iterable[str] = 
 
 
 def settings_in_source(file: Path, class_name: str = "Config") -> dict[str, tuple[bool, str]]:
-    """The settings of a recipe for parser_of, from its text and that of the classes that its Config extends: importing them all takes seconds.
+    """The settings of a recipe for parser_of, read from the source of its Config and of the classes that it extends.
 
-    Raises LookupError where the class is not written as a recipe's is.
+    Nothing is imported, because importing a recipe takes seconds. Raises LookupError where a class cannot be found.
     """
     source = file.read_text(encoding="utf-8")
     body, lines = ast.parse(source).body, source.splitlines()
-    found = next((node for node in body if isinstance(node, ast.ClassDef) and node.name == class_name), None)
-    if found is None:
+    class_node = next((node for node in body if isinstance(node, ast.ClassDef) and node.name == class_name), None)
+    if class_node is None:
         modules = [
             node.module
             for node in body
@@ -211,7 +216,7 @@ def settings_in_source(file: Path, class_name: str = "Config") -> dict[str, tupl
             raise LookupError(class_name)
         return settings_in_source(file, class_name)
     settings = {}
-    for field in found.body:
+    for field in class_node.body:
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
             comment = (
                 lines[(field.end_lineno or 1) - 1]
@@ -223,14 +228,17 @@ def settings_in_source(file: Path, class_name: str = "Config") -> dict[str, tupl
             )
             default = dataclasses.MISSING if field.value is None else ast.literal_eval(field.value)
             settings[field.target.id] = ast.unparse(field.annotation) == "bool", _with_default(comment, default)
-    for base in found.bases:
+    for base in class_node.bases:
         inherited = settings_in_source(file, ast.unparse(base))
         settings |= {name: setting for name, setting in inherited.items() if name not in settings}
     return settings
 
 
 def parser_from_source(recipe_path: Path) -> Parser | None:
-    """The parser of a recipe's arguments without importing the recipe, which takes seconds; None where that cannot be, and the recipe knows best."""
+    """The parser of a recipe's arguments, made without importing the recipe, which takes seconds.
+
+    None where the source cannot be read in this way; then only the recipe itself can parse its arguments.
+    """
     try:
         doc = ast.get_docstring(ast.parse(recipe_path.read_text(encoding="utf-8")), clean=False)
         return parser_of(recipe_path, doc, settings_in_source(recipe_path))
@@ -239,7 +247,7 @@ def parser_from_source(recipe_path: Path) -> Parser | None:
 
 
 def parse(config_class: type[C], recipe: str, argv: list[str]) -> tuple[C, Path]:
-    """(settings, path of the DeepSpeed JSON) from a recipe's arguments."""
+    """(settings, path of the DeepSpeed JSON) from a recipe's arguments. Raises UserError."""
     recipe_path = Path(recipe).resolve()
     help_texts = comments(config_class)
     kinds = typing.get_type_hints(config_class, include_extras=True)

@@ -1,8 +1,8 @@
-"""The DeepSpeed JSON: read strictly, checked against the settings, filled in, and checked once more by DeepSpeed itself.
+"""The DeepSpeed JSON: read strictly, checked against the settings, filled in, and checked again by DeepSpeed itself.
 
-DeepSpeed 0.19.8 ignores unknown top-level keys, so that a typo trains without ZeRO; takes "auto" for fp32; and lets a client
-optimizer replace the JSON's in silence. Here each of these is an error of one line. A JSON written for the HF Trainer runs
-as it is when it does not contradict the settings: "auto" is filled in from them.
+DeepSpeed 0.19.8 ignores unknown top-level keys, so that a typo can train without ZeRO. It reads "auto" as fp32, and
+replaces the JSON's optimizer by the client's in silence. Here each of these is an error of one line. A JSON that was
+written for the HF Trainer runs unchanged if it does not contradict the settings: they fill in each "auto".
 """
 
 import json
@@ -18,18 +18,19 @@ from pydantic import BaseModel, ValidationError
 from lib.errors import UserError, did_you_mean, display_path
 from lib.settings.config import check_value
 
-# Keys that may only change memory and speed (or the log), and are DeepSpeed's to check.
+# Keys that may only change memory, speed or the log. DeepSpeed checks their values.
 MEMORY_AND_SPEED = {
-    "zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "disable_allgather", "data_types", "communication_data_type",
-    "activation_checkpointing", "aio", "compile", "disable_python_gc", "steps_per_print", "wall_clock_breakdown", "memory_breakdown",
-    "dump_state", "comms_logger", "flops_profiler", "tensorboard", "wandb", "csv_monitor", "comet", "log_level", "timers",
+    "zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "disable_allgather",
+    "data_types", "communication_data_type", "activation_checkpointing", "aio", "compile", "disable_python_gc",
+    "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger", "flops_profiler",
+    "tensorboard", "wandb", "csv_monitor", "comet", "log_level", "timers",
 }  # fmt: skip
-# Keys that the settings decide too: they must agree.
+# Keys whose values the settings give too. The two must agree.
 SHARED_WITH_SETTINGS = {
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
     "bf16", "fp16", "optimizer", "scheduler",
 }  # fmt: skip
-# Keys that DeepSpeed reads and that have nothing to act on here. They are dropped, with a note.
+# Keys that DeepSpeed reads but that change nothing here, and why. They are dropped, with a note.
 WITHOUT_EFFECT = {
     "checkpoint": "the run writes checkpoints of its own",
     "dataloader_drop_last": "the recipe cuts the batches",
@@ -37,7 +38,7 @@ WITHOUT_EFFECT = {
     "use_data_before_expert_parallelism": "the recipe is data parallel only",
     "seq_parallel_communication_data_type": "the recipe is data parallel only",
 }
-# Keys that DeepSpeed knows and that would change what is trained behind the settings' back: the values that turn each off, and why it cannot be used.
+# Keys that would change what is trained, unseen by the settings: (values that turn the key off, why it is refused).
 NOT_ENABLED = {"enabled": (False,)}
 REFUSED: dict[str, tuple[Any, str]] = {
     "torch_autocast": (NOT_ENABLED, "it is a second place for the precision; set 'precision' in the YAML"),
@@ -56,26 +57,30 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "prescale_gradients": (
         (False,),
-        "it changes how gradients are rounded between ranks, and ZeRO refuses it where it reduces and scatters; leave it out",
+        "it changes how gradients are rounded between ranks, and ZeRO refuses it where it reduces and scatters;"
+        " leave it out",
     ),
     "gradient_predivide_factor": (
         (1,),
-        "it changes how gradients are rounded between ranks, and ZeRO refuses it where it reduces and scatters; leave it out",
+        "it changes how gradients are rounded between ranks, and ZeRO refuses it where it reduces and scatters;"
+        " leave it out",
     ),
     "weight_quantization": ({}, "it would change the weights"),
     "hybrid_engine": (NOT_ENABLED, "it is for reinforcement learning"),
     "autotuning": (NOT_ENABLED, "run DeepSpeed's autotuner on its own"),
 }
-# Sections whose unknown keys DeepSpeed ignores, and the keys that it reads in them.
+# Sections in which DeepSpeed ignores unknown keys, and the keys that DeepSpeed reads in each.
 LOOSE_SECTIONS = {
     "optimizer": {"type", "params", "legacy_fusion"},
     "scheduler": {"type", "params"},
     "data_types": {"grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"},
     "aio": {"block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events", "use_gds"},
-    "flops_profiler": {"enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed", "output_file"},
+    "flops_profiler": {
+        "enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed", "output_file",
+    },
     "activation_checkpointing": {
-        "partition_activations", "number_checkpoints", "contiguous_memory_optimization", "synchronize_checkpoint_boundary",
-        "profile", "cpu_checkpointing",
+        "partition_activations", "number_checkpoints", "contiguous_memory_optimization",
+        "synchronize_checkpoint_boundary", "profile", "cpu_checkpointing",
     },
 }  # fmt: skip
 SECTIONS = {
@@ -91,18 +96,18 @@ SECTIONS = {
     "timers",
     *LOOSE_SECTIONS,
 }
-# DeepSpeed's schedulers, as the HF Trainer's JSONs name them, and the `lr_schedule` that they stand for.
+# DeepSpeed's schedulers, as JSONs for the HF Trainer name them, and the setting `lr_schedule` that each stands for.
 SCHEDULERS = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
-# The key of the filled config under which notes for the run's header travel. A recipe is called with the settings and this dict alone, and a key
-# that begins with _ is a comment, which DeepSpeed ignores; Run takes it out.
+# The key of the filled config that carries notes to the run's header, for a recipe is called with nothing but the
+# settings and this config. A key that begins with _ is a comment, which DeepSpeed ignores; Run takes the key out.
 NOTES = "_notes"
 
 
 class Findings:
-    """What checking one JSON against the settings has found. Nothing is raised before all is known: then the user hears of all of it at once.
+    """What checking one JSON against the settings has found. Problems are collected, so that the user sees all at once.
 
-    settings: those of the run, with what the JSON says instead where it contradicts them, which the flags in the message would set. So what is
-    checked later, such as the arithmetic of the batch, is checked as it will be on the next start.
+    settings: the run's settings. Where the JSON contradicts one, the JSON's value replaces it, as the flags in the
+    message would. So later checks, such as the arithmetic of the batch, check what the next start will have.
     """
 
     def __init__(self, name: str, cfg: Any):
@@ -112,10 +117,10 @@ class Findings:
         self.problems: list[str] = []
         self.notes: list[str] = []
         self.flags: list[str] = []  # settings that the JSON contradicts
-        self.stated: dict[str, str] = {}  # setting -> where the JSON has it, and as what
+        self.stated: dict[str, str] = {}  # setting -> the JSON's statement about it: key and value
 
     def state(self, statement: str, setting: str, value: Any) -> None:
-        """The JSON says that a setting has this value. statement: where and how."""
+        """Note that the JSON gives a setting this value. statement: the key and value, as the message words them."""
         try:
             value = check_value(value, self.kinds.get(setting, Any), statement, text=False)
         except UserError as error:
@@ -130,13 +135,16 @@ class Findings:
         self.stated.setdefault(setting, statement)
 
     def agree(self, section: dict[str, Any], key: str, setting: str, path: str = "") -> None:
-        """section[key], at the given path in the JSON, must be what the setting is; it is filled in where it is missing or "auto"."""
+        """Check that section[key] equals the setting, and fill it in where it is missing or "auto".
+
+        path: the key's path in the JSON, for the message; by default the key itself.
+        """
         if section.get(key, "auto") != "auto":
             self.state(f"{path or key} is {_shown(section[key])}", setting, section[key])
         section[key] = self.settings[setting]
 
     def raise_problems(self) -> None:
-        """Raise a UserError with all problems, which ends with the flags that make the settings agree with the JSON."""
+        """Raise a UserError that names all problems and ends with flags by which the settings agree with the JSON."""
         if not self.problems:
             return
         text = "; ".join(self.problems)
@@ -147,7 +155,7 @@ class Findings:
 
 
 def _shown(value: Any) -> str:
-    """A value as a JSON has it, text without quotes."""
+    """A value as it is written in a JSON, but text without quotes."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -157,7 +165,10 @@ def _argument(value: Any) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a DeepSpeed JSON (comments and trailing commas allowed, as DeepSpeed does; a key given twice is not)."""
+    """The object in a DeepSpeed JSON. Comments and trailing commas are allowed, as DeepSpeed does.
+
+    Raises UserError, for a key that is given twice too.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
@@ -167,15 +178,16 @@ def read_json(path: Path) -> dict[str, Any]:
         return dict(pairs)
 
     try:
-        text = path.read_text(encoding="utf-8-sig")  # Windows puts a mark before it
+        text = path.read_text(encoding="utf-8-sig")  # some editors on Windows put a byte order mark before the text
         try:
             config = json.loads(text, object_pairs_hook=unique)
-        except ValueError:  # not first: hjson takes Infinity, which accelerate writes, for a text
+        except ValueError:  # hjson is tried second, for it reads Infinity, which accelerate writes, as text
             config = hjson.loads(text, object_pairs_hook=unique)
     except FileNotFoundError:
-        there = sorted(file.name for file in path.parent.glob("*.json"))
+        json_files = sorted(file.name for file in path.parent.glob("*.json"))
         raise UserError(
-            f"{display_path(path)}: no such file; in {display_path(path.parent)} there are: {', '.join(there) or 'no .json files'}"
+            f"{display_path(path)}: no such file;"
+            f" in {display_path(path.parent)} there are: {', '.join(json_files) or 'no .json files'}"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{display_path(path)}: cannot be read: {error}") from None
@@ -187,10 +199,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def load_ds_config(path: Path, cfg: Any, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed config to pass to `deepspeed.initialize`: complete, without "auto", agreeing with the settings `cfg`.
+    """The DeepSpeed config to pass to `deepspeed.initialize`: complete, without "auto", in agreement with `cfg`.
 
-    `cfg` has batch_size, gradient_clipping, precision, learning_rate, weight_decay, adam_betas, adam_eps, warmup_steps, lr_schedule, max_steps and
-    monitor. Raises a UserError that names all that is wrong. What the user should know though nothing is wrong is in the config's key NOTES.
+    cfg: settings, with batch_size, gradient_clipping, precision, learning_rate, weight_decay, adam_betas, adam_eps,
+    warmup_steps, lr_schedule, max_steps and monitor. Raises a UserError that names everything that is wrong. What is
+    not wrong but may surprise the user is a note under the config's key NOTES.
     """
     config, found = read_json(path), Findings(display_path(path), cfg)
     _check_keys(config, found)
@@ -211,7 +224,7 @@ def load_ds_config(path: Path, cfg: Any, world_size: int) -> dict[str, Any]:
 
 
 def stage_of(ds_config: dict[str, Any]) -> int:
-    """The ZeRO stage of a config; 0 where there is no ZeRO section, as DeepSpeed has it."""
+    """The ZeRO stage of a config; 0, as in DeepSpeed, where there is no ZeRO section."""
     return int(ds_config.get("zero_optimization", {}).get("stage", 0))
 
 
@@ -222,9 +235,9 @@ def offload_device(ds_config: dict[str, Any], what: str) -> str:
 
 
 def _drop_auto(section: dict[str, Any]) -> None:
-    """Delete each "auto" in a section that only changes memory and speed: DeepSpeed's default stands, or the run's own.
+    """Delete each "auto" in a section, so that DeepSpeed's default or the run's own applies.
 
-    Not that of a ZeRO stage or of where to offload to: which one is meant would be a guess.
+    The "auto" of a ZeRO stage or of an offload device stays, to be refused: its value would be a guess.
     """
     for key, value in list(section.items()):
         if isinstance(value, dict):
@@ -241,7 +254,7 @@ def _check_keys(config: dict[str, Any], found: Findings) -> None:
 
     for key in [key for key in config if key.startswith(("_", "//", "$"))]:
         del config[key]  # a comment
-    if "bfloat16" in config:  # the old name
+    if "bfloat16" in config:  # the old name of bf16
         if "bf16" in config:
             found.problems.append("'bf16' and 'bfloat16' are two names of one section; remove one")
         config.setdefault("bf16", config.pop("bfloat16"))
@@ -250,7 +263,7 @@ def _check_keys(config: dict[str, Any], found: Findings) -> None:
         if key in WITHOUT_EFFECT:
             found.notes.append(f"'{key}' is without effect here: {WITHOUT_EFFECT[key]}")
             del config[key]
-        elif key in _REMOVED_TOP_LEVEL_CONFIG_KEYS:  # DeepSpeed refuses them even where they are off
+        elif key in _REMOVED_TOP_LEVEL_CONFIG_KEYS:  # DeepSpeed refuses these even where they are off
             found.problems.append(f"'{key}' has been removed from DeepSpeed; delete it")
             del config[key]
         elif key in REFUSED:
@@ -289,15 +302,19 @@ def _check_keys(config: dict[str, Any], found: Findings) -> None:
     for key, model in (strict | {"comet": CometConfig}).items():
         if key in config:
             _check_model(model, config[key], found, key)
-    if config.get("steps_per_print") == math.inf:  # never, which is what a run does anyway
+    if config.get("steps_per_print") == math.inf:  # it means never, which is the run's default
         del config["steps_per_print"]
     _check_compile(config, found)
     _check_activation_checkpointing(config, found)
 
 
 def _is_off(value: Any, off: Any) -> bool:
-    """Whether a value is one of those in `off`; of a section: whether each of the keys in `off` is, or is left out."""
-    if value == "auto":  # is for the recipe to decide
+    """Whether a key's value turns the key off.
+
+    off: the values that turn it off. For a section, {key: values that turn it off}: each of these keys must be off or
+    missing. Where `off` is an empty dict, the section must be empty.
+    """
+    if value == "auto":  # the recipe decides, and leaves it off
         return True
     if isinstance(off, dict):
         return isinstance(value, dict) and (
@@ -310,7 +327,8 @@ def _check_compile(config: dict[str, Any], found: Findings) -> None:
     section = config.pop("compile", {})
     if section.get("deepcompile"):
         found.problems.append(
-            "compile.deepcompile is on, but does nothing until engine.compile() is called, which recipes do not; leave it out"
+            "compile.deepcompile is on, but does nothing until engine.compile() is called, which recipes do not;"
+            " leave it out"
         )
     elif section:
         found.notes.append("'compile' is without effect here: compile.deepcompile is off")
@@ -318,21 +336,23 @@ def _check_compile(config: dict[str, Any], found: Findings) -> None:
 
 def _check_activation_checkpointing(config: dict[str, Any], found: Findings) -> None:
     section = config.get("activation_checkpointing", {})
-    on = [key for key, value in section.items() if value not in (False, None)]
-    if on:
+    keys_on = [key for key, value in section.items() if value not in (False, None)]
+    if keys_on:
         found.problems.append(
-            f"activation_checkpointing.{on[0]} works with DeepSpeed's own checkpoint function only, which transformers' models do not use; "
+            f"activation_checkpointing.{keys_on[0]} works with DeepSpeed's own checkpoint function only, which "
+            "transformers' models do not use; "
             'write "activation_checkpointing": {} for that of transformers, or leave the section out for none'
         )
     elif section:
         found.notes.append(
-            'activation checkpointing is off, as each key of its section is; the empty section "activation_checkpointing": {} turns it on'
+            "activation checkpointing is off, as each key of its section is; "
+            'the empty section "activation_checkpointing": {} turns it on'
         )
         del config["activation_checkpointing"]
 
 
 def _check_model(model: type[BaseModel], section: dict[str, Any], found: Findings, key: str) -> Any:
-    """The section as DeepSpeed's own pydantic model reads it; None where it refuses it."""
+    """The section as DeepSpeed's own pydantic model reads it; None where the model refuses it."""
     try:
         return model(**section)
     except ValidationError as error:
@@ -340,7 +360,7 @@ def _check_model(model: type[BaseModel], section: dict[str, Any], found: Finding
             where = ".".join([key, *(str(part) for part in problem["loc"])])
             if problem["type"] == "extra_forbidden":
                 inner = model
-                for part in problem["loc"][:-1]:  # the section in a section, such as offload_param
+                for part in problem["loc"][:-1]:  # a section within the section, such as offload_param
                     for choice in getattr(inner.model_fields[str(part)].annotation, "__args__", ()):
                         inner = choice if isinstance(choice, type) and issubclass(choice, BaseModel) else inner
                 known = {name for field, info in inner.model_fields.items() for name in (field, info.alias) if name}
@@ -353,7 +373,7 @@ def _check_model(model: type[BaseModel], section: dict[str, Any], found: Finding
 
 
 def _check_batch(config: dict[str, Any], found: Findings, world_size: int) -> None:
-    """batch_size = micro-batch x accumulation steps x ranks: the JSON gives the micro-batch, the accumulation is computed."""
+    """batch_size = micro-batch x accumulation steps x ranks. The JSON gives the micro-batch; the steps are computed."""
     keys = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     micro, accumulation = (config.get(key, "auto") for key in keys)
     for key, value in zip(keys, (micro, accumulation), strict=True):
@@ -374,16 +394,18 @@ def _check_batch(config: dict[str, Any], found: Findings, world_size: int) -> No
         parts = [f"{micro} rows a micro-batch"] if micro != "auto" else []
         parts += [f"{accumulation} accumulation steps"] if accumulation != "auto" else []
         found.problems.append(
-            f"batch_size {batch_size} cannot be cut into {' x '.join([*parts, ranks])}: {known} does not divide it; nearest: {nearest}"
+            f"batch_size {batch_size} cannot be cut into {' x '.join([*parts, ranks])}:"
+            f" {known} does not divide it; nearest: {nearest}"
         )
         return
-    if micro == "auto":  # as few accumulation steps as the JSON allows
+    if micro == "auto":  # the largest micro-batch, so as few accumulation steps as the JSON allows
         micro = batch_size // known
     computed = batch_size // (micro * world_size)
     if accumulation not in ("auto", computed):
         found.problems.append(
-            f"gradient_accumulation_steps is {accumulation}, but batch_size {batch_size} / (micro-batch {micro} x {ranks}) is {computed}; "
-            'write "auto" or leave it out'
+            f"gradient_accumulation_steps is {accumulation}, but"
+            f" batch_size {batch_size} / (micro-batch {micro} x {ranks}) is {computed};"
+            ' write "auto" or leave it out'
         )
     config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"] = micro, computed
 
@@ -395,8 +417,8 @@ def _check_precision(config: dict[str, Any], found: Findings) -> None:
     accelerator = get_accelerator()
     supported = {"fp32": True, "bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
     if accelerator.device_name() == "cpu":
-        supported["fp16"] = False  # DeepSpeed's wrapper refuses it there
-    others = " or ".join(kind for kind, there in supported.items() if there)
+        supported["fp16"] = False  # DeepSpeed refuses fp16 on a CPU
+    others = " or ".join(kind for kind, is_supported in supported.items() if is_supported)
     sections = {key: config.pop(key) for key in ("bf16", "fp16") if key in config}
     enabled = {key: section.pop("enabled", "auto") for key, section in sections.items()}
     for key, value in enabled.items():
@@ -407,7 +429,8 @@ def _check_precision(config: dict[str, Any], found: Findings) -> None:
         found.problems.append('bf16.enabled and fp16.enabled are both true; write "auto" for one of them')
     elif chosen and not supported[chosen[0]]:
         found.problems.append(
-            f"{chosen[0]}.enabled is true, but this device ({accelerator.device_name()}) cannot train in it; set precision to {others}"
+            f"{chosen[0]}.enabled is true, but this device ({accelerator.device_name()}) cannot train in it;"
+            f" set precision to {others}"
         )
     elif chosen:
         found.state(f"{chosen[0]}.enabled is true", "precision", chosen[0])
@@ -419,31 +442,32 @@ def _check_precision(config: dict[str, Any], found: Findings) -> None:
             f"precision is {precision}, which this device ({accelerator.device_name()}) cannot train in; use {others}"
         )
     models: dict[str, type[BaseModel]] = {"bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
-    for key, section in sections.items():  # one that is off is checked too, as DeepSpeed does
-        _drop_auto(section)  # the HF Trainer has no value of its own for the loss scale: DeepSpeed's default stands
-        of_fp16 = [
+    for key, section in sections.items():  # a section that is off is checked too, as DeepSpeed does
+        _drop_auto(section)  # the HF Trainer has no value of its own for the loss scale: DeepSpeed's default applies
+        fp16_keys = [
             inner
             for inner in section
             if key == "bf16"
             and inner in DeepSpeedFP16Config.model_fields
             and inner not in DeepSpeedBF16Config.model_fields
         ]
-        if of_fp16:
+        if fp16_keys:
             found.problems.append(
-                f"bf16 has no loss scale: leave out {', '.join(f'bf16.{inner}' for inner in of_fp16)}"
+                f"bf16 has no loss scale: leave out {', '.join(f'bf16.{inner}' for inner in fp16_keys)}"
             )
-        rest = {inner: value for inner, value in section.items() if inner not in of_fp16}
-        read = _check_model(models[key], rest | {"enabled": precision == key}, found, key)
-        if precision != key or read is None:
+        rest = {inner: value for inner, value in section.items() if inner not in fp16_keys}
+        parsed = _check_model(models[key], rest | {"enabled": precision == key}, found, key)
+        if precision != key or parsed is None:
             continue
         for inner in ("bf16_master_weights_and_grads", "bf16_optimizer_states", "fp16_master_weights_and_grads"):
-            if getattr(read, inner, False):
+            if getattr(parsed, inner, False):
                 found.problems.append(
                     f"{key}.{inner} would change the optimizer's precision, which is fp32 here; leave it out"
                 )
-        if not getattr(read, "check_grad_overflow", True):
+        if not getattr(parsed, "check_grad_overflow", True):
             found.problems.append(
-                f"{key}.check_grad_overflow false would let a gradient that is not finite change the weights; leave it out"
+                f"{key}.check_grad_overflow false would let a gradient that is not finite change the weights;"
+                " leave it out"
             )
     if precision != "fp32":
         config[precision] = {**sections.get(precision, {}), "enabled": True}
@@ -457,42 +481,45 @@ def _check_zero(config: dict[str, Any], found: Findings, world_size: int) -> Non
     if "zero_optimization" not in config:
         return
     zero = config["zero_optimization"]
-    for old, new in (
-        ("cpu_offload", "offload_optimizer"),
-        ("cpu_offload_param", "offload_param"),
-    ):  # DeepSpeed turns them into the new keys, too
+    # DeepSpeed, too, reads these old keys as the new ones.
+    for old, new in (("cpu_offload", "offload_optimizer"), ("cpu_offload_param", "offload_param")):
         if zero.pop(old, None) is True and zero.setdefault(new, {"device": "cpu"}) != {"device": "cpu"}:
             found.problems.append(f"zero_optimization.{old} is an old name of {new}, which is there too; remove it")
     for key in set(zero) & set(_REMOVED_ZERO_CONFIG_KEYS):
         found.problems.append(f"zero_optimization.{key} has been removed from DeepSpeed; delete it")
         del zero[key]
-    for what in ("offload_optimizer", "offload_param"):
-        if isinstance(zero.get(what), dict) and zero[what].get("device") == "auto":
+    for section_name in ("offload_optimizer", "offload_param"):
+        if isinstance(zero.get(section_name), dict) and zero[section_name].get("device") == "auto":
             found.problems.append(
-                f'zero_optimization.{what}.device is "auto", and no setting of the recipe can fill it; write "cpu" or "none"'
+                f'zero_optimization.{section_name}.device is "auto", and no setting of the recipe can fill it;'
+                ' write "cpu" or "none"'
             )
-            del zero[what]
+            del zero[section_name]
     stage = zero.get("stage")
     if stage not in (0, 1, 2, 3) or not isinstance(stage, int) or isinstance(stage, bool):
         found.problems.append(
             f"zero_optimization.stage is {repr(stage) if 'stage' in zero else 'missing'}; write 0, 1, 2 or 3"
         )
-        zero["stage"] = stage = 3  # at which all other keys have their effect
-    read = _check_model(DeepSpeedZeroConfig, zero, found, "zero_optimization")
-    if read is None:
+        zero["stage"] = stage = 3  # so that the other keys are checked: all have an effect at stage 3
+    parsed = _check_model(DeepSpeedZeroConfig, zero, found, "zero_optimization")
+    if parsed is None:
         del config["zero_optimization"]
         return
-    offload = {what: offload_device(config, what) for what in ("optimizer", "param")}
-    # DeepSpeed accepts these where they do nothing.
-    without_effect = {
+    offload = {section_name: offload_device(config, section_name) for section_name in ("optimizer", "param")}
+    # (whether the key is on, the lowest stage at which it does anything). DeepSpeed accepts these at every stage.
+    lowest_stages = {
         "offload_param": (offload["param"] != "none", 3), "offload_optimizer": (offload["optimizer"] != "none", 1),
-        "zero_hpz_partition_size": (read.zero_hpz_partition_size > 1, 3),
-        **{key: (getattr(read, key), 3) for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")},
+        "zero_hpz_partition_size": (parsed.zero_hpz_partition_size > 1, 3),
+        **{
+            key: (getattr(parsed, key), 3)
+            for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
+        },
     }  # fmt: skip
-    for key, (is_on, least) in without_effect.items():
-        if is_on and stage < least:
+    for key, (is_on, lowest_stage) in lowest_stages.items():
+        if is_on and stage < lowest_stage:
             found.problems.append(
-                f"zero_optimization.{key} has no effect at stage {stage}; it needs stage {'3' if least == 3 else '1, 2 or 3'}"
+                f"zero_optimization.{key} has no effect at stage {stage};"
+                f" it needs stage {'3' if lowest_stage == 3 else '1, 2 or 3'}"
             )
         elif is_on and "quantized" in key and get_accelerator().device_name() == "cpu":
             found.problems.append(f"zero_optimization.{key} needs a GPU; leave it out")
@@ -500,28 +527,31 @@ def _check_zero(config: dict[str, Any], found: Findings, world_size: int) -> Non
             found.notes.append(f"{key}: the losses are not those of the other configs")
     if "nvme" in offload.values():
         found.problems.append('checkpoints of states offloaded to NVMe are not supported; offload to "cpu"')
-    if read.zero_hpz_partition_size > 1 and world_size % min(read.zero_hpz_partition_size, world_size):
+    if parsed.zero_hpz_partition_size > 1 and world_size % min(parsed.zero_hpz_partition_size, world_size):
         found.problems.append(
-            f"zero_optimization.zero_hpz_partition_size is {read.zero_hpz_partition_size}, which does not divide {world_size} ranks"
+            f"zero_optimization.zero_hpz_partition_size is {parsed.zero_hpz_partition_size},"
+            f" which does not divide {world_size} ranks"
         )
-    if read.offload_optimizer is not None and (
-        read.offload_optimizer.ratio != 1 or read.offload_optimizer.super_offload
+    if parsed.offload_optimizer is not None and (
+        parsed.offload_optimizer.ratio != 1 or parsed.offload_optimizer.super_offload
     ):
         found.problems.append(
-            "offload_optimizer.ratio below 1 and super_offload step in a second optimizer, which checkpoints do not hold; leave them out"
+            "offload_optimizer.ratio below 1 and super_offload step in a second optimizer,"
+            " which checkpoints do not hold; leave them out"
         )
-    if not read.compute_grad_norm:
+    if not parsed.compute_grad_norm:
         found.problems.append(
-            "zero_optimization.compute_grad_norm false would let a gradient that is not finite change the weights; leave it out"
+            "zero_optimization.compute_grad_norm false would let a gradient that is not finite change the weights;"
+            " leave it out"
         )
-    if read.zenflow:
+    if parsed.zenflow:
         found.problems.append(
             "zero_optimization.zenflow changes the weights when it starts (DeepSpeed 0.19.8); leave it out"
         )
 
 
 def _check_data_types(config: dict[str, Any], found: Findings) -> None:
-    """Numbers may be kept and sent in more digits than the precision has, but not in fewer, which would change the losses."""
+    """Numbers may be kept and sent in more digits than the precision has. Fewer are refused: they change the losses."""
     from deepspeed.runtime.config import DtypeEnum
 
     section = config.get("data_types", {})
@@ -538,9 +568,8 @@ def _check_data_types(config: dict[str, Any], found: Findings) -> None:
         if path == "data_types.param_dtype":
             found.state(f"{path} is {value}", "precision", kind)
             continue
-        at_stage0 = (
-            path == "data_types.grad_accum_dtype" and stage_of(config) == 0
-        )  # DeepSpeed 0.19.8 refuses others there
+        # DeepSpeed 0.19.8 accumulates gradients in the precision alone at stage 0, and refuses other types.
+        at_stage0 = path == "data_types.grad_accum_dtype" and stage_of(config) == 0
         precision = found.settings["precision"]
         allowed = (
             ["fp32"]
@@ -560,7 +589,7 @@ def _check_data_types(config: dict[str, Any], found: Findings) -> None:
 
 
 def _check_optimizer(config: dict[str, Any], found: Findings) -> None:
-    """The recipe makes the optimizer. A section of the JSON must describe the same one, and is then dropped."""
+    """The recipe makes the optimizer. A section in the JSON must describe the same one, and is then dropped."""
     section = config.pop("optimizer", None)
     if section is None:
         return
@@ -571,12 +600,8 @@ def _check_optimizer(config: dict[str, Any], found: Findings) -> None:
         return
     params = section.get("params", {})
     settings = {"lr": "learning_rate", "weight_decay": "weight_decay", "betas": "adam_betas", "eps": "adam_eps"}
-    must_be = {
-        "bias_correction": True,
-        "amsgrad": False,
-        "maximize": False,
-        "fp32_optimizer_states": True,
-    }  # others would change the steps
+    # Other values of these would change the steps.
+    must_be = {"bias_correction": True, "amsgrad": False, "maximize": False, "fp32_optimizer_states": True}
     without_effect = {"torch_adam", "adam_w_mode", "fused", "foreach", "set_grad_none"}
     for key, value in list(params.items()):
         if key in settings:
@@ -594,26 +619,28 @@ def _check_optimizer(config: dict[str, Any], found: Findings) -> None:
             found.problems.append(
                 f"unknown key 'optimizer.params.{key}'{did_you_mean(key, [*settings, *must_be, *without_effect])}"
             )
-    # DeepSpeed's Adam is AdamW unless this says otherwise; without weight decay the two are one.
+    # DeepSpeed's Adam is AdamW unless adam_w_mode is false; without weight decay Adam and AdamW are the same.
     if (
         section["type"].lower() == "adam"
         and params.get("adam_w_mode", True) is False
         and found.settings["weight_decay"]
     ):
         found.problems.append(
-            "optimizer.params.adam_w_mode is false, by which the weight decay acts through the gradients; leave it out: the recipe trains with AdamW"
+            "optimizer.params.adam_w_mode is false, by which the weight decay acts through the gradients;"
+            " leave it out: the recipe trains with AdamW"
         )
 
 
 def _check_scheduler(config: dict[str, Any], found: Findings) -> None:
-    """The recipe makes the learning-rate schedule. A section of the JSON must describe the same one, and is then dropped."""
+    """The recipe makes the schedule. A section in the JSON must describe the same one, and is then dropped."""
     section = config.pop("scheduler", None)
     if section is None:
         return
     kind, params = section["type"], section.get("params", {})
     if kind not in (*SCHEDULERS, "auto"):
         found.problems.append(
-            f"scheduler.type is {kind!r}, which recipes do not have; they have {', '.join(SCHEDULERS)}: write one, or leave the section out"
+            f"scheduler.type is {kind!r}, which recipes do not have;"
+            f" they have {', '.join(SCHEDULERS)}: write one, or leave the section out"
         )
         return
     if kind != "auto":
@@ -638,7 +665,8 @@ def _check_scheduler(config: dict[str, Any], found: Findings) -> None:
             )
         elif value not in (must_be[key], "auto"):
             found.problems.append(
-                f"scheduler.params.{key} is {_shown(value)}, but the recipe's is always {must_be[key]}; write that, or leave it out"
+                f"scheduler.params.{key} is {_shown(value)}, but the recipe's is always {must_be[key]};"
+                " write that, or leave it out"
             )
     if params.get("warmup_type", "auto") == "auto" and found.settings["warmup_steps"]:
         found.notes.append(
@@ -647,7 +675,7 @@ def _check_scheduler(config: dict[str, Any], found: Findings) -> None:
 
 
 def _add_monitor(config: dict[str, Any], found: Findings) -> None:
-    """Turn on the monitor of DeepSpeed that the setting `monitor` names. Its output path is the run folder, set by the run."""
+    """Turn on DeepSpeed's monitor that the setting `monitor` names. The run makes its own folder the monitor's."""
     monitor = found.settings["monitor"]
     if monitor is not None:
         config[monitor] = {**config.get(monitor, {}), "enabled": True}
@@ -660,20 +688,21 @@ def _add_monitor(config: dict[str, Any], found: Findings) -> None:
 
 
 def _ask_deepspeed(config: dict[str, Any], name: str) -> None:
-    """Let DeepSpeed parse the filled config, so that what only it refuses is refused now and not after the model is built."""
+    """Let DeepSpeed parse the filled config, so that what only DeepSpeed refuses is refused before a model is built."""
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.utils import logger
 
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        # There are no process groups yet, so DeepSpeed counts one rank here; it checks the batch arithmetic again later.
-        alone = {
+        # There are no process groups yet, so that DeepSpeed counts one rank, and the batch's arithmetic would be wrong.
+        # DeepSpeed checks it in deepspeed.initialize.
+        without_batch = {
             key: value
             for key, value in config.items()
             if key not in ("train_batch_size", "gradient_accumulation_steps")
         }
-        DeepSpeedConfig(json.loads(json.dumps(alone)))
+        DeepSpeedConfig(json.loads(json.dumps(without_batch)))
     except ValidationError as error:
         problem = error.errors()[0]
         raise UserError(f"{name}: {'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}") from None

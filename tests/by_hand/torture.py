@@ -60,7 +60,7 @@ def kind_of(process: psutil.Process) -> str:
     words = " ".join(process.info["cmdline"])
     if "--local_rank=" in words:
         return f"rank {words.split('--local_rank=')[1][0]}"
-    return "start_ranks.py" if "start_ranks.py" in words else "launch.sh"
+    return "lib.launch.start_ranks" if "lib.launch.start_ranks" in words else "launch.sh"
 
 
 def wait_for(condition: Callable[[], object], seconds: float, poll: float = 0.02) -> bool:

@@ -1,6 +1,7 @@
-"""Runs causal_lm's main() under lib/compare/measure.py's Meter for many configs in one launch, for tests/compare/test_compare.py. Arguments: folder, case ...
+"""Runs causal_lm's main() under lib/compare/measure.py's Meter, many configs in one launch.
 
-A case is NAME:JSON:setting=value,... It leaves folder/NAME-WORLD_SIZE with a rank-<rank>.json each, and the run itself in run/.
+Used by tests/compare/test_compare.py. Arguments: folder, case ... A case is NAME:JSON:setting=value,... For each case
+folder/NAME-WORLD_SIZE holds a rank-<rank>.json of each rank, and the run itself in run/.
 """
 
 import contextlib
@@ -25,18 +26,14 @@ from lib.settings.ds_config import load_ds_config
 
 causal_lm: Any = importlib.import_module("recipes.causal_lm")
 collate_blocks = causal_lm.collate_blocks
-# Settings of a model whose matrices are above stage3_param_persistence_threshold and whose norms are below.
+# Settings of a model whose matrices are larger than stage3_param_persistence_threshold and whose norms are smaller.
 WIDE = "hidden_size=384,intermediate_size=512,vocab_size=300"
-SLOW = {
-    "data": 0.05,
-    "forward": 0.1,
-    "backward": 0.15,
-    "optimizer": 0.2,
-}  # seconds that each phase of a case named "slow..." takes longer
+# The seconds by which each phase takes longer in a case whose name begins with "slow".
+SLOW = {"data": 0.05, "forward": 0.1, "backward": 0.15, "optimizer": 0.2}
 
 
 def slowly(phase: str, real: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, but so many seconds slower."""
+    """The function, slower by the seconds of the phase."""
 
     @functools.wraps(real)
     def slow(*arguments: Any, **options: Any) -> Any:
@@ -59,14 +56,14 @@ def main(where: str, *cases: str) -> None:
     world_size, real_batches = int(os.environ["WORLD_SIZE"]), batches.training_batches
     for case in cases:
         name, json_path, settings = case.split(":")
-        place = folder / f"{name}-{world_size}"
-        place.mkdir(exist_ok=True)
-        given = {"run_dir": str(place / "run"), "max_steps": str(INSPECTED + 2), "samples": "0"} | dict(
+        case_folder = folder / f"{name}-{world_size}"
+        case_folder.mkdir(exist_ok=True)
+        given = {"run_dir": str(case_folder / "run"), "max_steps": str(INSPECTED + 2), "samples": "0"} | dict(
             setting.split("=") for setting in settings.split(",")
         )
         cfg: Any = config.load(causal_lm.Config, ROOT / "recipes" / "causal_lm.yaml", given, quick=True)
         ds_config = load_ds_config(Path(json_path), cfg, world_size)
-        meter = Meter(place, INSPECTED + 2, goes_on=False)
+        meter = Meter(case_folder, INSPECTED + 2, goes_on=False)
         slow = name.startswith("slow")
         causal_lm.deepspeed = SimpleNamespace(
             initialize=meter.initialize(initialize_slowly if slow else deepspeed.initialize)

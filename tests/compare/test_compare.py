@@ -1,4 +1,4 @@
-"""./launch.sh compare: measured against theory, and the command as a user runs it, up to the page in a browser."""
+"""./launch.sh compare: measurements against theory, and the command as a user runs it, up to the page in a browser."""
 
 import csv
 import json
@@ -27,9 +27,9 @@ from lib.errors import UserError
 
 
 def facts(**changes: Any) -> dict[str, Any]:
-    """Of a model of 7.5e9 parameters on 64 ranks in bf16, without anything that DeepSpeed does of its own."""
+    """The facts of a model of 7.5e9 parameters on 64 ranks in bf16, where DeepSpeed does not depart from the paper."""
     count = 7_500_000_000
-    alone = {
+    defaults = {
         "parameters": count,
         "trained": count,
         "kept_whole": 0,
@@ -39,7 +39,7 @@ def facts(**changes: Any) -> dict[str, Any]:
         "element_bytes": 2,
         "world_size": 64,
     }
-    return alone | {"accumulation_steps": 1} | changes
+    return defaults | {"accumulation_steps": 1} | changes
 
 
 def zero(stage: int, **knobs: Any) -> dict[str, Any]:
@@ -60,8 +60,11 @@ def test_states_are_those_of_the_papers_table(stage: int, gigabytes: float) -> N
     "stage, accumulation, knobs, passes",
     [
         (0, 1, {}, 2), (1, 1, {}, 3), (2, 1, {}, 3), (3, 1, {}, 2), (1, 4, {}, 3), (2, 4, {}, 9), (3, 4, {}, 8),
-        (2, 1, {"use_multi_rank_bucket_allreduce": False, "reduce_scatter": False}, 3), (3, 1, {"stage3_max_reuse_distance": 1_000_000}, 2.5),
-        (3, 1, {"stage3_max_live_parameters": 0}, 2), (1, 1, {"use_multi_rank_bucket_allreduce": False}, 2), (2, 1, {"use_multi_rank_bucket_allreduce": False}, 2),
+        (2, 1, {"use_multi_rank_bucket_allreduce": False, "reduce_scatter": False}, 3),
+        (3, 1, {"stage3_max_reuse_distance": 1_000_000}, 2.5),
+        (3, 1, {"stage3_max_live_parameters": 0}, 2),
+        (1, 1, {"use_multi_rank_bucket_allreduce": False}, 2),
+        (2, 1, {"use_multi_rank_bucket_allreduce": False}, 2),
         (3, 1, dict.fromkeys(theory.PAPER_STAGE3, 0), 3),
     ],
 )  # fmt: skip
@@ -70,17 +73,18 @@ def test_traffic_is_that_of_deepspeeds_defaults(
 ) -> None:
     """Passes over the parameters, as measured with DeepSpeed 0.19.8 on a model under 1e9 parameters."""
     count = 1_000_000
-    of_a_small_model = facts(
-        stage=stage, accumulation_steps=accumulation, parameters=count, trained=count, in_modules=count
-    )
-    expected = theory.traffic(zero(stage, **knobs), of_a_small_model)
+    small_model = facts(stage=stage, accumulation_steps=accumulation, parameters=count, trained=count, in_modules=count)
+    expected = theory.traffic(zero(stage, **knobs), small_model)
     one_pass = 2 * count * 63 / 64
     assert expected.total / one_pass == pytest.approx(passes)
     assert expected.paper / one_pass == pytest.approx(3 if stage == 3 else 2)
 
 
 def test_what_is_frozen_is_gathered_for_the_forward_pass_only() -> None:
-    """Of a model whose half is frozen, all is gathered forward, a half backward, and the gradients of a half are reduced."""
+    """Half of the model is frozen. All of it is gathered for the forward pass, and half for the backward pass.
+
+    The gradients of half are reduced.
+    """
     sizes = {"parameters": 1_000_000, "trained": 500_000, "in_modules": 1_000_000, "frozen_in_modules": 500_000}
     expected = theory.traffic(
         zero(3, **dict.fromkeys(theory.PAPER_STAGE3, 0)), facts(stage=3, accumulation_steps=1, **sizes)
@@ -119,7 +123,7 @@ EVERY_CASE = [(ranks, config, *case) for ranks, cases in CASES.items() for case 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds, for each case, <config>_<preset>_<accumulation>_<precision>-<ranks>."""
+    """A folder with a subfolder <config>_<preset>_<accumulation>_<precision>-<ranks> for each case."""
     folder = tmp_path_factory.mktemp("measured")
     for ranks, cases in CASES.items():
         arguments = []
@@ -130,7 +134,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 name = f"{config}_{preset}_{accumulation}_{precision}"
                 path = folder / f"{name}-{ranks}.json"
                 path.write_text(json.dumps(theory.with_paper_preset(ds_config) if preset == "paper" else ds_config))
-                tied = accumulation > 1  # a parameter that two modules share is another path of stage 3
+                tied = accumulation > 1  # stage 3 treats a parameter that two modules share in another way
                 arguments.append(f"{name}:{path}:{WIDE},tie_embeddings={tied},batch_size={BATCH},precision={precision}")
         if ranks == 1:
             arguments.append(arguments[0].replace("zero0_", "slow_", 1))
@@ -152,8 +156,8 @@ def test_states_and_traffic_are_what_theory_says(
     sent = 0.0
     for rank in ranks_of(measured, name, ranks):
         expected = theory.states(ds_config, rank["facts"])
-        held = {kind: sum(places.values()) for kind, places in rank["held"].items()}
-        assert {kind: held[kind] for kind in theory.KINDS} == {
+        measured_bytes = {kind: sum(places.values()) for kind, places in rank["held"].items()}
+        assert {kind: measured_bytes[kind] for kind in theory.KINDS} == {
             kind: pytest.approx(expected[kind].total, rel=0.01) for kind in theory.KINDS
         }
         sent += sum(theory.wire_bytes(rank["logged"], ranks).values()) / ranks
@@ -175,7 +179,8 @@ def test_time_and_operations_are_counted(measured: Path) -> None:
             step[phase] for step in fast["seconds"][1:]
         )
         assert longer == pytest.approx(seconds, abs=0.04), phase
-    # A token costs a multiplication and an addition for each weight of a matrix but the embeddings', and for each token that it attends to.
+    # A token costs a multiplication and an addition for each weight of each matrix but the embeddings, and, in each
+    # layer, for each number of the keys and values of the tokens that it attends to.
     width, layers, length, tokens = 384, 2, 64, BATCH * 64
     matrices = fast["facts"]["parameters"] - 300 * width - (2 * layers + 1) * width
     assert fast["forward_flops"] == 2 * tokens * (matrices + layers * 2 * length * width)
@@ -183,7 +188,7 @@ def test_time_and_operations_are_counted(measured: Path) -> None:
 
 
 def test_a_pass_that_is_done_again_counts_once(tmp_path: Path) -> None:
-    """As semantic_search does under accumulation: all vectors first without gradients, then each micro-batch again with them."""
+    """With accumulation, semantic_search runs all micro-batches without gradients, then each again with gradients."""
     meter, layer, rows = Meter(tmp_path, INSPECTED + 2, goes_on=False), torch.nn.Linear(3, 5), torch.ones(7, 3)
     meter.step = INSPECTED
     forward = meter.forward(layer, layer.forward)
@@ -221,9 +226,9 @@ def only_folder(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """(where it ran, what it printed): a config that runs, one with smaller micro-batches and one that asks for more memory than there is.
+    """(folder in which it ran, what it printed) of a comparison that was stopped once and resumed.
 
-    It was stopped once, and resumed.
+    It has a config that runs, one with smaller micro-batches, and one that asks for more memory than the machine has.
     """
     folder = tmp_path_factory.mktemp("comparison")
     good = json.loads((ROOT / "ds_configs" / "text_classification" / "zero2.json").read_text())
@@ -236,7 +241,7 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            if line.startswith("[1/6]") and " in all" in line:  # and not a sign that it runs
+            if line.startswith("[1/6]") and " in all" in line:  # the run's last line, not a sign that it goes on
                 break
         process.send_signal(signal.SIGINT)
         rest = process.stdout.read()
@@ -244,14 +249,14 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     assert "--resume goes on" in rest
     first = only_folder(folder) / "good-2ranks" / "round1" / "rank-0.json"
     before = first.stat().st_mtime_ns
-    said = run_compare(folder, *COMMAND, "--resume")
+    printed = run_compare(folder, *COMMAND, "--resume")
     assert first.stat().st_mtime_ns == before, "what had ended was run again"
-    return folder, said
+    return folder, printed
 
 
 @pytest.fixture(scope="module")
 def scaling(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """(where it ran, what it printed): one config on 1 and 2 ranks."""
+    """(folder in which it ran, what it printed) of a comparison of one config on 1 and 2 ranks."""
     folder = tmp_path_factory.mktemp("scaling")
     return folder, run_compare(
         folder,
@@ -272,11 +277,11 @@ def scaling(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 @pytest.mark.slow
 def test_a_config_that_fails_is_a_row_with_its_reason(comparison: tuple[Path, str]) -> None:
-    folder, said = comparison
+    folder, printed = comparison
     rows = {row["config"]: row for row in collect(only_folder(folder)).rows}
     assert list(rows) == ["good", "coarse", "greedy"]
     assert "memory" in rows["greedy"]["failed"]
-    assert f"greedy: failed: {rows['greedy']['failed']}" in said
+    assert f"greedy: failed: {rows['greedy']['failed']}" in printed
     for config in ("good", "coarse"):
         assert rows[config]["failed"] is None
         assert rows[config]["timed_steps"] == 5 + 5
@@ -286,9 +291,9 @@ def test_a_config_that_fails_is_a_row_with_its_reason(comparison: tuple[Path, st
 
 @pytest.mark.slow
 def test_losses_that_leave_the_path_are_an_alarm(comparison: tuple[Path, str]) -> None:
-    """No DeepSpeed JSON that is accepted does that, so a run's own losses are changed from a step on, and the report is made once more."""
-    folder, said = comparison
-    assert "left the path" not in said
+    """No accepted DeepSpeed JSON changes the losses, so the test changes a run's recorded losses and reports again."""
+    folder, printed = comparison
+    assert "left the path" not in printed
     other = folder / "left"
     shutil.copytree(only_folder(folder), other)
     metrics = other / "coarse-2ranks" / "round1" / "metrics.jsonl"
@@ -297,23 +302,23 @@ def test_losses_that_leave_the_path_are_an_alarm(comparison: tuple[Path, str]) -
         if "loss" in entry and entry["step"] >= 5:
             entry["loss"] *= 1 + 1e-4
     metrics.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    said = run_compare(folder, other)
+    printed = run_compare(folder, other)
     good, coarse = collect(other).good()
     page = (other / "report.html").read_text()
-    assert coarse["loss_left_at_step"] == 5 and "coarse left the path of the losses at step 5" in said
+    assert coarse["loss_left_at_step"] == 5 and "coarse left the path of the losses at step 5" in printed
     assert 'class="card alarm">coarse left the path' in page
     assert good["loss_left_at_step"] is None and "good left the path" not in page
 
 
 @pytest.mark.slow
 def test_a_config_is_compared_on_several_ranks(scaling: tuple[Path, str]) -> None:
-    folder, said = scaling
+    folder, printed = scaling
     one, two = collect(only_folder(folder)).good()
     assert (one["ranks"], two["ranks"]) == (1, 2)
     assert one["loss_difference_over_ranks"] == 0 < two["loss_difference_over_ranks"] < 1e-5
     assert two["loss_left_at_step"] is None and two["step_ratio"] == 1
     assert two["traffic_passes"] == pytest.approx(2, rel=0.05), "the preset was not applied"
-    assert "zero2 on " in said
+    assert "zero2 on " in printed
 
 
 @pytest.mark.slow
@@ -329,8 +334,8 @@ def test_an_older_comparison_is_laid_beside_and_listed(comparison: tuple[Path, s
         measured = json.loads(path.read_text())
         measured["seconds"] = [{phase: 2 * seconds for phase, seconds in step.items()} for step in measured["seconds"]]
         path.write_text(json.dumps(measured))
-    said = run_compare(folder, new, "--with", old)
-    assert re.search(r"torch: 1\.0 -> 2\.", said)
+    printed = run_compare(folder, new, "--with", old)
+    assert re.search(r"torch: 1\.0 -> 2\.", printed)
     with (new / "with.csv").open() as file:
         ratios = {(row["config"], row["ranks"], row["column"]): row["ratio"] for row in csv.DictReader(file)}
     assert float(ratios["coarse", "2", "step_ms"]) == pytest.approx(0.5)
@@ -353,7 +358,10 @@ def test_an_older_comparison_is_laid_beside_and_listed(comparison: tuple[Path, s
 @pytest.mark.parametrize("which", ["comparison", "scaling"])
 @pytest.mark.parametrize("width, scheme", [(390, "light"), (390, "dark"), (1280, "light"), (1280, "dark")])
 def test_the_page_in_a_browser(request: pytest.FixtureRequest, which: str, width: int, scheme: Any) -> None:
-    """No script error, nothing from the network, no horizontal scrolling, charts drawn in colors of the scheme, every number that of results.csv."""
+    """The page has no script error, loads nothing, does not scroll sideways, and draws charts in the scheme's colors.
+
+    Every number on it is that of results.csv.
+    """
     browser = next(
         (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
     )
@@ -379,14 +387,16 @@ def test_the_page_in_a_browser(request: pytest.FixtureRequest, which: str, width
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         charts = page.evaluate("""[...document.querySelectorAll('figure')].map(figure => {
             const box = figure.querySelector('svg').getBoundingClientRect();
-            const smallest = Math.min(...[...figure.querySelectorAll('text')].map(text => text.getBoundingClientRect().height).filter(height => height > 0));
+            const heights = [...figure.querySelectorAll('text')].map(text => text.getBoundingClientRect().height);
+            const smallest = Math.min(...heights.filter(height => height > 0));
             return [figure.id, box.width, box.height, figure.querySelectorAll('path').length, smallest];
         })""")
         assert page.evaluate(
             "[...document.querySelectorAll('data')].every(data => data.dataset.row || data.dataset.with)"
         )
         shown = page.evaluate(
-            "[...document.querySelectorAll('data[data-row]')].map(data => [data.dataset.row, data.dataset.column, data.textContent])"
+            "[...document.querySelectorAll('data[data-row]')]"
+            ".map(data => [data.dataset.row, data.dataset.column, data.textContent])"
         )
         in_charts = page.evaluate(
             "[...document.querySelectorAll('svg g[id*=\":\"]')].map(group => [group.id, group.textContent.trim()])"
@@ -414,7 +424,7 @@ def test_the_page_in_a_browser(request: pytest.FixtureRequest, which: str, width
     assert len(shown) > 100
     for row, column, text in shown:
         assert text == in_csv(row, column), (row, column)
-    assert len(in_charts) == 6  # memory, traffic and step time, of two rows
+    assert len(in_charts) == 6  # memory, traffic and step time, each for two rows
     for name, text in in_charts:
         _, config, ranks, column = name.split(":")
         assert text == in_csv(f"{config}:{ranks}", column), name
@@ -422,10 +432,10 @@ def test_the_page_in_a_browser(request: pytest.FixtureRequest, which: str, width
 
 @pytest.mark.slow
 def test_sentences_and_files_are_there(comparison: tuple[Path, str]) -> None:
-    folder, said = comparison
+    folder, printed = comparison
     results = collect(only_folder(folder))
     three = [plain(sentence, results) for sentence in sentences(results)]
-    assert len(three) == 3 and all(sentence in said for sentence in three)
+    assert len(three) == 3 and all(sentence in printed for sentence in three)
     assert three[0].startswith(("Take good", "Take coarse")) and "greedy failed." in three[1]
     markdown = (only_folder(folder) / "report.md").read_text()
     for name in re.findall(r"\((charts/\w+\.png)\)", markdown):
@@ -445,17 +455,16 @@ def test_sentences_and_files_are_there(comparison: tuple[Path, str]) -> None:
         (["causal_lm", "--steps", "3"], "at least 5"),
         (["causal_lm", "--resume"], "leave --resume out"),
         (["causal_lm", "--with", "nowhere"], "has no comparison.json"),
-        pytest.param(["causal_lm", "--max_steps", "9"], "use --steps", marks=pytest.mark.slow),  # it imports the recipe
+        # slow: it imports the recipe
+        pytest.param(["causal_lm", "--max_steps", "9"], "use --steps", marks=pytest.mark.slow),
         (["causal_lm", "--rounds", "0"], "at least"),
         (["causal_lm", "--ds_configs", "elsewhere/zero2.json"], "there is no elsewhere/zero2.json"),
-        pytest.param(
-            ["causal_lm", "--deepspeed_config", "x.json"], "--ds_configs", marks=pytest.mark.slow
-        ),  # it imports the recipe
+        # slow: it imports the recipe
+        pytest.param(["causal_lm", "--deepspeed_config", "x.json"], "--ds_configs", marks=pytest.mark.slow),
         (["--learning_rate", "1e-4", "causal_lm"], "the recipe comes first"),
         (["causal_lm", "--learning_rat", "9"], "did you mean '--learning_rate'?"),
-        pytest.param(
-            ["causal_lm", "--ranks", "3"], "3 does not divide it", marks=pytest.mark.slow
-        ),  # it imports the recipe
+        # slow: it imports the recipe
+        pytest.param(["causal_lm", "--ranks", "3"], "3 does not divide it", marks=pytest.mark.slow),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_runs(

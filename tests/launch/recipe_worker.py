@@ -1,4 +1,4 @@
-"""Runs a recipe as its command line would, on ranks that are forked. Arguments: the recipe, then its own."""
+"""Runs a recipe as its command line would, on ranks that are forked. Arguments: the recipe, the recipe's arguments."""
 
 import importlib
 import os

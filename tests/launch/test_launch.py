@@ -1,4 +1,4 @@
-"""launch.sh and the plain launcher, as a user calls them: real launches, errors, a copied recipe, what a run leaves behind."""
+"""launch.sh and the plain launcher, as a user calls them: real launches, errors, a copied recipe, clean ends."""
 
 import contextlib
 import json
@@ -19,7 +19,10 @@ def test_help_and_dry_run() -> None:
     assert "text_classification" in out and "causal_lm" in out
     dry = launch("causal_lm", "--stage", "3", "--ranks", "4", "--dry_run", "--max_steps", "3").stdout
     assert "deepspeed --log_level critical --master_port " in dry
-    command = "--num_accelerators 4 recipes/causal_lm.py --deepspeed_config ds_configs/causal_lm/zero3.json --max_steps 3 --run_dir runs/causal_lm-zero3-"
+    command = (
+        "--num_accelerators 4 recipes/causal_lm.py --deepspeed_config ds_configs/causal_lm/zero3.json"
+        " --max_steps 3 --run_dir runs/causal_lm-zero3-"
+    )
     assert command in dry.splitlines()[-1]
     assert (
         "ds_configs/causal_lm/zero3_offload.json"
@@ -50,8 +53,8 @@ def test_a_mistake_in_the_launch_is_refused(arguments: list[str], words: list[st
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--learning_rat", "1"], ["--learning_rat", "did you mean"]),  # which each rank finds
-        (["--dataset", "nowhere.csv"], ["nowhere.csv", "no such file"]),  # which rank 0 finds and tells the others
+        (["--learning_rat", "1"], ["--learning_rat", "did you mean"]),  # every rank finds this mistake
+        (["--dataset", "nowhere.csv"], ["nowhere.csv", "no such file"]),  # rank 0 finds this one and tells the others
         (["--learning_rate", "1e30", "--log_every", "20"], ["the loss is nan at step", "--not_finite skip"]),
     ],
 )
@@ -65,12 +68,12 @@ def test_a_mistake_in_the_settings_ends_all_ranks_with_one_line(
     assert len(errors) == 1 and "Traceback" not in done.stdout + done.stderr
     for word in words:
         assert word in errors[0]
-    assert time.monotonic() - started < 90  # of which most is importing, twice, on a busy machine
+    assert time.monotonic() - started < 90  # seconds; most of them are two processes' imports on a busy machine
 
 
 @pytest.mark.slow
 def test_results_are_a_table_of_runs_that_are_not_run_twice() -> None:
-    """In runs/results-quick of this checkout."""
+    """The runs are in runs/results-quick of this checkout."""
     shutil.rmtree(ROOT / "runs" / "results-quick" / "recurrent_lm", ignore_errors=True)
     first = launch("results", "recurrent_lm", "--quick")
     assert first.returncode == 0 and "step 20/20" in first.stdout, first.stderr
@@ -79,15 +82,15 @@ def test_results_are_a_table_of_runs_that_are_not_run_twice() -> None:
     (row,) = [line for line in first.stdout.splitlines() if line.startswith("| [`recurrent_lm`]")]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[2:6] == ["sotu", "perplexity", f"{scores['perplexity']:.3g}", f"unigram {unigram['perplexity']:.3g}"]
-    again = launch("results", "recurrent_lm", "--quick")
-    assert "has finished already" in again.stdout + again.stderr and row in again.stdout
+    second = launch("results", "recurrent_lm", "--quick")
+    assert "has finished already" in second.stdout + second.stderr and row in second.stdout
     assert "did you mean 'recurrent_lm'" in launch("results", "recurent_lm").stderr
     assert "leave one of them out" in launch("results", "--quick", "--readme").stderr
 
 
 @pytest.mark.slow
 def test_the_plain_launcher_trains_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    shared_memory = set(Path("/dev/shm").glob("deepspeed*"))  # other programs have theirs there
+    shared_memory = set(Path("/dev/shm").glob("deepspeed*"))  # other programs' files may be there already
     arguments = [
         "--deepspeed_config",
         "ds_configs/text_classification/zero3.json",
@@ -108,13 +111,13 @@ def command_lines() -> dict[int, bytes]:
     """Process id -> command line, of all processes but this one and its parent."""
     found = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # it has ended
+        with contextlib.suppress(OSError):  # the process has ended
             found[int(path.parent.name)] = path.read_bytes()
     return {process: line for process, line in found.items() if process not in (os.getpid(), os.getppid())}
 
 
 def processes_of(run_dir: Path, *words: str) -> list[int]:
-    """The ids of the processes of a run whose command line has these words."""
+    """The ids of a run's processes whose command lines have these words."""
     return [
         process
         for process, line in command_lines().items()
@@ -127,7 +130,7 @@ LONG = ["causal_lm", "--quick", "--max_steps", 200, "--log_every", 1, "--samples
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of LONG, undisturbed."""
+    """The run folder of an undisturbed run of LONG."""
     run = tmp_path_factory.mktemp("uninterrupted") / "run"
     run_ranks(
         2,
@@ -143,7 +146,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(run_dir: Path, *settings: object, steps: int) -> subprocess.Popen[str]:
-    """Start LONG and return when it has done so many steps."""
+    """Start LONG and return when it has done `steps` steps."""
     environment = os.environ | {"PATH": f"{SCRIPTS}:{os.environ['PATH']}"}
     command = [str(part) for part in (ROOT / "launch.sh", *LONG, "--run_dir", run_dir, *settings)]
     process = subprocess.Popen(
@@ -163,7 +166,7 @@ def start(run_dir: Path, *settings: object, steps: int) -> subprocess.Popen[str]
 
 
 def end(process: subprocess.Popen[str], run_dir: Path, seconds: float = 120) -> str:
-    """What it printed, when it has ended and left no process behind."""
+    """Wait for the process to end. Returns what it printed. It must leave no process behind."""
     output, _ = process.communicate(timeout=seconds)
     assert not processes_of(run_dir)
     return output

@@ -1,4 +1,4 @@
-"""What happens between Enter and the first step: devices, the printed command, wrong words, help; and progress of what takes long."""
+"""From Enter to the first step: devices, the printed command, wrong words, help, and progress of what takes long."""
 
 import importlib
 import io
@@ -29,12 +29,15 @@ from lib.run import signs
 from lib.run.signs import Signs
 from lib.settings import config
 
-# --- devices -------------------------------------------------------------------------------------------------------------
+# --- devices ------------------------------------------------------------------
 
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Makes this machine one with GPUs, for programs that this process starts too: a fake nvidia-smi, and a torch of which only the version is read."""
+    """Makes this machine look like one with GPUs, to this process and to programs that it starts.
+
+    There is a fake nvidia-smi, and a fake torch of which only the version is read.
+    """
 
     def make(gpus: int, driver: str = "580.65.06", cuda: str | None = "13.0") -> dict[str, str]:
         (tmp_path / "bin").mkdir(exist_ok=True)
@@ -47,7 +50,10 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         (tmp_path / "torch" / "__init__.py").write_text(
             "class cuda:\n    is_available = staticmethod(lambda: False)\n    device_count = staticmethod(lambda: 8)\n"
         )
-        version = f"__version__ = '2.13.0'\ncuda: Optional[str] = {cuda!r}\nhip: Optional[str] = None\nxpu: Optional[str] = None\n"
+        version = (
+            f"__version__ = '2.13.0'\ncuda: Optional[str] = {cuda!r}\n"
+            "hip: Optional[str] = None\nxpu: Optional[str] = None\n"
+        )
         (tmp_path / "torch" / "version.py").write_text(version)
         changed = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": f"{tmp_path}:{ROOT}"}
         for name, value in changed.items():
@@ -65,11 +71,11 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def ids_of(options: list[str], gpus: int) -> list[int]:
-    """The devices that DeepSpeed's own launcher takes with these options on a machine with so many."""
+    """The devices that DeepSpeed's own launcher takes with these options on a machine with so many GPUs."""
     from deepspeed.launcher import runner
 
     given = runner.parse_args([*options, "recipe.py"])
-    assert not (given.include and given.num_gpus >= 0)  # which it refuses
+    assert not (given.include and given.num_gpus >= 0)  # the launcher refuses the two together
     pool = runner.fetch_hostfile(given.hostfile) or OrderedDict(localhost=gpus)
     active = runner.apply_num_nodes_and_gpus(
         runner.parse_inclusion_exclusion(pool, given.include, given.exclude), given.num_nodes, given.num_gpus
@@ -163,7 +169,7 @@ def test_no_gpus_is_the_cpu(machine: Any) -> None:
 
 
 def test_the_users_accelerator_stays(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed is asked for it, whose answer stands in for a machine that has one."""
+    """DeepSpeed is asked for the devices. A made-up answer stands in for a machine with another accelerator."""
     machine(0)
     monkeypatch.setenv("DS_ACCELERATOR", "xpu")
     monkeypatch.setenv("ZE_AFFINITY_MASK", "1,3")
@@ -206,15 +212,16 @@ def test_launch_and_comparison_carry_the_devices(machine: Any, tmp_path: Path, m
     )
 
 
-# --- the ranks of the printed command -----------------------------------------------------------------------------------
+# --- the ranks of the printed command -----------------------------------------
 
 
 @pytest.mark.slow
 def test_ranks_start_as_deepspeed_starts_them(tmp_path: Path) -> None:
-    """launch.sh prints a `deepspeed` command, and starts the same ranks: environment and arguments are alike."""
+    """launch.sh prints a `deepspeed` command and starts the ranks itself, with the same environment and arguments."""
     script = tmp_path / "rank.py"
     script.write_text(
-        "import json, os, sys\nopen(f'{sys.argv[2]}-{os.environ[\"RANK\"]}', 'w').write(json.dumps([sys.argv[1:2] + sys.argv[3:], sys.stdout.write_through, dict(os.environ)]))"
+        "import json, os, sys\nopen(f'{sys.argv[2]}-{os.environ[\"RANK\"]}', 'w')"
+        ".write(json.dumps([sys.argv[1:2] + sys.argv[3:], sys.stdout.write_through, dict(os.environ)]))"
     )
     found = []
     programs: dict[str, list[Any]] = {"deepspeed": [SCRIPTS / "deepspeed"], "ours": supervise.START_RANKS}
@@ -237,14 +244,15 @@ def test_ranks_start_as_deepspeed_starts_them(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         found.append([json.loads((tmp_path / f"{name}-{rank}").read_text()) for rank in range(2)])
     for rank in range(2):
-        (arguments, *_, environment), (own_arguments, *_, own_environment) = found[0][rank], found[1][rank]
-        of_deepspeed = {name for name in environment if name.startswith(("PYTORCH_", "TORCH", "KMP", "DS_"))} | {
+        (arguments, *_, environment), (our_arguments, *_, our_environment) = found[0][rank], found[1][rank]
+        # These may differ: DeepSpeed's launcher and its imports set them, and the ranks do not need them.
+        may_differ = {name for name in environment if name.startswith(("PYTORCH_", "TORCH", "KMP", "DS_"))} | {
             "_",
             "TRITON_CACHE_DIR",
         }
-        assert arguments == own_arguments and found[0][rank][1] == found[1][rank][1]
-        assert {k: v for k, v in environment.items() if k not in of_deepspeed} == {
-            k: v for k, v in own_environment.items() if k not in of_deepspeed
+        assert arguments == our_arguments and found[0][rank][1] == found[1][rank][1]
+        assert {k: v for k, v in environment.items() if k not in may_differ} == {
+            k: v for k, v in our_environment.items() if k not in may_differ
         }
 
 
@@ -270,7 +278,7 @@ def test_a_rank_that_has_stopped_as_asked_lets_the_others_finish(tmp_path: Path)
     assert execute(command, cwd=tmp_path).returncode == 75 and (tmp_path / "done").exists()
 
 
-# --- wrong words and help -----------------------------------------------------------------------------------------------
+# --- wrong words and help -----------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -306,14 +314,17 @@ def test_help_is_read_from_the_source_as_the_recipe_would_show_it(capsys: pytest
 
 
 def test_preflight_imports_nothing_large() -> None:
-    code = "import sys; from lib.launch import preflight; print([name for name in ('torch', 'deepspeed', 'transformers', 'numpy') if name in sys.modules])"
+    code = (
+        "import sys; from lib.launch import preflight;"
+        " print([name for name in ('torch', 'deepspeed', 'transformers', 'numpy') if name in sys.modules])"
+    )
     assert (
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
         == "[]\n"
     )
 
 
-# --- signs of life ------------------------------------------------------------------------------------------------------
+# --- signs of life ------------------------------------------------------------
 
 
 @pytest.fixture
@@ -322,7 +333,7 @@ def short_silence(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def spoken(what: Callable[[Any], object], phase: Any = None) -> list[str]:
-    """The lines on a console that is no terminal while `what` runs."""
+    """The lines that are printed while `what` runs, on a console that is no terminal."""
     console = io.StringIO()
     with Signs(console) as watch:
         watch.phase = phase
@@ -339,9 +350,8 @@ def test_what_takes_long_says_what_it_is_and_how_long_it_will_take(short_silence
 
     started = time.monotonic()
     lines = spoken(work)
-    assert (
-        2 <= len(lines) <= 2 + math.log2((time.monotonic() - started) / 0.1)
-    )  # after 0.1, 0.3 and 0.7 seconds: each sign after twice the silence
+    # Signs come after 0.1, 0.3 and 0.7 seconds: each silence is twice as long as the one before.
+    assert 2 <= len(lines) <= 2 + math.log2((time.monotonic() - started) / 0.1)
     assert all(re.fullmatch(r"evaluating: \d+ of 1,000 rows, 0:0\d so far(, 0:0\d left)?", line) for line in lines)
 
 
@@ -350,7 +360,7 @@ def test_what_is_fast_says_nothing_and_a_phase_speaks_for_what_has_no_name(monke
     monkeypatch.setattr(signs, "SILENCE", 0.4)
 
     def quick(watch: Signs) -> None:
-        for number in range(8):  # the console is not silent
+        for number in range(8):  # prints so often that the console is never silent for long
             watch.print(f"step {number}")
             with progress("quick"):
                 time.sleep(0.08)
@@ -361,19 +371,19 @@ def test_what_is_fast_says_nothing_and_a_phase_speaks_for_what_has_no_name(monke
 
 
 def test_on_a_terminal_a_bar_moves_and_goes_away(short_silence: None) -> None:
-    ours, theirs = pty.openpty()
-    with os.fdopen(theirs, "w") as console, Signs(console) as watch, progress("evaluating", total=100) as advance:
+    terminal, process_side = pty.openpty()
+    with os.fdopen(process_side, "w") as console, Signs(console) as watch, progress("evaluating", total=100) as advance:
         advance(50)
         time.sleep(0.3)
         watch.print("step 1")
-    seen = os.read(ours, 65536).decode()
-    os.close(ours)
+    seen = os.read(terminal, 65536).decode()
+    os.close(terminal)
     assert "evaluating:  50%|" in seen and "\r\033[Kstep 1\r\n" in seen
 
 
 @pytest.mark.slow
 def test_work_is_counted_by_what_everything_passes_through(one_rank: None, short_silence: None) -> None:
-    """Slow tokenization, a slow answer for each batch, a slow export's kin: the console says so, without a word in the recipe."""
+    """The console tells of slow tokenization, batches and baselines, without a line for it in the recipe."""
     from lib.data import batches, rows
     from lib.distributed import ranks
     from lib.scores import baselines, inference
@@ -435,9 +445,9 @@ def test_a_run_shows_what_its_rank_0_does_and_the_other_ranks_nothing(
     time.sleep(0.6)
     run.close()
     assert threading.active_count() == threads
-    said = [line for line in capfd.readouterr().out.splitlines() if not line.startswith("step ")]
-    assert said[0].startswith("starting: 0:0") and any(line.startswith("loading the rows: 0:0") for line in said)
-    assert any(line.startswith("training: 1 of 3 steps") for line in said)
+    printed = [line for line in capfd.readouterr().out.splitlines() if not line.startswith("step ")]
+    assert printed[0].startswith("starting: 0:0") and any(line.startswith("loading the rows: 0:0") for line in printed)
+    assert any(line.startswith("training: 1 of 3 steps") for line in printed)
     monkeypatch.setattr(ranks, "rank", lambda: 1)
     output = Output(tmp_path / "log.txt")
     assert threading.active_count() == threads and output.signs is None

@@ -1,4 +1,7 @@
-"""Generates by made-up encoder-decoders of each kind at every stage, greedily and by beam search, for tests/scores/test_generation.py. Arguments: file, config ..."""
+"""Generates texts by made-up encoder-decoders of each kind under each config, greedily and by beam search.
+
+Used by tests/scores/test_generation.py. Arguments: the JSON file to write, config ...
+"""
 
 import functools
 import importlib
@@ -23,13 +26,13 @@ from lib.models.scratch import train_tokenizer
 from lib.scores.generation import generate_texts
 
 translation: Any = importlib.import_module("recipes.translation")
-ROWS = {"many": 13, "one": 1}  # odd, and fewer than ranks, so that fillers are needed
+ROWS = {"many": 13, "one": 1}  # an odd number of rows, and fewer rows than ranks, so that batches need fillers
 MAX_LENGTH = 12
-SEARCHES = [(1, 1, 0), (3, 1, 0), (3, 4, 0), (3, 4, 2)]  # beams, length penalty, tokens of a run that may not repeat
+SEARCHES = [(1, 1, 0), (3, 1, 0), (3, 4, 0), (3, 4, 2)]  # (beams, length penalty, length of n-grams that never repeat)
 
 
 def small_decoder(folder: Path, tokens: int) -> Path:
-    """An encoder to be made a decoder."""
+    """Save a small encoder from which a decoder can be made. Returns its folder."""
     set_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     BertModel(BertConfig(vocab_size=tokens, **sizes, initializer_range=0.2)).save_pretrained(folder)
@@ -56,18 +59,18 @@ def main(where: str, *configs: str) -> None:
     }
     encoder = str(ranks.on_rank0(lambda: small_encoder(file.with_suffix(""))))
     decoder = str(ranks.on_rank0(lambda: small_decoder(file.with_suffix(".decoder"), len(tokenizer))))
-    # --model and --decoder of the recipes, and a factor of the end-of-text embedding, with which some texts end early
+    # (the recipes' --model and --decoder, a factor for the end-of-text embedding by which some texts end early)
     models = {"scratch": (None, None, 3.0), "encoder": (encoder, None, 3.0), "warm": (encoder, decoder, 4.0)}
 
-    def build(source: str | None, decoder: str | None, of_end: float) -> Any:
-        """The recipes' model, but one whose texts differ, and end early or late: untrained, it repeats one token."""
+    def build(source: str | None, decoder: str | None, end_factor: float) -> Any:
+        """The recipes' model, changed so that texts differ and end early or late. Unchanged, it repeats a token."""
         model = build_model(SimpleNamespace(model=source, decoder=decoder, trust_remote_code=False, **sizes), tokenizer)
         with torch.no_grad():
             for name, weight in model.named_parameters():
-                if weight.dim() == 1 and name.endswith("weight"):  # of a norm
+                if weight.dim() == 1 and name.endswith("weight"):  # the weight of a norm
                     weight.normal_(0, 2)
-            model.get_output_embeddings().weight[tokenizer.eos_token_id] *= of_end
-        model.generation_config.min_length = MAX_LENGTH  # as some models of a hub have one, which must not act
+            model.get_output_embeddings().weight[tokenizer.eos_token_id] *= end_factor
+        model.generation_config.min_length = MAX_LENGTH  # some models from the hub have a min_length, to be ignored
         return model
 
     cfg = SimpleNamespace(learning_rate=1e-3, weight_decay=0.0, adam_betas=[0.9, 0.999], adam_eps=1e-8)

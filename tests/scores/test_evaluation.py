@@ -1,4 +1,4 @@
-"""Scores are the reference tools' to 1e-6; baselines do the obvious on obvious rows."""
+"""Scores equal the reference tools' to 1e-6; baselines do the obvious on obvious rows."""
 
 import json
 import random
@@ -16,7 +16,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from lib.scores import baselines, evaluation
 
-WORDS = sorted(set(re.findall(r"[A-Za-z][a-z]+|[,;:'%-]", np.einsum.__doc__ or "")))  # of some real text
+WORDS = sorted(set(re.findall(r"[A-Za-z][a-z]+|[,;:'%-]", np.einsum.__doc__ or "")))  # the words of a real text
 
 
 def exactly(scores: dict[str, float]) -> object:
@@ -24,7 +24,7 @@ def exactly(scores: dict[str, float]) -> object:
 
 
 def drawn(seed: int, rows: int, longest: int) -> tuple[list[str], list[str]]:
-    """Rows of random words, and the same with words lost, replaced and swapped."""
+    """(rows of random words, the same rows with some words lost, replaced and swapped)."""
     draw = random.Random(seed)
     texts, changed = [], []
     for _ in range(rows):
@@ -68,9 +68,8 @@ def test_translation_scores_are_those_of_the_sacrebleu_command(tmp_path: Path, t
 def test_summarization_scores_are_rouge_scores_of_sentences_on_lines_of_their_own() -> None:
     kinds = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
     references, summaries = drawn(2, 120, 12)
-    rows = [
-        (references[i : i + 3], summaries[i + 1 : i + 3] + summaries[i : i + 1]) for i in range(0, 120, 3)
-    ]  # three sentences, in another order
+    # Each row has three sentences, in another order in the summary.
+    rows = [(references[i : i + 3], summaries[i + 1 : i + 3] + summaries[i : i + 1]) for i in range(0, 120, 3)]
     scorer = RougeScorer(kinds, use_stemmer=True)
     expected = [scorer.score("\n".join(reference), "\n".join(summary)) for reference, summary in rows]
     scores = evaluation.summarization_scores(
@@ -85,8 +84,8 @@ def test_summarization_scores_are_rouge_scores_of_sentences_on_lines_of_their_ow
     [
         ("The Eiffel Tower.", ["eiffel  tower"], 100, 100),  # case, punctuation, articles, white space
         ("a theatre, an anthem", ["theatre anthem"], 100, 100),  # an article is a whole word
-        ("well-known", ["wellknown"], 100, 100),  # punctuation goes without leaving a space
-        ("caf\u00e9\u2019s", ["caf\u00e9s"], 0, 0),  # but only that of ASCII
+        ("well-known", ["wellknown"], 100, 100),  # punctuation is removed without leaving a space
+        ("caf\u00e9\u2019s", ["caf\u00e9s"], 0, 0),  # only ASCII punctuation is removed
         ("in the year 1066", ["1066"], 0, 50),  # precision 1/3, recall 1
         ("New York", ["York City", "new york city", "Boston"], 0, 80),  # the best of several: precision 1, recall 2/3
         ("very very good", ["very good very very"], 0, 100 * 6 / 7),  # a bag of words, not a set
@@ -97,8 +96,8 @@ def test_summarization_scores_are_rouge_scores_of_sentences_on_lines_of_their_ow
         ("the.", [], 100, 100),
         ("something", [], 0, 0),  # no answer, but one given
         ("", ["something"], 0, 0),
-        ("", ["something", "The"], 0, 0),  # a gold that normalizes to nothing is left out where there is another
-        ("a", ["the"], 100, 100),  # and means no answer where there is none
+        ("", ["something", "The"], 0, 0),  # an answer that normalizes to nothing is left out if there is another
+        ("a", ["the"], 100, 100),  # if there is no other, it means that the question has no answer
     ],
 )
 def test_question_answering_scores_are_squads(
@@ -122,12 +121,12 @@ def test_retrieval_scores_are_trec_evals(depth: int) -> None:
         set(random_numbers.choice(200, size=random_numbers.integers(1, 25), replace=False).tolist()) for _ in ranking
     ]
     for query in range(0, 150, 3):
-        ranking[query, random_numbers.integers(0, depth + 1) :] = -1  # short ones, some of them empty
+        ranking[query, random_numbers.integers(0, depth + 1) :] = -1  # short rankings, some of them empty
     for query in range(0, 150, 10):
-        relevant[query] -= set(ranking[query].tolist())  # nothing found; for some nothing is relevant
+        relevant[query] -= set(ranking[query].tolist())  # nothing relevant is found, or nothing is relevant
     for query in range(1, 150, 2):
         if ranking[query, 0] >= 0:
-            relevant[query].add(int(ranking[query, 0]))  # and some finds at the top
+            relevant[query].add(int(ranking[query, 0]))  # a relevant document at the top
     relevant[0] = set()
 
     judged = {
@@ -155,7 +154,7 @@ def test_retrieval_scores_are_trec_evals(depth: int) -> None:
 
 
 def word_vectors() -> KeyedVectors:
-    """Random ones, not of length 1, for half of the rated words, some of them in two cases, the most frequent first."""
+    """Random vectors, not of length 1, for half of the rated words. Some are there in two cases, lower case first."""
     rated = {
         word
         for file in ("wordsim353.tsv", "simlex999.txt")
@@ -192,10 +191,11 @@ def test_tfidf_and_logistic_regression_tell_words_apart() -> None:
     scores = baselines.tfidf_logistic_regression(
         ["good film", "good play", "bad film", "bad play"], [1, 1, 0, 0], ["good book", "bad book"], [1, 0]
     )
-    of_letters = baselines.tfidf_logistic_regression(
+    # Texts of single letters, such as proteins.
+    letter_scores = baselines.tfidf_logistic_regression(
         ["M K V", "M K L", "G P G", "G P A"], [1, 1, 0, 0], ["M K A", "G P V"], [1, 0]
-    )  # proteins, say
-    assert of_letters["accuracy"] == 1.0
+    )
+    assert letter_scores["accuracy"] == 1.0
     assert scores == {"accuracy": 1, "macro_f1": 1}
 
 
@@ -219,7 +219,7 @@ def test_the_nearest_training_target(monkeypatch: pytest.MonkeyPatch) -> None:
         targets[2],
         targets[0],
     ]
-    monkeypatch.setattr(baselines, "MEMORY_ROWS", 2)  # the first and the last
+    monkeypatch.setattr(baselines, "MEMORY_ROWS", 2)  # the first and the last row
     assert baselines.nearest_training_target(sources, targets, ["searching", "changes saved"])[0] == targets[2]
     assert targets[1] not in baselines.nearest_training_target(sources, targets, ["changes saved", "Save changes"])
 
@@ -252,16 +252,15 @@ def test_bm25_ranks_in_silence_and_fills_up(capfd: pytest.CaptureFixture[str]) -
     ranking = baselines.bm25(["Apples", "green", "red cars", "zebra", ""], documents, depth=5)
     assert ranking.tolist() == [[0, -1, -1, -1, -1], [1, 0, 2, -1, -1], [2, 0, -1, -1, -1], [-1] * 5, [-1] * 5]
     assert baselines.bm25(["green"], documents, depth=2).tolist() == [[1, 0]]
-    assert baselines.bm25(["a", "b"], ["a b", "the of"], depth=1).tolist() == [[-1], [-1]]  # not a word among them
+    assert baselines.bm25(["a", "b"], ["a b", "the of"], depth=1).tolist() == [[-1], [-1]]  # no text has a word
     assert capfd.readouterr() == ("", "")
 
 
 def test_gensims_word_vectors_know_the_company_that_words_keep() -> None:
     draw = random.Random(0)
     warm, cold = [f"warm{i}" for i in range(9)], [f"cold{i}" for i in range(9)]
-    document = (
-        draw.choices(warm, k=12_000) + draw.choices(cold, k=6_000) + ["once"]
-    )  # gensim alone would not read beyond 10,000 words
+    # By itself, gensim would not read beyond the first 10,000 words.
+    document = draw.choices(warm, k=12_000) + draw.choices(cold, k=6_000) + ["once"]
 
     def train(sample: float = 0) -> tuple[list[str], np.ndarray, float]:
         return baselines.gensim_word2vec(
@@ -275,5 +274,5 @@ def test_gensims_word_vectors_know_the_company_that_words_keep() -> None:
     known.add_vectors(words, vectors)
     assert {word for word, _ in known.most_similar("cold0", topn=8)} < set(cold)
     assert (train()[1] == vectors).all()
-    assert (train(sample=2)[1] == vectors).all()  # a share of the text that no word exceeds, not two occurrences
+    assert (train(sample=2)[1] == vectors).all()  # 2 is a frequency that no word exceeds, not a number of occurrences
     assert (train(sample=0.01)[1] != vectors).any()

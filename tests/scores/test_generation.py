@@ -1,4 +1,4 @@
-"""Generation by all ranks together: it ends, at ZeRO-3 too, and says the same at every stage and on any number of ranks."""
+"""Generation by all ranks together: it ends at every stage, and the texts depend on neither stage nor world size."""
 
 import json
 
@@ -8,13 +8,13 @@ from conftest import ALL, CONFIGS, run_ranks
 pytestmark = pytest.mark.slow
 
 
-# Number of ranks -> configs. Stages 1 and 2 and their offloaded form generate as stage 0 does, with whole parameters.
+# Number of ranks -> configs. Stages 1 and 2, offloaded or not, generate with whole parameters, as stage 0 does.
 CASES = {1: CONFIGS, 2: CONFIGS} if ALL else {1: ["zero0"], 2: ["zero2", "zero3"]}
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, list[str]]]:
-    """Number of ranks -> "<model> <config> <beams> <length penalty> <no repeat>" -> a text for each row."""
+    """{number of ranks: {"<model> <config> <beams> <length penalty> <no repeat>": a text for each row}}."""
     folder = tmp_path_factory.mktemp("generation")
     for world_size, configs in CASES.items():
         run_ranks(world_size, "generation_worker", folder / f"{world_size}.json", *configs)
@@ -34,7 +34,7 @@ def test_the_same_text_at_every_stage_and_number_of_ranks(
 
 @pytest.mark.parametrize("model", ["scratch", "encoder", "warm"])
 def test_the_texts_tell_the_rows_and_the_searches_apart(texts: dict[int, dict[str, list[str]]], model: str) -> None:
-    """Else the test above would hold for a model that says always the same."""
+    """Without this the test above would pass for a model whose text is always the same."""
     greedy, beams, longer, unrepeated = (
         texts[1][f"{model} zero0 {search}"] for search in ("1 1 0", "3 1 0", "3 4 0", "3 4 2")
     )

@@ -1,4 +1,7 @@
-"""DeepSpeed JSONs as people bring them: what is accepted, what is said of it, and what is refused, all at once and with the flags to paste."""
+"""DeepSpeed JSONs as people bring them: which are accepted, which get a note, and which are refused.
+
+A refusal names all problems at once, and the flags to paste.
+"""
 
 import importlib
 import json
@@ -20,9 +23,8 @@ from lib.run.run import Run
 from lib.settings import config
 from lib.settings.ds_config import NOTES, load_ds_config, offload_device, stage_of
 
-recipe: Any = importlib.import_module(
-    "recipes.text_classification"
-)  # batch_size 64, lr_schedule linear, warmup_steps 20, max_steps 180
+# Its settings have batch_size 64, lr_schedule linear, warmup_steps 20 and max_steps 180.
+recipe: Any = importlib.import_module("recipes.text_classification")
 
 ADAMW = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}
 LOSS_SCALE = {
@@ -52,7 +54,7 @@ def refusal(tmp_path: Path, ds_config: Any, world_size: int = 2, **given: str) -
 
 
 def auto(stage: Any = 2, zero: Any = None, **changes: Any) -> dict[str, Any]:
-    """A JSON as the HF Trainer's users have it; a change of None leaves a key out."""
+    """A JSON as users of the HF Trainer have it. changes: keys to set; None leaves a key out."""
     batch = dict.fromkeys(
         ["train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "gradient_clipping"],
         "auto",
@@ -69,7 +71,7 @@ def scheduler(kind: str, **params: Any) -> dict[str, Any]:
     return {"type": kind, "params": params}
 
 
-# --- accepted ---------------------------------------------------------------------------------------------------------
+# --- accepted -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -124,7 +126,8 @@ def scheduler(kind: str, **params: Any) -> dict[str, Any]:
         auto(scheduler=scheduler("auto", warmup_type="linear", warmup_max_lr="auto", warmup_min_ratio=0)),
         auto(data_types={"grad_accum_dtype": "fp32", "buffer_dtype": "float32"}, communication_data_type="FP32"),
         auto(compile={"deepcompile": "auto"}),
-        '\ufeff{"steps_per_print": Infinity, "train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 1}}',
+        '\ufeff{"steps_per_print": Infinity, "train_micro_batch_size_per_gpu": "auto",'
+        ' "zero_optimization": {"stage": 1}}',
         '{ // a comment\n "steps_per_print": 10, "train_micro_batch_size_per_gpu": "auto",}',
     ],
 )
@@ -204,7 +207,7 @@ def test_an_old_name_of_offloading_is_read_as_the_new_one(tmp_path: Path, old: s
     assert f"offload_{new}" in refusal(tmp_path, auto(stage, {old: True, f"offload_{new}": {"device": "none"}}))
 
 
-# --- refused ----------------------------------------------------------------------------------------------------------
+# --- refused ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -281,7 +284,7 @@ def test_gradients_are_not_rounded_below_the_precision(
         if key == "communication_data_type"
         else auto(stage, data_types={key: value})
     )
-    if key == "communication_data_type" and value == "fp32":  # stage 0 sums in more digits
+    if key == "communication_data_type" and value == "fp32":  # stage 0 may send gradients in more digits
         assert load(tmp_path, ds_config, precision=precision)[key] == "fp32"
     else:
         assert key in refusal(tmp_path, ds_config, precision=precision)
@@ -299,7 +302,7 @@ def test_quantized_weights_on_a_gpu_have_a_note(tmp_path: Path, monkeypatch: pyt
     assert "zero_quantized_weights" in note and "losses" in note
 
 
-# --- contradictions ---------------------------------------------------------------------------------------------------
+# --- contradictions -----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -337,7 +340,7 @@ def test_contradictions_are_said_at_once_and_the_flags_to_paste_resolve_them(
     assert text.count("but the settings have") == len(pasted)
     filled = load(tmp_path, ds_config, **pasted)
     assert "optimizer" not in filled and filled["gradient_clipping"] == float(pasted.get("gradient_clipping", 1.0))
-    for setting in pasted:  # and each is needed
+    for setting in pasted:  # each flag is needed
         assert f"--{setting} {pasted[setting]}" in refusal(
             tmp_path, ds_config, **{name: value for name, value in pasted.items() if name != setting}
         )
@@ -366,9 +369,8 @@ def test_what_contradicts_within_the_json_is_no_flag(tmp_path: Path) -> None:
     contradiction = auto(optimizer=optimizer(lr=4e-4), scheduler=scheduler("WarmupDecayLR", warmup_max_lr=1e-5))
     text = refusal(tmp_path, contradiction)
     assert "scheduler.params.warmup_max_lr is 1e-05, but optimizer.params.lr is 0.0004" in text and "--" not in text
-    text = refusal(
-        tmp_path, auto(train_micro_batch_size_per_gpu=8, gradient_accumulation_steps=1, train_batch_size=64)
-    )  # for eight ranks
+    # This JSON was written for eight ranks, and there are two.
+    text = refusal(tmp_path, auto(train_micro_batch_size_per_gpu=8, gradient_accumulation_steps=1, train_batch_size=64))
     assert "gradient_accumulation_steps is 1, but batch_size 64 / (micro-batch 8 x 2 ranks) is 4" in text
 
 
@@ -387,7 +389,7 @@ def test_mistakes_and_contradictions_are_in_one_message(tmp_path: Path) -> None:
         assert words in text
 
 
-# --- what DeepSpeed makes of it ---------------------------------------------------------------------------------------
+# --- what DeepSpeed makes of it -----------------------------------------------
 
 
 class Small(torch.nn.Module):
@@ -402,7 +404,10 @@ class Small(torch.nn.Module):
 
 
 def steps(ds_config: dict[str, Any], scales: list[float]) -> list[tuple[float, float, float, bool]]:
-    """Of each step the loss, the norm of its gradient, the loss scale after it, and whether it was taken. scales: what its loss is multiplied by."""
+    """(loss, norm of its gradient, loss scale after the step, whether the step was taken) of each step.
+
+    scales: the factor by which each step's loss is multiplied.
+    """
     model = load_model(lambda: Small({}), ds_config, seed=0)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-2), config=ds_config
@@ -427,9 +432,8 @@ def steps(ds_config: dict[str, Any], scales: list[float]) -> list[tuple[float, f
 def test_fp16_is_the_same_at_every_stage_when_gradients_overflow(
     one_rank: None, monkeypatch: pytest.MonkeyPatch, fp16: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(
-        type(get_accelerator()), "is_fp16_supported", lambda self: True
-    )  # torch can, on a CPU; DeepSpeed does not want to
+    # On a CPU torch can train in fp16, but DeepSpeed refuses.
+    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
     scales = [1e3, 1e3, 1e3, 1e-1, 1e-3, 1e-3, 1e3, 1e-3]
     found = {}
     for stage in range(4):
@@ -444,8 +448,8 @@ def test_fp16_is_the_same_at_every_stage_when_gradients_overflow(
         )
     assert {step[-1] for step in found[1]} == {True, False}
     for stage in (0, 2, 3):
-        for mine, others in zip(found[stage], found[1], strict=True):
-            assert mine == pytest.approx(others, rel=2e-3), stage
+        for step, step_at_1 in zip(found[stage], found[1], strict=True):
+            assert step == pytest.approx(step_at_1, rel=2e-3), stage
 
 
 @pytest.mark.parametrize("stage", range(4))

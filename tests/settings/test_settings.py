@@ -13,7 +13,7 @@ from lib.errors import UserError
 from lib.settings import config
 from lib.settings.ds_config import load_ds_config
 
-# What the HF Trainer's documentation has its users write, for ZeRO-3.
+# The JSON for ZeRO-3 in the HF Trainer's documentation.
 HF_TRAINER = {
     "fp16": {
         "enabled": "auto",
@@ -92,7 +92,7 @@ def test_every_config_in_the_tree_is_accepted(recipe: str, world_size: int) -> N
 def test_how_long_to_train_is_said_in_one_way() -> None:
     steps_in_yaml, epochs_given, neither = settings(), settings(epochs="3"), settings(max_steps="null")
     assert steps_in_yaml.max_steps and steps_in_yaml.epochs is None
-    assert (epochs_given.max_steps, epochs_given.epochs) == (None, 3.0)  # what is given puts the YAML's other way aside
+    assert (epochs_given.max_steps, epochs_given.epochs) == (None, 3.0)  # --epochs replaces the YAML's max_steps
     assert (neither.max_steps, neither.epochs) == (None, None)
 
 
@@ -250,9 +250,9 @@ def test_a_batch_that_the_ranks_do_not_divide_is_refused(tmp_path: Path) -> None
 )
 def test_a_mistake_in_the_yaml_is_refused(tmp_path: Path, line: str, words: list[str]) -> None:
     recipe = importlib.import_module("recipes.text_classification")
-    kept = (ROOT / "recipes" / "text_classification.yaml").read_text().split("quick:")[0].splitlines()
+    lines = (ROOT / "recipes" / "text_classification.yaml").read_text().split("quick:")[0].splitlines()
     path = tmp_path / "mine.yaml"
-    path.write_text("\n".join([*(k for k in kept if k.split(":")[0] != line.split(":")[0]), line]) + "\n")
+    path.write_text("\n".join([*(kept for kept in lines if kept.split(":")[0] != line.split(":")[0]), line]) + "\n")
     with pytest.raises(UserError) as error:
         config.load(recipe.Config, path, {})
     one_line(error, "mine.yaml", *words)
@@ -260,9 +260,9 @@ def test_a_mistake_in_the_yaml_is_refused(tmp_path: Path, line: str, words: list
 
 def test_a_missing_setting_is_refused(tmp_path: Path) -> None:
     recipe = importlib.import_module("recipes.text_classification")
-    kept = (ROOT / "recipes" / "text_classification.yaml").read_text().splitlines()
+    lines = (ROOT / "recipes" / "text_classification.yaml").read_text().splitlines()
     path = tmp_path / "mine.yaml"
-    path.write_text("\n".join(line for line in kept if not line.startswith("weight_decay")))
+    path.write_text("\n".join(line for line in lines if not line.startswith("weight_decay")))
     with pytest.raises(UserError) as error:
         config.load(recipe.Config, path, {})
     one_line(error, "mine.yaml", "'weight_decay' is missing")
