@@ -54,7 +54,7 @@ def misspelt(draw: Draw, word: str, known: list[str]) -> str:
             return found
 
 
-# --- settings --------------------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 NUMBERS = [
     "batch_size",
@@ -123,7 +123,7 @@ def test_faulty_settings(tmp_path: Path, seed: int) -> None:
     refused(lambda: config.parse(recipe.Config, recipe.__file__, arguments))
 
 
-# --- DeepSpeed JSONs -------------------------------------------------------------------------------------------------
+# --- DeepSpeed JSONs ------------------------------------------------------------------------------
 
 
 def json_fault(draw: Draw, whole: dict[str, Any]) -> str:
@@ -216,7 +216,7 @@ def test_faulty_jsons(tmp_path: Path, seed: int) -> None:
     refused(lambda: load_ds_config(path, cfg, world_size=2))
 
 
-# --- data ------------------------------------------------------------------------------------------------------------
+# --- data -----------------------------------------------------------------------------------------
 
 ROWS: list[dict[str, Any]] = [
     {"text": f"row number {i}, some words", "label": "even" if i % 2 == 0 else "odd"} for i in range(60)
@@ -277,7 +277,7 @@ def test_faulty_data(tmp_path: Path, seed: int) -> None:
     refused(lambda: load_rows(str(path), None, text={"text": "text"}, label={"label": "label"}))
 
 
-# --- checkpoints -----------------------------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -45,21 +45,45 @@ def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int
     return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]  # torch gives it no types
 
 
-class Clock:
-    """Marks points in time: by the device's events, which the host need not wait for; on a CPU by the host's clock."""
+class Timeline:
+    """When each phase of each step began: by the device's clock where it has events, which are queued and not waited
+    for.
+
+    marks: (the phase that begins, the time), of the current step. steps: the marks of each step; the last mark ends it.
+    """
 
     def __init__(self) -> None:
         self.on_device = get_accelerator().device_name() != "cpu"
+        self.marks: list[tuple[str, Any]] = []
+        self.steps: list[list[tuple[str, Any]]] = []
 
-    def mark(self) -> Any:
-        if not self.on_device:
-            return time.perf_counter()
-        event = get_accelerator().Event(enable_timing=True)
-        event.record()
-        return event
+    def mark(self, phase: str) -> None:
+        if self.on_device:
+            now = get_accelerator().Event(enable_timing=True)
+            now.record()
+        else:
+            now = time.perf_counter()
+        self.marks.append((phase, now))
 
-    def seconds(self, start: Any, end: Any) -> float:
-        return float(start.elapsed_time(end)) / 1000 if self.on_device else end - start
+    def end_step(self) -> None:
+        self.steps.append(self.marks)
+        self.marks = [self.marks[-1]]  # the end of a step is the beginning of the next
+
+    def restart(self) -> None:
+        """Leave what was done until now out of the current step."""
+        self.marks = []
+        self.mark("other")
+
+    def seconds(self) -> list[dict[str, float]]:
+        """{phase: seconds} of each step. It waits for the device."""
+        get_accelerator().synchronize()
+        found = []
+        for marks in self.steps:
+            phases = dict.fromkeys(PHASES, 0.0)
+            for (phase, start), (_, end) in itertools.pairwise(marks):
+                phases[phase] += start.elapsed_time(end) / 1000 if self.on_device else end - start
+            found.append(phases)
+        return found
 
 
 def restart_host_peak() -> None:
@@ -75,22 +99,63 @@ def host_peak() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+class Record:
+    """What one rank has measured, and its file rank-<rank>.json."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.result: dict[str, Any] = {}
+
+    def write(self) -> None:
+        temporary = self.folder / f".rank-{ranks.rank()}.json"
+        temporary.write_text(json.dumps(self.result), encoding="utf-8")
+        temporary.replace(self.folder / f"rank-{ranks.rank()}.json")
+
+    def end(self) -> NoReturn:
+        """All is measured: end the run."""
+        self.write()
+        dist.barrier()
+        (self.folder / f"ended-{ranks.rank()}").touch()  # tells lib/compare/compare.py not to wait any longer
+        raise Stopped("measured", 0)
+
+    # Each of these methods takes a function and returns a wrapper, which replaces that function.
+
+    def save(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(real)
+        def timed_save(run_checkpoints: Any, step: int) -> Any:
+            dist.barrier()
+            started = time.perf_counter()
+            saved = real(run_checkpoints, step)
+            if saved:
+                self.result["checkpoint_seconds"] = time.perf_counter() - started
+                files = (run_checkpoints.folder / checkpoint_files.folder_of(step)).rglob("*")
+                self.result["checkpoint_bytes"] = sum(path.stat().st_size for path in files if path.is_file())
+                self.write()
+            return saved
+
+        return timed_save
+
+    def log_scores(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(real)
+        def note_scores(measured_run: Any, step: int, split: str, scores: dict[str, float], **best: str) -> None:
+            real(measured_run, step, split, scores, **best)
+            if split == "test":  # all is measured now; the baselines that follow are the same for every config
+                self.result["scores"] = scores
+                self.end()
+
+        return note_scores
+
+
 class Meter:
-    """What one rank measures of one run."""
+    """What one rank measures of the steps of one run."""
 
     def __init__(self, folder: Path, steps: int, goes_on: bool):
         self.folder, self.last_step, self.goes_on = folder, steps, goes_on
-        self.clock = Clock()
+        self.timeline, self.record = Timeline(), Record(folder)
         self.step = 1
-        self.marks: list[tuple[str, Any]] = []  # (the phase that begins, the time), of the current step
-        self.steps: list[list[tuple[str, Any]]] = []  # the marks of each step; the last mark is the end of the step
         self.held: dict[str, dict[str, int]] = {}  # {kind: {place: bytes}}: the most of each kind in the inspected step
         self.logging = False  # whether collectives are logged
         self.flops = 0  # floating-point operations of the inspected step's forward passes on this rank
-        self.result: dict[str, Any] = {}
-
-    def mark(self, phase: str) -> None:
-        self.marks.append((phase, self.clock.mark()))
 
     # Each of these methods takes a function and returns a wrapper, which replaces that function.
 
@@ -116,7 +181,7 @@ class Meter:
                 self.logging = True
                 comm.comms_logger.reset_data()
                 comm.configure(enabled=True, prof_all=True, verbose=False, debug=False)
-            self.mark("forward")  # this phase includes the loss, for it lasts until backward begins
+            self.timeline.mark("forward")  # this phase includes the loss, for it lasts until backward begins
             # A pass without gradients is not counted: the same pass with gradients follows.
             if self.step != INSPECTED or not torch.is_grad_enabled():
                 return real(*arguments, **options)
@@ -131,10 +196,10 @@ class Meter:
         @functools.wraps(real)
         def timed_backward(*arguments: Any, **options: Any) -> Any:
             if self.step == INSPECTED:
-                self.result["gathered_parameters"] = held_bytes(engine)["parameters"]
-            self.mark("backward")
+                self.record.result["gathered_parameters"] = held_bytes(engine)["parameters"]
+            self.timeline.mark("backward")
             output = real(*arguments, **options)
-            self.mark("other")
+            self.timeline.mark("other")
             if self.step == INSPECTED:
                 self.note_held(held_bytes(engine))
             return output
@@ -163,9 +228,9 @@ class Meter:
         @functools.wraps(real)
         def timed_step(*arguments: Any, **options: Any) -> Any:
             is_last_micro_batch = engine.is_gradient_accumulation_boundary()
-            self.mark("optimizer")
+            self.timeline.mark("optimizer")
             output = real(*arguments, **options)
-            self.mark("other")
+            self.timeline.mark("other")
             if is_last_micro_batch and self.step <= self.last_step:
                 self.end_step(engine)
             return output
@@ -173,18 +238,17 @@ class Meter:
         return timed_step
 
     def end_step(self, engine: Any) -> None:
-        self.steps.append(self.marks)
-        self.marks = [self.marks[-1]]  # the end of a step is the beginning of the next
+        self.timeline.end_step()
         if self.step == INSPECTED:
             self.inspect(engine)
-            self.marks = [("other", self.clock.mark())]
+            self.timeline.restart()
         if ranks.rank() == 0:
             (self.folder / "steps_done").write_text(str(self.step))
         if self.step == self.last_step:
             self.note_times_and_peaks()
-            self.write()
+            self.record.write()
             if not self.goes_on:
-                self.end()
+                self.record.end()
         self.step += 1
 
     def inspect(self, engine: Any) -> None:
@@ -194,73 +258,31 @@ class Meter:
             op: {int(size): calls[0] for size, calls in sizes.items()}
             for op, sizes in comm.comms_logger.get_raw_data().items()
         }
-        self.result |= {"held": self.held, "logged": logged, "forward_flops": self.flops, "facts": facts(engine)}
+        self.record.result |= {"held": self.held, "logged": logged, "forward_flops": self.flops, "facts": facts(engine)}
         restart_host_peak()
 
     def note_times_and_peaks(self) -> None:
-        get_accelerator().synchronize()
-        seconds = []
-        for marks in self.steps:
-            phases = dict.fromkeys(PHASES, 0.0)
-            for (phase, start), (_, end) in itertools.pairwise(marks):
-                phases[phase] += self.clock.seconds(start, end)
-            seconds.append(phases)
-        self.result["seconds"] = seconds  # for each step {phase: seconds}
-        self.result["peak_host_bytes"] = host_peak()
-        self.result["peak_device_bytes"] = get_accelerator().max_memory_allocated() if self.clock.on_device else None
+        on_device = self.timeline.on_device
+        self.record.result |= {
+            "seconds": self.timeline.seconds(),
+            "peak_host_bytes": host_peak(),
+            "peak_device_bytes": get_accelerator().max_memory_allocated() if on_device else None,
+        }
 
     def training_batches(self, real: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
         @functools.wraps(real)
         def timed_batches(*arguments: Any, **options: Any) -> Iterator[Any]:
             batches = real(*arguments, **options)
             while True:
-                self.mark("data")
+                self.timeline.mark("data")
                 try:
                     batch = next(batches)
                 except StopIteration:
                     return
-                self.mark("other")
+                self.timeline.mark("other")
                 yield batch
 
         return timed_batches
-
-    def save(self, real: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(real)
-        def timed_save(run_checkpoints: Any, step: int) -> Any:
-            dist.barrier()
-            started = time.perf_counter()
-            saved = real(run_checkpoints, step)
-            if saved:
-                folder = run_checkpoints.folder / checkpoint_files.folder_of(step)
-                self.result["checkpoint_seconds"] = time.perf_counter() - started
-                self.result["checkpoint_bytes"] = sum(
-                    path.stat().st_size for path in folder.rglob("*") if path.is_file()
-                )
-                self.write()
-            return saved
-
-        return timed_save
-
-    def log_scores(self, real: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(real)
-        def note_scores(measured_run: Any, step: int, split: str, scores: dict[str, float], **best: str) -> None:
-            real(measured_run, step, split, scores, **best)
-            if split == "test":  # all is measured now; the baselines that follow are the same for every config
-                self.result["scores"] = scores
-                self.write()
-                self.end()
-
-        return note_scores
-
-    def end(self) -> NoReturn:
-        dist.barrier()
-        (self.folder / f"ended-{ranks.rank()}").touch()  # tells lib/compare/compare.py not to wait any longer
-        raise Stopped(f"measured {self.last_step} steps", 0)
-
-    def write(self) -> None:
-        temporary = self.folder / f".rank-{ranks.rank()}.json"
-        temporary.write_text(json.dumps(self.result), encoding="utf-8")
-        temporary.replace(self.folder / f"rank-{ranks.rank()}.json")
 
 
 def facts(engine: Any) -> dict[str, Any]:
@@ -313,8 +335,8 @@ def main() -> None:
     deepspeed.initialize = meter.initialize(deepspeed.initialize)
     batches.training_batches = meter.training_batches(batches.training_batches)
     # These are replaced before the recipe is imported, so that the recipe needs no line of its own to be measured.
-    checkpoints.Checkpoints.save = meter.save(checkpoints.Checkpoints.save)  # type: ignore[method-assign]
-    run.Run.log_scores = meter.log_scores(run.Run.log_scores)  # type: ignore[method-assign]
+    checkpoints.Checkpoints.save = meter.record.save(checkpoints.Checkpoints.save)  # type: ignore[method-assign]
+    run.Run.log_scores = meter.record.log_scores(run.Run.log_scores)  # type: ignore[method-assign]
     try:
         runpy.run_path(recipe, run_name="__main__")
     except Stopped:  # reaches this where the recipe does not go through lib.run.cli.cli

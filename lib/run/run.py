@@ -39,8 +39,7 @@ class Run:
     def __init__(self, cfg: Any, ds_config: dict[str, Any], recipe: str):
         started = time.monotonic()
         self.cfg, self.ds_config, self.recipe = cfg, ds_config, Path(recipe).stem
-        self.device = ranks.init(cfg.rank_timeout)
-        self.micro_batch_size = ds_config["train_micro_batch_size_per_gpu"]
+        self.device, self.micro_batch_size = ranks.init(cfg.rank_timeout), ds_config["train_micro_batch_size_per_gpu"]
         self._run_folder = RunFolder(cfg, ds_config, self.recipe)
         self.folder = self._run_folder.path
         self.checkpoint, notes = find_checkpoint(self.folder, self.recipe, cfg)  # what --resume goes on from
@@ -54,8 +53,8 @@ class Run:
         self.metrics = Metrics(self.folder, cfg.log_every, self.output, started, seconds_before)
         place_monitors(ds_config, self.folder)
         self.total_steps = self.resumed_at = 0
-        self._splits: Splits | None = None
-        self._data: dict[str, Any] = {}  # see plan
+        self._splits: Splits | None = None  # see plan
+        self._data: dict[str, Any] = {}
 
     def plan(self, rows: int, splits: Splits | None = None) -> None:
         """Set total_steps to what the settings max_steps and epochs ask for on so many training rows.
@@ -135,9 +134,8 @@ class Run:
     def undivided(self, loss: torch.Tensor) -> torch.Tensor:
         """This rank's share of the step's mean loss, as engine.backward needs it.
 
-        DeepSpeed divides gradients by the accumulation steps and by the data-parallel ranks; the loss was divided by
-        the labels of the whole step already. A loss that is not finite becomes NaN, so that DeepSpeed does not take the
-        step.
+        DeepSpeed divides gradients by accumulation steps and data-parallel ranks, but the loss has been divided by the
+        labels of the whole step. A loss that is not finite becomes NaN, so that DeepSpeed leaves the weights alone.
         """
         accumulation_steps = self.ds_config["gradient_accumulation_steps"]
         return veto_if_not_finite(loss) * accumulation_steps * ranks.data_parallel_size()
@@ -147,9 +145,9 @@ class Run:
         self.metrics.note_step(step, loss, tokens, self._learning_rate, self.engine.get_global_grad_norm())
 
     def evaluation_due(self, step: int) -> bool:
-        """Whether to score the validation rows now. Every rank must call it, and what follows counts as no step's time.
+        """Whether to score the validation rows now: after the last step, which is tested, only to find the best one.
 
-        The last step is tested, so that it is due there only if the best step is looked for.
+        Every rank must call it. What is done from then on until the next step counts as no step's time.
         """
         every, is_last = self.cfg.eval_every, step == self.total_steps
         due = every is not None and (self.cfg.keep_best if is_last else step % every == 0)

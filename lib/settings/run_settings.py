@@ -27,8 +27,8 @@ class RunSettings:
     not_finite: Literal["stop", "skip"] = "stop"  # what to do at a step whose loss or gradient is not finite
 
 
-# Settings that another start of the same run may change, as none of them changes what a step does. Of a dataset the rows
-# themselves are compared.
+# Settings that another start of the same run may change, as none of them changes what a step does. Of a dataset the
+# rows themselves are compared.
 MAY_CHANGE = {field.name for field in dataclasses.fields(RunSettings)}
 MAY_CHANGE |= {"dataset", "max_steps", "epochs", "trust_remote_code"}
 

@@ -2,10 +2,11 @@
 
     deepspeed --num_accelerators 2 tests/by_hand/benchmark_checkpoint.py --stage 2 --millions 100 --series 5
 
-One launch, one engine, one model (a Llama of about so many million parameters, fp32). After one step, series of four ways take turns:
-lib/run/checkpoint_files.py, with checksums, until training goes on, and until its flush is done too; DeepSpeed's save_checkpoint, which does
-neither; and that one followed by os.sync. With --universal, DeepSpeed's checkpoint is then converted to a universal one, in a process of its own.
-Prints seconds (all ranks wait), bytes on the disk, and the most memory that a rank needed beyond what it held before.
+One launch, one engine, one model (a Llama of about so many million parameters, fp32). After one step, series of four
+ways take turns: lib/run/checkpoint_files.py, with checksums, until training goes on, and until its flush is done too;
+DeepSpeed's save_checkpoint, which does neither; and that one followed by os.sync. With --universal, DeepSpeed's
+checkpoint is then converted to a universal one, in a process of its own. Prints seconds (all ranks wait), bytes on the
+disk, and the most memory that a rank needed beyond what it held before.
 """
 
 import argparse
@@ -51,7 +52,8 @@ def build(millions: float) -> LlamaForCausalLM:
 def sizes(layers: int) -> dict[str, Any]:
     width = 64 * layers
     return {
-        "vocab_size": 8192, "hidden_size": width, "intermediate_size": width * 8 // 3 // 8 * 8, "num_hidden_layers": layers,
+        "vocab_size": 8192, "hidden_size": width, "intermediate_size": width * 8 // 3 // 8 * 8,
+        "num_hidden_layers": layers,
         "num_attention_heads": layers, "max_position_embeddings": 64, "tie_word_embeddings": True,
     }  # fmt: skip
 
@@ -176,14 +178,16 @@ def main() -> None:
     if ranks.rank() == 0:
         count = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in engine.module.parameters())
         print(
-            f"\nstage {options.stage}, {ranks.world_size()} ranks, {count / 1e6:.1f} M parameters, fp32; medians of {options.series} series"
+            f"\nstage {options.stage}, {ranks.world_size()} ranks, {count / 1e6:.1f} M parameters, fp32; "
+            f"medians of {options.series} series"
         )
         print(f"{'':<28}{'seconds':>9}{'GB':>8}{'GB memory':>11}   series, seconds")
         for title, table in (("save", saving), ("load", loading)):
             for name, figures in table.items():
                 size = f"{sizes_on_disk[name] / 1e9:.2f}" if title == "save" else ""
                 print(
-                    f"{title} {name:<23}{statistics.median(figures['seconds']):>9.2f}{size:>8}{max(figures['memory']) / 1e9:>11.2f}   "
+                    f"{title} {name:<23}{statistics.median(figures['seconds']):>9.2f}{size:>8}"
+                    f"{max(figures['memory']) / 1e9:>11.2f}   "
                     + " ".join(f"{value:.2f}" for value in figures["seconds"])
                 )
         if options.universal:
@@ -212,7 +216,8 @@ def convert(source: Path, target: Path, stage: int) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     print(
-        f"ds_to_universal             {time.perf_counter() - started:>9.2f}{bytes_of(target) / 1e9:>8.2f}{peak / 1e9:>11.2f}   (the memory of its largest process)"
+        f"ds_to_universal             {time.perf_counter() - started:>9.2f}{bytes_of(target) / 1e9:>8.2f}"
+        f"{peak / 1e9:>11.2f}   (the memory of its largest process)"
     )
 
 

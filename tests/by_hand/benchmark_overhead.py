@@ -2,8 +2,9 @@
 
     deepspeed --num_accelerators 2 tests/by_hand/benchmark_overhead.py --series 5 --steps 20
 
-One launch, one engine, one model: series of steps of causal_lm's loop (run.steps, label counts, log_step) and of a loop of
-engine(...), backward and step on ready tensors take turns, so that a machine's drift meets both. Prints the medians and peak memory.
+One launch, one engine, one model: series of steps of causal_lm's loop (run.steps, label counts, log_step) and of a loop
+of engine(...), backward and step on ready tensors take turns, so that a machine's drift meets both. Prints the medians
+and peak memory.
 """
 
 import argparse
@@ -104,14 +105,17 @@ def main() -> None:
                 peak[loop.__name__] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     for name, values in seconds.items():
         run.say(
-            f"{name:<7} median {statistics.median(values) * 1000:.1f} ms a step   series: {' '.join(f'{v * 1000:.1f}' for v in values)}"
+            f"{name:<7} median {statistics.median(values) * 1000:.1f} ms a step   series: "
+            + " ".join(f"{v * 1000:.1f}" for v in values)
         )
     ratios = [recipe_s / bare_s for recipe_s, bare_s in zip(seconds["recipe"], seconds["bare"], strict=True)]
     run.say(
-        f"recipe / bare, pair by pair: median {statistics.median(ratios):.3f}   {' '.join(f'{ratio:.3f}' for ratio in ratios)}"
+        f"recipe / bare, pair by pair: median {statistics.median(ratios):.3f}   "
+        + " ".join(f"{ratio:.3f}" for ratio in ratios)
     )
     run.say(
-        f"peak memory: {peak['bare'] / 2**20:.0f} MiB after the bare loop, {peak['recipe'] / 2**20:.0f} MiB after the recipe's"
+        f"peak memory: {peak['bare'] / 2**20:.0f} MiB after the bare loop, "
+        f"{peak['recipe'] / 2**20:.0f} MiB after the recipe's"
     )
     run.close()
 

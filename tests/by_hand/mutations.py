@@ -1,11 +1,12 @@
-"""Breaks one thing at a time in a copy of the tree, and says whether the tests that guard it saw it. Run by hand, half an hour on 2 cores:
+"""Breaks one thing at a time in a copy of the tree, and says whether the tests that guard it saw it. Run by hand, half
+an hour on 2 cores:
 
     python tests/by_hand/mutations.py            all, and a table
     python tests/by_hand/mutations.py 3 7        these
     python tests/by_hand/mutations.py --list     what they are
 
-A mutation is a text that stands once in a file, what takes its place, and the tests that must turn red: each belongs to the default suite. Before the
-first mutation the same tests must be green. CONTRIBUTING.md has the list.
+A mutation is a text that stands once in a file, what takes its place, and the tests that must turn red: each belongs to
+the default suite. Before the first mutation the same tests must be green. CONTRIBUTING.md has the list.
 """
 
 import argparse
@@ -39,7 +40,7 @@ MUTATIONS = [
         RECURRENT,
     ),
     Mutation(
-        "forget the factor that undoes DeepSpeed's division by the accumulation steps (Adam hides it: only the norms show)",
+        "forget the factor that undoes DeepSpeed's division by the accumulation steps (Adam hides it: norms show)",
         "lib/run/run.py",
         "veto_if_not_finite(loss) * accumulation_steps * ranks.data_parallel_size()",
         "veto_if_not_finite(loss) * ranks.data_parallel_size()",
@@ -240,14 +241,16 @@ def main() -> None:
             text = file.read_text(encoding="utf-8")
             if text.count(mutation.old) != 1:
                 sys.exit(
-                    f"{number}, {mutation.what}: its text stands {text.count(mutation.old)} times in {mutation.file}, not once; bring it up to date"
+                    f"{number}, {mutation.what}: its text stands {text.count(mutation.old)} times "
+                    f"in {mutation.file}, not once; bring it up to date"
                 )
             file.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
             passed, said, seconds = run(mutation.tests, tree)
             file.write_text(text, encoding="utf-8")
             survived += passed
             rows.append(
-                f"| {number} | {mutation.what} | `{mutation.file}` | {'NOT SEEN' if passed else 'red'} | {seconds:.0f} |"
+                f"| {number} | {mutation.what} | `{mutation.file}` | "
+                f"{'NOT SEEN' if passed else 'red'} | {seconds:.0f} |"
             )
             print(f"{rows[-1]} {said}", flush=True)
     print("\n| | what is broken | in | the tests | seconds |\n| --- | --- | --- | --- | --- |\n" + "\n".join(rows))

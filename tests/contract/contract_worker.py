@@ -1,9 +1,11 @@
-"""Runs the main() of recipes under many configs in one launch, for tests/contract/test_recipes.py. Arguments: folder, case ...
+"""Runs the main() of recipes under many configs in one launch, for tests/contract/test_recipes.py. Arguments: folder,
+case ...
 
-A case is RECIPE:NAME:JSON:setting=value,... or, to go on from the checkpoint that another case wrote after 10 of its steps,
-RECIPE:NAME:JSON:setting=value,...:RUN. It leaves its run in folder/RECIPE/NAME-WORLD_SIZE, the scores that main() returned in scores.json, and
-in probe.pt the last training inputs of the engine and what it answers to them after training. A recipe that starts from MiniLM starts from a smaller encoder here,
-and trains on some rows of its sample, the case `learn` on a few.
+A case is RECIPE:NAME:JSON:setting=value,... or, to go on from the checkpoint that another case wrote after 10 of its
+steps, RECIPE:NAME:JSON:setting=value,...:RUN. It leaves its run in folder/RECIPE/NAME-WORLD_SIZE, the scores that
+main() returned in scores.json, and in probe.pt the last training inputs of the engine and what it answers to them after
+training. A recipe that starts from MiniLM starts from a smaller encoder here, and trains on some rows of its sample,
+the case `learn` on a few.
 """
 
 import dataclasses
@@ -42,7 +44,9 @@ def tensors_of(output: Any) -> list[torch.Tensor]:
 
 
 def small_encoder(folder: Path) -> Path:
-    """An encoder of one narrow layer with MiniLM's tokenizer: its 30,522 embeddings are what the cases would spend their time on."""
+    """An encoder of one narrow layer with MiniLM's tokenizer: its 30,522 embeddings are what the cases would spend
+    their time on.
+    """
     if not (folder / "tokenizer.json").exists():
         set_seed(0)
         config = BertConfig(
@@ -54,9 +58,11 @@ def small_encoder(folder: Path) -> Path:
 
 
 def small_data(folder: Path, sample: str, max_rows: int, learn: bool) -> Path:
-    """Rows of a built-in sample as files: those that --quick trains on, and few others, for a case is not to spend its time on scoring them.
+    """Rows of a built-in sample as files: those that --quick trains on, and few others, for a case is not to spend its
+    time on scoring them.
 
-    learn: 8 short rows, the same in all splits: the test scores show whether they were learned by heart. Addresses are cut.
+    learn: 8 short rows, the same in all splits: the test scores show whether they were learned by heart. Addresses are
+    cut.
     """
 
     def cut(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""A training engine without DeepSpeed: one process, one batch, torch's own backward, clipping and step. The reference for parity."""
+"""A training engine without DeepSpeed: one process, one batch, torch's own backward, clipping and step.
+
+The reference for parity.
+"""
 
 import math
 from types import SimpleNamespace

@@ -1,4 +1,6 @@
-"""What a run reports, computed once more from what it exported, by the libraries that its users load it with, one row at a time."""
+"""What a run reports, computed once more from what it exported, by the libraries that its users load it with, one row
+at a time.
+"""
 
 import json
 import math

@@ -25,7 +25,7 @@ def recipe(name: str) -> Any:
     return importlib.import_module(f"recipes.{name}")
 
 
-# --- encoder-decoders ---------------------------------------------------------------------------------------------------
+# --- encoder-decoders -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ENCODER_DECODERS)
@@ -66,7 +66,7 @@ def test_targets_that_the_tokenizer_cannot_write_are_counted(name: str) -> None:
     assert recipe(name).notes_on(Dataset.from_dict(made))[1].startswith("3 of 5 training targets cannot be written")
 
 
-# --- masked_lm ----------------------------------------------------------------------------------------------------------
+# --- masked_lm ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("whole_words", [False, True])
@@ -98,7 +98,7 @@ def test_fifteen_percent_are_chosen_and_eighty_of_these_hidden(whole_words: bool
     assert any(len(found) == 2 for found in of_a_word.values()) != whole_words, "a word is chosen in part"
 
 
-# --- question_answering -------------------------------------------------------------------------------------------------
+# --- question_answering ---------------------------------------------------------------------------
 
 
 def test_windows_hold_the_answer_where_it_is() -> None:
@@ -137,7 +137,7 @@ def test_windows_hold_the_answer_where_it_is() -> None:
     ],
 )
 def test_an_answer_is_all_the_tokens_that_share_a_character_with_it(context: str, answer: str) -> None:
-    """A character outside the learned words is several tokens of a byte-level BPE; tokens lack the spaces around them."""
+    """A character outside the learned words is several tokens of a byte-level BPE; tokens lack spaces around them."""
     special = {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>"}
     tokenizer = train_tokenizer(["It says word here. one two three undoing it"] * 9, 300, special, "<s> $A </s>")
     rows = {
@@ -155,7 +155,7 @@ def test_an_answer_is_all_the_tokens_that_share_a_character_with_it(context: str
     assert answer.strip() not in tokenizer.decode(ids[start:end])
 
 
-# --- word_embeddings ----------------------------------------------------------------------------------------------------
+# --- word_embeddings ------------------------------------------------------------------------------
 
 DOCUMENTS = [np.array([0, 1, 0, 2]), np.array([3, 0])]
 COUNTS = np.array([3, 1, 1, 1])

@@ -1,7 +1,7 @@
 """The contract: what every recipe in recipes/ must do, a user's copy included. Real ranks, the real library.
 
-One recipe runs under every config and number of ranks, the others under half of them, as stages are lib's work and not a recipe's; with --all
-every recipe runs under all. All cases of one number of ranks share one launch.
+One recipe runs under every config and number of ranks, the others under half of them, as stages are lib's work and not
+a recipe's; with --all every recipe runs under all. All cases of one number of ranks share one launch.
 """
 
 import importlib
@@ -21,7 +21,8 @@ pytestmark = pytest.mark.slow
 
 # 8 rows a step in micro-batches of 2: 4 accumulation steps on 1 rank, 2 on 2 ranks, 1 on 4 ranks.
 BATCH, MICRO = 8, 2
-VARIANTS = {  # what a recipe does otherwise than by default, and plain PyTorch can do too -> (the setting that it must have, what is set)
+# What a recipe can do otherwise, and plain PyTorch can do too: (the setting that it must have, what is set).
+VARIANTS = {
     "scratch": ("pretrained_learning_rate", "model=null"),
     "trained": ("pretrained_learning_rate", "pretrained_learning_rate=1e-3"),  # an encoder that is frozen by default
     "warm": ("decoder", "decoder=minilm"),  # a decoder that starts from pre-trained weights
@@ -68,7 +69,9 @@ def cases_of(recipe: str, folder: Path) -> dict[int, list[str]]:
         return ":".join([recipe, name, str(path), settings, *([source] if source else [])])
 
     def resumed(source: str, config: str, settings: str) -> str:
-        """The case that goes on under `config` from the checkpoint that the run `source` wrote after 10 of its 20 steps."""
+        """The case that goes on under `config` from the checkpoint that the run `source` wrote after 10 of its 20
+        steps.
+        """
         return case(f"{source}_to_{config}", config, f"{settings},resume=true,{SAVING}", source=source)
 
     fp32 = {
@@ -77,7 +80,7 @@ def cases_of(recipe: str, folder: Path) -> dict[int, list[str]]:
     }
     bf16 = [case(f"{config}_bf16", config, BF16) for config in configs_of_bf16(recipe)]
     plain = case("plain", "zero0", FP32, BATCH)
-    # Whole texts, and all tokens scored, so that the scores can be computed once more from the export (test_exports.py).
+    # Whole texts, and all tokens scored: the scores are computed once more from the export (test_exports.py).
     whole = {"max_source_length": 128, "max_target_length": 128, "label_smoothing": 0, "scored_tokens": 9999} | (
         {"max_length": 192} if "stride" in known else {}
     )
@@ -137,7 +140,7 @@ def resumed_elsewhere(recipe: str) -> list[str]:
 
 
 def other_settings(recipe: str) -> str:
-    """What the recipe can be set to do otherwise: dropout, the other method, whole words, an encoder that learns too."""
+    """What the recipe can do otherwise: dropout, the other method, whole words, an encoder that learns too."""
     others = [("dropout", "dropout=0.2"), *(VARIANTS[name] for name in ("glove", "whole_words", "trained"))]
     return ",".join([FP32, *(setting for needs, setting in others if needs in kinds_of_settings(recipe))])
 
@@ -226,7 +229,9 @@ def test_scores_do_not_depend_on_ranks_or_stage(runs: tuple[str, Path]) -> None:
 
 
 def test_it_learns_a_few_rows_by_heart(runs: tuple[str, Path]) -> None:
-    """The test rows are those that it has learned, if it trains on a built-in sample; with data of its own, the loss must fall."""
+    """The test rows are those that it has learned, if it trains on a built-in sample; with data of its own, the loss
+    must fall.
+    """
     _, folder = runs
     losses = read_losses(folder / "learn-2")
     assert len(losses) == 150
@@ -276,7 +281,8 @@ def documented(launched: Path) -> dict[str, str]:
         page = (ROOT / "docs" / "recipes" / f"{folder.name}.md").read_text()
         example = page.partition("```python\n")[2].partition("```")[0].replace("runs/...", str(folder / "zero3_fp32-2"))
         script += f"with contextlib.redirect_stdout(io.StringIO()) as out:\n    try:\n        exec({example!r}, {{}})\n"
-        script += f"    except Exception:\n        print('failed:', traceback.format_exc())\nprinted[{folder.name!r}] = out.getvalue()\n"
+        script += "    except Exception:\n        print('failed:', traceback.format_exc())\n"
+        script += f"printed[{folder.name!r}] = out.getvalue()\n"
     done = execute([sys.executable, "-c", f"{script}print(json.dumps(printed))"])
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -68,7 +68,7 @@ def by_split(splits: Splits, column: str = "text") -> dict[str, list[Any]]:
     return {split: list(rows[column]) for split, rows in splits.items()}
 
 
-# --- formats ---------------------------------------------------------------------------------------------------------
+# --- formats --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_the_faults_of_all_rows_are_counted_and_the_first_is_named(tmp_path: Pat
     refused(path, "x.jsonl, line 42", "'cat'", "character 5", "one of 2 faulty rows", do=load_answers)
 
 
-# --- what would be trained on wrongly --------------------------------------------------------------------------------
+# --- what would be trained on wrongly -------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_what_tells_rows_apart_is_their_content(tmp_path: Path, swapped: bool) -
     assert (first.fingerprint == second.fingerprint) is not swapped
 
 
-# --- folders and splits ----------------------------------------------------------------------------------------------
+# --- folders and splits ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -377,7 +377,7 @@ def test_hub_data_sets_with_configurations(monkeypatch: pytest.MonkeyPatch) -> N
     refused("nyu/glue:sst3", "no configuration 'sst3'", "did you mean 'sst2'")
 
 
-# --- labels ----------------------------------------------------------------------------------------------------------
+# --- labels ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -416,7 +416,7 @@ def test_a_rare_label_stays_in_the_training_rows(tmp_path: Path) -> None:
     assert not set(texts["train"]) & set(texts["test"]) and sum(map(len, texts.values())) == 200
 
 
-# --- resuming --------------------------------------------------------------------------------------------------------
+# --- resuming -------------------------------------------------------------------------------------
 
 
 def restored(splits: Splits, manifest: dict[str, Any]) -> None:
@@ -467,7 +467,7 @@ def test_a_finished_run_looks_at_data_of_another_name(tmp_path: Path, changes: d
     assert (finished_before(tmp_path, dataclasses.replace(cfg, **changes)) is not None) is finished
 
 
-# --- tokens ----------------------------------------------------------------------------------------------------------
+# --- tokens ---------------------------------------------------------------------------------------
 
 
 def test_names_of_control_tokens_are_text_to_a_tokenizer_that_is_learned_from_it(tmp_path: Path) -> None:
@@ -504,7 +504,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path), 8, trust_remote_code=False)
 
 
-# --- scores ----------------------------------------------------------------------------------------------------------
+# --- scores ---------------------------------------------------------------------------------------
 
 CHINESE = ["老师在学校买了一本书。", "母亲在公园看见了一只猫。"]
 
@@ -576,7 +576,7 @@ def test_texts_are_told_apart_by_their_content() -> None:
     assert len(set(identities[:, 1].tolist())) == 3
 
 
-# --- compare ---------------------------------------------------------------------------------------------------------
+# --- compare --------------------------------------------------------------------------------------
 
 
 def test_a_comparison_hashes_files_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,9 @@
-"""A step in bf16 on long texts at several stages in one launch, for tests/distributed/test_stages.py. Arguments: folder, config ...
+"""A step in bf16 on long texts at several stages in one launch, for tests/distributed/test_stages.py. Arguments:
+folder, config ...
 
-Models whose constructors compute constants: rotary frequencies, by torch.arange, and the scale of the embeddings, by torch.tensor. Large weights make
-their attention sharp, so that a rounded angle shows. What each model is and says is left in <model>-<config>.pt, and its export in <model>-<config>.
+Models whose constructors compute constants: rotary frequencies, by torch.arange, and the scale of the embeddings, by
+torch.tensor. Large weights make their attention sharp, so that a rounded angle shows. What each model is and says is
+left in <model>-<config>.pt, and its export in <model>-<config>.
 """
 
 import functools

@@ -1,4 +1,6 @@
-"""The optimizer and the learning-rate schedule that the settings ask for: the rate of every step, and AdamW's betas and epsilon."""
+"""The optimizer and the learning-rate schedule that the settings ask for: the rate of every step, and AdamW's betas and
+epsilon.
+"""
 
 import dataclasses
 import importlib
@@ -35,7 +37,7 @@ def settings(**given: str) -> Any:
     return config.load(causal_lm.Config, ROOT / "recipes" / "causal_lm.yaml", given)
 
 
-# --- the schedule -----------------------------------------------------------------------------------------------------
+# --- the schedule ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 4])
@@ -54,7 +56,7 @@ def test_the_rate_of_each_step(kind: str, warmup_steps: int) -> None:
         )  # how a resumed run finds it
 
 
-# --- betas and epsilon ------------------------------------------------------------------------------------------------
+# --- betas and epsilon ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("offloaded", [False, True])

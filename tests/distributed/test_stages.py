@@ -1,4 +1,6 @@
-"""A model computes the same function at every stage in bf16: every number that its constructor computed is the same, and so is what it says of long texts."""
+"""A model computes the same function at every stage in bf16: every number that its constructor computed is the same,
+and so is what it says of long texts.
+"""
 
 from pathlib import Path
 from typing import Any

@@ -29,7 +29,7 @@ from lib.run import signs
 from lib.run.signs import Signs
 from lib.settings import config
 
-# --- devices ------------------------------------------------------------------
+# --- devices --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -324,7 +324,7 @@ def test_preflight_imports_nothing_large() -> None:
     )
 
 
-# --- signs of life ------------------------------------------------------------
+# --- signs of life --------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,9 +1,11 @@
-"""Resumes every checkpoint under every config in one launch, for tests/run/test_checkpoints.py. Arguments: what, folder, precision, configs.
+"""Resumes every checkpoint under every config in one launch, for tests/run/test_checkpoints.py. Arguments: what,
+folder, precision, configs.
 
-A small model with tied weights, odd sizes (nothing divides evenly) and a buffer is trained on made-up batches that depend on the step
-alone. `write` trains STEPS steps under each config and saves after half of them; `read` goes on from each checkpoint in the folder
-under each config, also those that another number of ranks wrote; `poison` gives one rank an infinite loss with finite gradients
-at one step; `resume` goes on with the run in the folder, with name=value changes. What they found is left in <what>-<world size>.json.
+A small model with tied weights, odd sizes (nothing divides evenly) and a buffer is trained on made-up batches that
+depend on the step alone. `write` trains STEPS steps under each config and saves after half of them; `read` goes on from
+each checkpoint in the folder under each config, also those that another number of ranks wrote; `poison` gives one rank
+an infinite loss with finite gradients at one step; `resume` goes on with the run in the folder, with name=value
+changes. What they found is left in <what>-<world size>.json.
 """
 
 import functools
@@ -61,7 +63,8 @@ def build(hidden_size: int) -> Model:
 
 
 def train(
-    config: str, folder: Path, precision: str, resume: bool, poisoned_step: int = 0, not_finite: str = "stop", hidden_size: int = 24,
+    config: str, folder: Path, precision: str, resume: bool, poisoned_step: int = 0, not_finite: str = "stop",
+    hidden_size: int = 24,
     rows: int = 100, max_steps: int = STEPS,
 ) -> list[float]:  # fmt: skip
     """The losses of the steps after the checkpoint in the folder, or of all."""
@@ -147,7 +150,9 @@ def copy_half(source: Path, target: Path) -> None:
 
 
 def poison(config: str, folder: Path, precision: str) -> dict[str, Any]:
-    """What happens at a step whose loss is infinite: the error, the checkpoint of the weights before it, and the losses when it is skipped."""
+    """What happens at a step whose loss is infinite: the error, the checkpoint of the weights before it, and the losses
+    when it is skipped.
+    """
     try:
         train(config, folder, precision, resume=False, poisoned_step=3)
         error = "there was none"

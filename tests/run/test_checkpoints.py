@@ -1,4 +1,6 @@
-"""Checkpoints: resumed under every config from every other, found whole or passed over, kept and deleted; steps that are not finite."""
+"""Checkpoints: resumed under every config from every other, found whole or passed over, kept and deleted; steps that
+are not finite.
+"""
 
 import fcntl
 import importlib
@@ -40,7 +42,9 @@ def worker(what: str, world_size: int, folder: Path, precision: str, configs: li
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, float], list[str], Path]:
-    """(largest relative difference of a loss by ordered pair of config and ranks, pairs that are equal bit for bit, folder)"""
+    """(largest relative difference of a loss by ordered pair of config and ranks, pairs that are equal bit for bit,
+    folder)
+    """
     folder = tmp_path_factory.mktemp("resumed")
     whole = {world_size: worker("write", world_size, folder, "fp32", CONFIGS) for world_size in (1, 2)}
     return *compare(
@@ -70,7 +74,8 @@ def test_every_config_resumes_every_other(resumed: tuple[dict[str, float], list[
     differences, _, _ = resumed
     assert len(differences) == 12 * sum(map(len, READERS.values()))
     MEASURED.append(
-        f"{f'resumed, {len(differences)} ordered pairs':<24} {'fp32':<24} {'uninterrupted':<16} {max(differences.values()):.1e}"
+        f"{f'resumed, {len(differences)} ordered pairs':<24} {'fp32':<24} {'uninterrupted':<16} "
+        f"{max(differences.values()):.1e}"
     )
     assert max(differences.values()) < 1e-5, max(differences, key=lambda pair: differences[pair])
 
@@ -132,7 +137,7 @@ def test_an_infinite_loss_on_one_rank_changes_no_weight_on_any(tmp_path: Path, p
         )
 
 
-# --- what is on the disk, in this process ---------------------------------------------------------------------------------
+# --- what is on the disk, in this process ---------------------------------------------------------
 
 
 @pytest.fixture
@@ -337,7 +342,7 @@ def test_a_longer_run_goes_on_with_the_rates_of_its_own_schedule(run_folder: Pat
     assert [entry["learning_rate"] for entry in entries[8:]] == pytest.approx(expected)
 
 
-# --- a whole run --------------------------------------------------------------------------------------------------------
+# --- a whole run ----------------------------------------------------------------------------------
 
 
 def train(*settings: Any) -> str:
@@ -349,7 +354,8 @@ def train(*settings: Any) -> str:
 
 @pytest.mark.slow
 def test_the_newest_and_the_best_are_kept_and_the_best_is_exported(tmp_path: Path) -> None:
-    settings = "--max_steps 40 --learning_rate 3 --warmup_steps 40 --gradient_clipping 0 --eval_every 3 --save_every 5 --keep_checkpoints 1 --keep_best"
+    settings = "--max_steps 40 --learning_rate 3 --warmup_steps 40 --gradient_clipping 0 --eval_every 3 "
+    settings += "--save_every 5 --keep_checkpoints 1 --keep_best"
     train("--run_dir", tmp_path / "run", *settings.split())
     entries = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     perplexity = {
@@ -410,7 +416,7 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(small_disk: Any) -> None:
         train("--run_dir", small_disk(800) / "run", "--save_every", 8)
 
 
-# --- before the start ---------------------------------------------------------------------------------------------------
+# --- before the start -----------------------------------------------------------------------------
 
 
 def test_a_compilation_that_was_killed_is_found_and_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

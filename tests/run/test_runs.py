@@ -1,6 +1,8 @@
-"""What a run must survive: a console that is gone, an overwrite that fails, clocks, file systems, hostile checkpoints; and what launches it.
+"""What a run must survive: a console that is gone, an overwrite that fails, clocks, file systems, hostile checkpoints;
+and what launches it.
 
-A run here has a model of a few weights and a plain optimizer in the place of DeepSpeed's engine, and takes milliseconds.
+A run here has a model of a few weights and a plain optimizer in the place of DeepSpeed's engine, and takes
+milliseconds.
 """
 
 import atexit
@@ -149,7 +151,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-# --- clocks -------------------------------------------------------------------------------------------------------------
+# --- clocks ---------------------------------------------------------------------------------------
 
 
 class Clock:
@@ -180,7 +182,9 @@ class Clock:
 def test_only_steps_count_as_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], fails: bool
 ) -> None:
-    """A step takes 1 s here, all else 1000: evaluations and saves that are not at a step that is logged, failed saves, a slow disk, slow deletion."""
+    """A step takes 1 s here, all else 1000: evaluations and saves that are not at a step that is logged, failed saves,
+    a slow disk, slow deletion.
+    """
     clock = Clock(monkeypatch)
     for name in ("write", "remove"):
         monkeypatch.setattr(
@@ -228,7 +232,7 @@ def test_seconds_and_the_time_limit_do_not_go_by_the_wall_clock(
         training.train(clock.takes(5, lambda step: None))
 
 
-# --- a run that overwrites another ----------------------------------------------------------------------------------------
+# --- a run that overwrites another ----------------------------------------------------------------
 
 
 def test_an_overwrite_that_does_not_begin_leaves_the_old_run(tmp_path: Path) -> None:
@@ -309,7 +313,7 @@ def test_a_restart_resumes_only_what_began(tmp_path: Path, began: bool) -> None:
     assert second.endswith("--resume true --overwrite false" if began else f"--overwrite --run_dir {run}")
 
 
-# --- a console that is gone ---------------------------------------------------------------------------------------------
+# --- a console that is gone -----------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -443,11 +447,11 @@ def test_signs_that_the_console_lacks_are_replaced(
     assert console.Console(1).write("a\udcff") == 2  # as of a path that is no text
 
 
-# --- ranks --------------------------------------------------------------------------------------------------------------
+# --- ranks ----------------------------------------------------------------------------------------
 
 
 class Other:
-    """Another rank, which is busy for so many rounds of what ranks tell each other; this one is rank 1 of 2, or rank 0."""
+    """Another rank, busy for so many rounds of what ranks tell each other; this one is rank 1 of 2, or rank 0."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, rank: int, busy: int):
         self.busy, self.told = busy, list[float]()
@@ -531,7 +535,7 @@ def test_rank_0_decides_which_checkpoint_is_the_best(
     training.run.close()
 
 
-# --- checkpoints --------------------------------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------
 
 
 def test_a_checkpoint_that_cannot_be_deleted_ends_nothing(
@@ -695,7 +699,7 @@ def test_what_a_hostile_checkpoint_holds_goes_nowhere_else(tmp_path: Path, fault
     training.run.close()
 
 
-# --- run folders --------------------------------------------------------------------------------------------------------
+# --- run folders ----------------------------------------------------------------------------------
 
 
 def test_where_there_are_no_locks_a_run_folder_is_still_one_runs(
@@ -747,7 +751,8 @@ def test_two_runs_in_the_same_second_get_two_folders(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     recipe = tmp_path / "recipe.py"
     recipe.write_text(
-        "import os, sys, pathlib\nprint(sys.argv[-1], file=open('said', 'a'))\n'EMPTY' in os.environ or pathlib.Path(sys.argv[-1], 'log.txt').touch()\nsys.exit(2)\n"
+        "import os, sys, pathlib\nprint(sys.argv[-1], file=open('said', 'a'))\n"
+        "'EMPTY' in os.environ or pathlib.Path(sys.argv[-1], 'log.txt').touch()\nsys.exit(2)\n"
     )
     yaml_path, launcher = (
         str(ROOT / RECIPE).replace(".py", ".yaml"),
@@ -800,7 +805,7 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
 
 
-# --- ends ---------------------------------------------------------------------------------------------------------------
+# --- ends -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("answer", ["no", "0", "off", "F", "n", "false", "False", "yes", "1", "on", "t", "Y", "true"])
@@ -821,7 +826,8 @@ def test_a_process_that_cannot_be_killed_is_left_with_a_word(
 
 @pytest.mark.parametrize(("last", "code"), [("pass", 0), ("time.sleep(600)", 3)])
 def test_exit_functions_run_whatever_the_end_is_but_not_for_ever(last: str, code: int) -> None:
-    text = f"import atexit, time; from lib.run import cli; cli.EXIT_SECONDS = 1; atexit.register(lambda: {last.replace('pass', 'None')})"
+    text = "import atexit, time; from lib.run import cli; cli.EXIT_SECONDS = 1"
+    text += f"; atexit.register(lambda: {last.replace('pass', 'None')})"
     text += f"; atexit.register(print, 'uploaded'); cli.leave({code})"
     done = subprocess.run(
         [sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
@@ -829,7 +835,7 @@ def test_exit_functions_run_whatever_the_end_is_but_not_for_ever(last: str, code
     assert done.returncode == code and done.stdout == "uploaded\n"
 
 
-# --- the page of a comparison -------------------------------------------------------------------------------------------
+# --- the page of a comparison ---------------------------------------------------------------------
 
 
 class Tags(HTMLParser):
@@ -846,8 +852,10 @@ def test_no_string_from_outside_is_part_of_the_page(tmp_path: Path) -> None:
     """Names of configs, scores, settings, versions, devices and errors could hold tags, quotes or cells of a table."""
     evil = r"""<i id='x' onclick="y">|`*&amp;$\x$"""
     spec = {
-        "recipe": evil, "configs": {evil: {}, "b": {}, "failed": {}}, "ranks": [1, 2], "rounds": 1, "steps": 8, "repeat_steps": 8, "preset": evil,
-        "settings": [evil], "cores": 2, "memory_bytes": 1e9, "created": evil, "versions": {"torch": evil}, "commit": evil, "code": evil, "command": evil,
+        "recipe": evil, "configs": {evil: {}, "b": {}, "failed": {}}, "ranks": [1, 2], "rounds": 1, "steps": 8,
+        "repeat_steps": 8, "preset": evil,
+        "settings": [evil], "cores": 2, "memory_bytes": 1e9, "created": evil,
+        "versions": {"torch": evil}, "commit": evil, "code": evil, "command": evil,
         "precision": "fp32",
     }  # fmt: skip
     results = Results(tmp_path / "new", spec, [], device=evil, model=evil)

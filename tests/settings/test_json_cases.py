@@ -71,7 +71,7 @@ def scheduler(kind: str, **params: Any) -> dict[str, Any]:
     return {"type": kind, "params": params}
 
 
-# --- accepted -----------------------------------------------------------------
+# --- accepted -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -207,7 +207,7 @@ def test_an_old_name_of_offloading_is_read_as_the_new_one(tmp_path: Path, old: s
     assert f"offload_{new}" in refusal(tmp_path, auto(stage, {old: True, f"offload_{new}": {"device": "none"}}))
 
 
-# --- refused ------------------------------------------------------------------
+# --- refused --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
