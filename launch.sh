@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The one command of this repository: trains a recipe, compares ZeRO stages, or runs the tests. It prints the deepspeed command of a run.
+# The one command of this repository: trains a recipe, compares ZeRO stages, or runs the tests. It prints the
+# deepspeed command of a run.
 set -euo pipefail
 export PYTHONUTF8=1 # where the locale is not UTF-8, files still are, those of the libraries too
 
@@ -15,11 +16,11 @@ usage() {
   cat <<EOF
 ./launch.sh <recipe> [options] [recipe settings]   train
 ./launch.sh <recipe> --help                        the recipe's settings
-./launch.sh compare <recipe> [--help]              run it at several ZeRO stages, and report memory, speed, traffic and losses
-./launch.sh test [--quick|--all] [pytest arguments]   linter, type checker, tests (--quick: those without training; --all: every case of each)
+./launch.sh compare <recipe> [--help]              run it at several ZeRO stages, and report its costs and losses
+./launch.sh test [--quick|--all] [pytest arguments]   linter, type checker, tests (--quick: no ranks; --all: every case)
 ./launch.sh search <run> "words" [--top N]         search the documents that a run of semantic_search has indexed
-./launch.sh results [--help]                       run every recipe at its defaults, and make the README's table of scores
-./launch.sh torture <recipe> [--help]              kill it, stop it, fill its disk, resume everything from everything (an hour)
+./launch.sh results [--help]                       run every recipe, and make the README's table of scores
+./launch.sh torture <recipe> [--help]              kill it, stop it, fill its disk, resume it (an hour)
 ./launch.sh --help                                 this text
 
 options:
@@ -31,10 +32,11 @@ options:
   --quick            a run of a few seconds, with the settings of the YAML's 'quick:' section
 
 recipe settings win over recipes/<recipe>.yaml, for example: --learning_rate 1e-4 --max_steps 100 --run_dir runs/try
---run_dir runs/try --resume goes on with that run. Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and stop it; a second one ends it at once.
+--run_dir runs/try --resume goes on with that run. Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and stop it;
+a second one ends it at once.
 
-exit codes: 0 finished; 75 stopped as asked, and saved; 2 a mistake, said in one line; 128 + signal: stopped before training;
-            else a fault, after which --resume goes on from the newest checkpoint
+exit codes: 0 finished; 75 stopped as asked, and saved; 2 a mistake, said in one line; 128 + signal: stopped before
+            training; else a fault, after which --resume goes on from the newest checkpoint
 
 recipes: $(recipes)
 EOF
@@ -58,8 +60,9 @@ for near in difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1, 0.6):
 EOF
 }
 
-# True where the Python $1 has all that requirements.txt names. Other versions than those pinned are used as they are and named,
-# for the driver decides which torch a machine can have; DeepSpeed alone must be the pinned one, whose behaviour was measured.
+# True where the Python $1 has all that requirements.txt names. Other versions than those pinned are used as they are
+# and named, for the driver decides which torch a machine can have; DeepSpeed alone must be the pinned one, whose
+# behaviour was measured.
 satisfied() {
   "$1" - "$root/requirements.txt" <<'EOF' 2>/dev/null
 import importlib.metadata, re, sys
@@ -95,10 +98,12 @@ environment() {
   if [ -x "$python" ] && satisfied "$python"; then
     return
   fi
-  "$active" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "python3 is $("$active" -V), but 3.11 or newer is needed"
+  "$active" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    fail "python3 is $("$active" -V), but 3.11 or newer is needed"
   echo "Installing requirements.txt into .venv (once; a few minutes and a few GB) ..."
   "$active" -m venv "$root/.venv" || fail "cannot make .venv; on Debian and Ubuntu: apt install python3-venv"
-  "$python" -m pip install --disable-pip-version-check -r "$root/requirements.txt" | sed -un 's/^Collecting \([^ ]*\).*/  \1/p'
+  "$python" -m pip install --disable-pip-version-check -r "$root/requirements.txt" |
+    sed -un 's/^Collecting \([^ ]*\).*/  \1/p'
   satisfied "$python" || fail "the installation did not succeed; see: $python -m pip install -r requirements.txt"
 }
 
@@ -125,6 +130,7 @@ main() {
     compare)
       shift
       environment
+      # -P for the ranks too, which `python -m` would let find modules in the current folder
       PYTHONSAFEPATH=1 exec "$python" -m lib.compare.compare "$@"
       ;;
     -*) fail "the recipe comes first: ./launch.sh <recipe> [options]; recipes: $(recipes)" ;;
@@ -132,7 +138,8 @@ main() {
   local recipe=${1%.py}
   recipe=${recipe#recipes/}
   shift
-  [ -f "$root/recipes/$recipe.py" ] || fail "there is no recipes/$recipe.py$(did_you_mean "$recipe"); recipes: $(recipes)"
+  [ -f "$root/recipes/$recipe.py" ] ||
+    fail "there is no recipes/$recipe.py$(did_you_mean "$recipe"); recipes: $(recipes)"
 
   local stage="" ds_config="" ranks="" restarts=0 dry_run="" help="" settings=()
   while [ $# -gt 0 ]; do
@@ -159,7 +166,8 @@ main() {
   elif [ ! -f "$ds_config" ] && [ -f "$folder/${ds_config%.json}.json" ]; then
     ds_config=$folder/${ds_config%.json}.json
   fi
-  [ -f "$ds_config" ] || fail "there is no $ds_config; in ds_configs/$recipe: $(cd "$folder" 2>/dev/null && echo *.json)"
+  [ -f "$ds_config" ] ||
+    fail "there is no $ds_config; in ds_configs/$recipe: $(cd "$folder" 2>/dev/null && echo *.json)"
 
   environment
   if [ -n "$help" ]; then
@@ -171,8 +179,10 @@ main() {
   read -ra options <<<"$found" # the accelerator, then options for deepspeed
   [ "${options[0]}" = cuda ] || export DS_ACCELERATOR=${DS_ACCELERATOR:-${options[0]}} # DeepSpeed need not look again
 
-  exec "$python" -P -m lib.launch.supervise "$recipe-$(basename "$ds_config" .json)" "$root/recipes/$recipe.yaml" "$restarts" "$dry_run" \
-    -- "$bin/deepspeed" "${options[@]:1}" "$root/recipes/$recipe.py" --deepspeed_config "$ds_config" ${settings[@]+"${settings[@]}"}
+  exec "$python" -P -m lib.launch.supervise \
+    "$recipe-$(basename "$ds_config" .json)" "$root/recipes/$recipe.yaml" "$restarts" "$dry_run" \
+    -- "$bin/deepspeed" "${options[@]:1}" "$root/recipes/$recipe.py" \
+    --deepspeed_config "$ds_config" ${settings[@]+"${settings[@]}"}
 }
 
 main "$@"

@@ -1,16 +1,16 @@
 """What the recipes share, in folders whose imports point down; tests/test_house.py keeps the order:
 
-    errors < settings < distributed < data < models < run < scores < recipes
+    errors, progress < settings < distributed < data < models < run < scores < recipes
 
     errors        mistakes that a user can correct, exit codes, paths as a user types them; imports nothing of lib
     progress      work that takes long shows how far it has come; imports nothing of lib
     settings      YAML and command line, the DeepSpeed JSON, the settings of every run; read before torch is imported
     distributed   other ranks and partitioned state: process groups, loading, optimizer, ZeRO's state, export
     data          columns, rows and padding: sources, checked rows, samples, batches, blocks of tokens
-    models        weights, architectures, tokenizers, token losses; knows nothing of how many ranks there are
+    models        weights, architectures, tokenizers, token losses; the same on any number of ranks
     run           the run folder and the console: metrics, checkpoints, a recipe's command line
     scores        numbers from predictions: evaluation, baselines, inference, generation, search
-    compare       stands beside: runs recipes from outside, and reports what they measured
+    compare       stands beside: runs recipes from outside, and reports what they measured; it may use launch
     launch        stands beside: processes of launch.sh before the ranks, and the table of results; no torch at import
 
 The training step is in the recipe, and nothing here calls the engine's forward, backward or step in training:
@@ -28,7 +28,8 @@ Where to look, and where to add:
 
     where the loss is divided          recipes/x.py, in the loop; run.undivided (run/run.py) undoes DeepSpeed's division
     which rows a rank gets             data/batches.py
-    what a checkpoint holds            distributed/zero_state.py (what a rank has), run/checkpoint_files.py (the files)
+    what a checkpoint holds            run/checkpoints.py (save, load), distributed/zero_state.py (what a rank has),
+                                       run/checkpoint_files.py (the files)
     a DeepSpeed key that is allowed    settings/ds_config.py
     a built-in corpus                  data/samples.py
 

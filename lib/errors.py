@@ -8,9 +8,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]  # of this repository
 
-# Exit codes of a run, the same on every rank. 0: it has finished. 128 + signal: it was ended before training.
+# Exit codes of launch.sh and of a run, the same on every rank. 0: finished. 128 + signal: ended before training.
 STOPPED = 75  # the run stopped as asked and is saved; --resume goes on with it (EX_TEMPFAIL: try again later)
 MISTAKE = 2  # a UserError: another start would fail in the same way
+INTERRUPTED = 128 + 2  # by Ctrl-C, before there was anything to save
 FAULT = 1  # a lost rank, or a bug: another start may succeed
 EXIT_SECONDS = 120  # how long exit functions may take; monitors end their uploads in them
 

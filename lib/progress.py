@@ -4,8 +4,9 @@
         ...
         advance(16)
 
-A run starts one thread on rank 0 (`Signs`), which prints this when nothing has been printed for a while. The thread
-reads the words and numbers in `at_work` and writes to the console. It touches no tensor, device or process group.
+A run starts one thread on rank 0 (`Signs` in lib/run/signs.py), which prints this when nothing has been printed for a
+while. The thread reads the words and numbers in `at_work` and writes to the console. It touches no tensor, device or
+process group.
 Where there is no such thread, as on the other ranks, nothing is printed.
 """
 

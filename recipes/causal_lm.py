@@ -48,7 +48,7 @@ from lib.settings.run_settings import RunSettings
 SAMPLING = {"do_sample": True, "top_k": 50, "top_p": 1.0, "temperature": 0.8, "repetition_penalty": 1.0, "num_beams": 1}
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Config(RunSettings):
     model: str | None  # a folder or hub id to go on training; null: from scratch, with the sizes below
     trust_remote_code: bool  # whether code and pickled weights of the model may run; only for sources that you trust
@@ -81,7 +81,7 @@ class Config(RunSettings):
 
 
 def load_or_train_tokenizer(cfg: Config, texts: Sequence[str]) -> PreTrainedTokenizerBase:
-    """That of the model to go on with, or a byte-level BPE learned from the training texts."""
+    """The tokenizer of `model`, or a byte-level BPE learned from the training texts."""
     if cfg.model is None:
         return scratch.train_tokenizer(texts, cfg.vocab_size, scratch.END_OF_TEXT)
     return hub.load_tokenizer(cfg.model, cfg.max_length, cfg.trust_remote_code)
@@ -153,8 +153,8 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     splits = load_rows(cfg.dataset, cfg.max_rows, text={"text": cfg.text_column})
     tokenizer = load_or_train_tokenizer(cfg, splits["train"]["text"])
     streams = token_streams(splits, tokenizer)
-    train = Blocks(streams["train"], cfg.max_length, drop_last=True)
-    run.plan(len(train), splits)
+    blocks = {name: Blocks(stream, cfg.max_length, drop_last=name == "train") for name, stream in streams.items()}
+    run.plan(len(blocks["train"]), splits)
 
     # Model, optimizer, engine.
     model = load_model(lambda: check_model(cfg, build_model(cfg, tokenizer), tokenizer), ds_config, cfg.seed)
@@ -164,10 +164,10 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     run.attach(engine, {f"{name} tokens": len(stream) for name, stream in streams.items()})
 
     def evaluate(split: str) -> dict[str, float]:
-        blocks = Blocks(streams[split], cfg.max_length, drop_last=False)
-        return language_model_scores(engine, blocks, run.micro_batch_size, logits_of, splits[split]["text"])
+        texts = splits[split]["text"]
+        return language_model_scores(engine, blocks[split], run.micro_batch_size, logits_of=logits_of, texts=texts)
 
-    for step, micro_batches in run.steps(train, collate_blocks):  # this rank's share of a step
+    for step, micro_batches in run.steps(blocks["train"], collate_blocks):  # this rank's share of a step
         labels = ranks.sum_over_ranks((batch["labels"] != IGNORED).sum() for batch in micro_batches)
         step_loss = torch.zeros((), device=run.device)
         for batch in micro_batches:

@@ -56,7 +56,7 @@ SPECIAL_TOKENS = {
 }
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Config(RunSettings):
     model: str | None  # a folder or hub id to go on training; null: from scratch, with the sizes below
     trust_remote_code: bool  # whether code and pickled weights of the model may run; only for sources that you trust
@@ -88,7 +88,7 @@ class Config(RunSettings):
 
 
 def load_or_train_tokenizer(cfg: Config, texts: Sequence[str]) -> PreTrainedTokenizerBase:
-    """That of the model to go on with, or a byte-level BPE learned from the training texts."""
+    """The tokenizer of `model`, or a byte-level BPE learned from the training texts."""
     if cfg.model is None:
         return scratch.train_tokenizer(texts, cfg.vocab_size, SPECIAL_TOKENS, "<s> $A </s>")
     tokenizer = hub.load_tokenizer(cfg.model, cfg.max_length, cfg.trust_remote_code)
@@ -189,7 +189,7 @@ def evaluate(engine: Any, one_hidden: Dataset, tokenizer: PreTrainedTokenizerBas
         return torch.stack([token_losses(logits, labels).sum(1), (logits.argmax(-1) == labels).sum(1)], dim=1).double()
 
     collate_hidden = functools.partial(collate, tokenizer=tokenizer)
-    nats, right = inference.for_each_row(engine, one_hidden, collate_hidden, batch_size, sums).sum(0).tolist()
+    nats, right = inference.for_each_row(engine, one_hidden, collate_hidden, batch_size, answer=sums).sum(0).tolist()
     count = len(one_hidden)
     return {"pseudo_perplexity": evaluation.perplexity(nats, count), "masked_accuracy": right / count}
 

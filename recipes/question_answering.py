@@ -46,7 +46,7 @@ from lib.settings.config import Betas, LearningRateSchedule, Precision, Seed
 from lib.settings.run_settings import RunSettings
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Config(RunSettings):
     model: str  # "minilm" (installed with the requirements), a folder, or a Hugging Face hub id
     trust_remote_code: bool  # whether code and pickled weights of the model may run; only for sources that you trust
@@ -176,14 +176,16 @@ def best_spans(engine: Any, batch: Batch, max_answer_length: int) -> torch.Tenso
 
 
 def predict(
-    engine: Any, rows: Dataset, windows: Dataset, collate_windows: Any, cfg: Config, batch_size: int
+    engine: Any, rows: Dataset, windows: Dataset, collate_windows: Any, *, cfg: Config, batch_size: int
 ) -> list[str]:
     """The answer to the question of each row, "" for none."""
 
     def spans_of(batch: Batch) -> torch.Tensor:
         return best_spans(engine, batch, cfg.max_answer_length)
 
-    spans = inference.for_each_row(engine, windows, collate_windows, batch_size, spans_of, windows["length"]).tolist()
+    spans = inference.for_each_row(
+        engine, windows, collate_windows, batch_size, answer=spans_of, lengths=windows["length"]
+    ).tolist()
     none, best, answers = [float("inf")] * len(rows), [-float("inf")] * len(rows), [""] * len(rows)
     contexts, of_windows = rows["context"], zip(spans, windows["row"], windows["characters"], strict=True)
     for (no_answer, score, first, last), row, characters in of_windows:
@@ -215,7 +217,8 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     run.attach(engine, {f"{name} windows": len(rows) for name, rows in windows.items()})
 
     def evaluate(split: str) -> dict[str, float]:
-        answers = predict(engine, splits[split], windows[split], collate_windows, cfg, run.micro_batch_size)
+        sizes: Any = {"cfg": cfg, "batch_size": run.micro_batch_size}
+        answers = predict(engine, splits[split], windows[split], collate_windows, **sizes)
         return score(answers, splits[split])
 
     for step, micro_batches in run.steps(train, collate_windows, train["length"]):  # this rank's share of a step

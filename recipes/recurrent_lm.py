@@ -46,7 +46,7 @@ from lib.settings.config import Betas, LearningRateSchedule, Precision, Seed
 from lib.settings.run_settings import RunSettings
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Config(RunSettings):
     vocab_size: PositiveInt  # tokens of the byte-level BPE; at least 257
     hidden_size: PositiveInt  # width of the embeddings and of each layer's state
@@ -101,8 +101,8 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     splits = load_rows(cfg.dataset, cfg.max_rows, text={"text": cfg.text_column})
     tokenizer = scratch.train_tokenizer(splits["train"]["text"], cfg.vocab_size, scratch.END_OF_TEXT)
     streams = token_streams(splits, tokenizer)
-    train = Blocks(streams["train"], cfg.max_length, drop_last=True)
-    run.plan(len(train), splits)
+    blocks = {name: Blocks(stream, cfg.max_length, drop_last=name == "train") for name, stream in streams.items()}
+    run.plan(len(blocks["train"]), splits)
 
     # Model, optimizer, engine.
     config = {"vocab_size": len(tokenizer), "hidden_size": cfg.hidden_size, "num_layers": cfg.num_layers}
@@ -113,10 +113,10 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     run.attach(engine, {f"{name} tokens": len(stream) for name, stream in streams.items()})
 
     def evaluate(split: str) -> dict[str, float]:
-        blocks = Blocks(streams[split], cfg.max_length, drop_last=False)
-        return language_model_scores(engine, blocks, run.micro_batch_size, logits_of, splits[split]["text"])
+        texts = splits[split]["text"]
+        return language_model_scores(engine, blocks[split], run.micro_batch_size, logits_of=logits_of, texts=texts)
 
-    for step, micro_batches in run.steps(train, collate_blocks):  # this rank's share of a step
+    for step, micro_batches in run.steps(blocks["train"], collate_blocks):  # this rank's share of a step
         labels = ranks.sum_over_ranks((batch["labels"] != IGNORED).sum() for batch in micro_batches)
         step_loss = torch.zeros((), device=run.device)
         for batch in micro_batches:

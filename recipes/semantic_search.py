@@ -51,7 +51,7 @@ from lib.settings.config import Betas, LearningRateSchedule, Precision, Seed
 from lib.settings.run_settings import RunSettings
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Config(RunSettings):
     model: str  # "minilm" (installed with the requirements), a folder, or a Hugging Face hub id
     trust_remote_code: bool  # whether code and pickled weights of the model may run; only for sources that you trust
@@ -154,15 +154,14 @@ def vector_gradients(
     identities = ranks.all_rows(torch.cat([batch["identities"] for batch in micro_batches]))
     loss = contrastive_loss(everyone[:, 0], everyone[:, 1], identities, temperature)
     (gradient,) = torch.autograd.grad(loss, everyone)
-    own_gradient = gradient[ranks.rank() * len(own) :][: len(own)]
+    own_gradient = gradient[ranks.data_parallel_rank() * len(own) :][: len(own)]
     return loss.detach(), list(torch.split(own_gradient, len(vectors[0])))
 
 
 def contrastive_loss(
     queries: torch.Tensor, documents: torch.Tensor, identities: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """The mean cross entropy of each query's own document, the one in the same row, among it and those that are wrong
-    answers.
+    """The mean cross entropy of each query's own document, the one in the same row, among all that do not answer it.
 
     Both: [rows, dims]; identities: [rows, 2] of queries and documents.
     """
@@ -179,9 +178,9 @@ def retrieve(
     """(scores of all queries of a split against all of its documents, those documents, their vectors)."""
 
     def vectors_of(name: str, rows: Dataset) -> torch.Tensor:
-        return inference.for_each_row(
-            engine, rows, collate_rows, batch_size, lambda batch: embed(engine, batch, name), rows[f"{name}_length"]
-        )
+        lengths = rows[f"{name}_length"]
+        answer = functools.partial(embed, engine, name=name)
+        return inference.for_each_row(engine, rows, collate_rows, batch_size, answer=answer, lengths=lengths)
 
     corpus = search.Corpus(split["query"], split["document"])
     queries = vectors_of("query", tokenized.select(corpus.query_rows))

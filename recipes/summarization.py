@@ -14,7 +14,7 @@ Method: minimize the mean of the cross entropy of each token of the summary, giv
 with label smoothing (Szegedy et al. 2016, section 7); write by beam search. Batches are grouped by length, and there is
 no dropout.
 
-Change first: the YAML beside this file (model, dataset, columns); the model and its texts are in
+Change first: the YAML beside this file (model, dataset, columns), then tokenize() and generate(); the model is in
 lib/models/encoder_decoder.py.
 """
 
@@ -51,7 +51,7 @@ from lib.settings.run_settings import RunSettings
 Tokenizers = tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]  # of the sources, of the targets
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Config(RunSettings):
     model: str | None  # "minilm", a folder or a hub id: an encoder or an encoder-decoder; null: from scratch
     decoder: str | None  # with an encoder as the model: whose weights its decoder starts from; null: a new decoder
@@ -146,11 +146,11 @@ def logits_of(engine: Any, batch: Batch) -> torch.Tensor:
 
 
 def generate(
-    engine: Any, rows: Dataset, collate_pairs: Any, tokenizer: PreTrainedTokenizerBase, cfg: Config, batch_size: int
+    engine: Any, rows: Dataset, collate_pairs: Any, batch_size: int, *, tokenizer: PreTrainedTokenizerBase, cfg: Config
 ) -> list[str]:
     """The summary of each row's source, by beam search."""
     return generate_texts(
-        engine, rows, collate_pairs, batch_size, tokenizer, cfg.max_target_length,
+        engine, rows, collate_pairs, batch_size, tokenizer=tokenizer, max_length=cfg.max_target_length,
         beams=cfg.beams, length_penalty=cfg.length_penalty, no_repeat_ngram=cfg.no_repeat_ngram,
     )  # fmt: skip
 
@@ -185,7 +185,8 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     collate_pairs = functools.partial(collate, tokenizers=tokenizers, decoder_start=start)
 
     def evaluate(split: str) -> tuple[dict[str, float], list[str]]:
-        written = generate(engine, tokenized[split], collate_pairs, tokenizers[1], cfg, run.micro_batch_size)
+        how: Any = {"tokenizer": tokenizers[1], "cfg": cfg}
+        written = generate(engine, tokenized[split], collate_pairs, run.micro_batch_size, **how)
         return summarization_scores(written, splits[split]["target"]), written
 
     for step, micro_batches in run.steps(train, collate_pairs, train["length"]):  # this rank's share of a step

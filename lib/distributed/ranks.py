@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from lib.errors import UserError
+from lib.errors import FAULT, UserError
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -29,7 +29,7 @@ def init(timeout_minutes: float) -> torch.device:
     device.
 
     timeout_minutes: how long a rank waits for another one before it gives up and ends the run. DeepSpeed makes groups
-    of its own later, with torch's 30 minutes: call set_timeout once more after deepspeed.initialize.
+    of its own later, with torch's 30 minutes: so Run.attach calls set_timeout once more.
     """
     for key, alone in {
         "RANK": "0",
@@ -120,7 +120,7 @@ def _leave_with_the_launcher() -> None:
         GRACE_SECONDS
     ):  # with its launcher, by Ctrl-C or a terminal that closes: what it saves now is worth waiting for
         time.sleep(_timeout_seconds[-1])
-    os._exit(1)
+    os._exit(FAULT)
 
 
 def _is_alive(process: psutil.Process) -> bool:

@@ -1,4 +1,4 @@
-"""What DeepSpeed 0.19.8 does otherwise than its stages 1 to 3 do, or than a run needs, repaired."""
+"""Repairs of DeepSpeed 0.19.8: stage 0 acts as stages 1 to 3 do, and a loss that is not finite changes no weight."""
 
 import functools
 import math

@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from lib.errors import UserError
+from lib.errors import MISTAKE, UserError
 from lib.launch import devices
 from lib.settings import config
 
@@ -42,4 +42,4 @@ if __name__ == "__main__":
         main(*sys.argv[1:])
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(MISTAKE)

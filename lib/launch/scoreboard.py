@@ -27,7 +27,7 @@ from typing import Any
 
 import yaml
 
-from lib.errors import ROOT, STOPPED, Stopped, UserError, did_you_mean
+from lib.errors import MISTAKE, ROOT, STOPPED, Stopped, UserError, did_you_mean
 from lib.launch import devices
 from lib.settings.config import Parser, load
 from lib.settings.run_settings import MAY_CHANGE
@@ -201,7 +201,7 @@ def main() -> None:
             readme.write_text(with_table(readme.read_text(encoding="utf-8"), lines), encoding="utf-8")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(MISTAKE)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(stopped.code)

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lib.errors import EXIT_SECONDS, STOPPED
+from lib.errors import EXIT_SECONDS, FAULT, STOPPED
 
 OWN_WORDS_SECONDS = 1.0  # after a rank has failed, the other ranks may report it and end by themselves for so long
 GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL
@@ -47,7 +47,7 @@ def main() -> int:
 
     def stop(*_: Any) -> None:
         end(ranks)
-        sys.exit(1)
+        sys.exit(FAULT)
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)

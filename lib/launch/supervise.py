@@ -27,7 +27,7 @@ from typing import IO, Any
 import psutil
 import yaml
 
-from lib.errors import FAULT, MISTAKE, STOPPED, from_home, new_folder
+from lib.errors import FAULT, MISTAKE, ROOT, STOPPED, from_home, new_folder
 from lib.run.console import Console
 
 # Takes the place of the word `deepspeed` in a command. launch.sh has put lib's folder on PYTHONPATH.
@@ -90,7 +90,13 @@ def run_once(command: list[str], output: IO[str] | None = None, ended: Callable[
     def ignore_warning_signal() -> None:  # Slurm sends SIGUSR1 to all processes, and DeepSpeed's launcher dies of it
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
-    environment = os.environ | {"SUPERVISED_BY": str(os.getpid())}  # the ranks end when this process has ended
+    python_path = os.pathsep.join(
+        filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
+    )  # where START_RANKS finds lib
+    environment = os.environ | {
+        "PYTHONPATH": python_path,
+        "SUPERVISED_BY": str(os.getpid()),
+    }  # the ranks end when this process has ended
     launcher = subprocess.Popen(
         command, env=environment, start_new_session=True, preexec_fn=ignore_warning_signal, stdout=output, stderr=output
     )

@@ -1,5 +1,4 @@
-"""Encoder-decoders: from scratch, a pre-trained encoder with a new or pre-trained decoder, or a whole pre-trained
-one; their pairs of texts; generation."""
+"""Encoder-decoders and their tokenizers: from scratch, an encoder with a new or pre-trained decoder, or pre-trained."""
 
 import copy
 import inspect

@@ -6,13 +6,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from tokenizers import AddedToken, ByteLevelBPETokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lib.distributed import ranks
 from lib.errors import UserError, did_you_mean

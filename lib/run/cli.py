@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch.distributed
 
 from lib.distributed import ranks
-from lib.errors import EXIT_SECONDS, FAULT, MISTAKE, Stopped, UserError
+from lib.errors import EXIT_SECONDS, FAULT, INTERRUPTED, MISTAKE, Stopped, UserError
 from lib.run.console import Console
 from lib.settings.config import parse
 from lib.settings.ds_config import load_ds_config
@@ -44,7 +44,7 @@ def cli(main: Callable[..., Any], config_class: type[Any]) -> None:
         print(f"error: {f'rank {rank}: ' if rank else ''}{' '.join(str(error).split())}", file=console)
         leave(MISTAKE)
     except KeyboardInterrupt:  # before training; from then on it saves and stops
-        leave(128 + signal.SIGINT)
+        leave(INTERRUPTED)
     except Exception as error:
         lost = ranks.lost_contact(error)
         if lost:

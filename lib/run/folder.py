@@ -207,7 +207,7 @@ def _contents_first(path: Path) -> Iterator[Path]:
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    """Another pair where a file was made anew under the same name: a new file may get the number of the old one."""
+    """A pair that changes when a file is replaced by one of the same name; the inode number alone can be used again."""
     found = path.lstat()
     return found.st_ino, found.st_ctime_ns
 

@@ -6,17 +6,14 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from lib.data.rows import Splits
 from lib.distributed import ranks
-from lib.run.resume import Checkpoint
+from lib.errors import display_path
 from lib.settings.ds_config import offload_device, stage_of
 
 
-def header_lines(
-    cfg: Any, ds_config: dict[str, Any], model: torch.nn.Module, rows: dict[str, int], total_steps: int, folder: str,
-    checkpoint: Checkpoint | None, splits: Splits | None, notes: Sequence[str],
-) -> list[str]:  # fmt: skip
-    """rows: their number by split."""
+def header_lines(run: Any, rows: dict[str, int], notes: Sequence[str]) -> list[str]:
+    """run: a lib.run.run.Run with its engine. rows: their number by split."""
+    cfg, ds_config, model, splits = run.cfg, run.ds_config, run.engine.module, run.splits
     sizes = {parameter: getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters()}
     total = sum(sizes.values())
     trained = sum(size for parameter, size in sizes.items() if parameter.requires_grad)
@@ -34,14 +31,16 @@ def header_lines(
         "device": f"{_ranks(world_size)} x {device}",
         "memory": f"ZeRO stage {stage_of(ds_config)}{_offloaded(ds_config)}, {cfg.precision}",
         "batch": f"{cfg.batch_size} = {micro} rows x {accumulation} accumulation steps x {world_size} ranks; "
-        f"{total_steps} steps",
-        "run": folder,
+        f"{run.total_steps} steps",
+        "run": display_path(run.folder),
     }
-    if checkpoint is not None:
-        path, manifest = checkpoint
+    if run.checkpoint is not None:
+        path, manifest = run.checkpoint
         writers = f"written at ZeRO stage {manifest['stage']} by {_ranks(manifest['world_size'])}"
         lines["resume"] = f"after step {manifest['step']} of {path.name}, {writers}"
-    return [f"{name:<9}{text}" for name, text in lines.items()] + [f"note     {note}" for note in notes]
+    return [f"{name:<9}{text}" for name, text in lines.items()] + [
+        f"note     {note}" for note in [*run.notes, *(splits.notes if splits is not None else []), *notes]
+    ]
 
 
 def _ranks(count: int) -> str:

@@ -21,7 +21,7 @@ class Metrics:
     Nothing is read from the device until `log_every` steps are written together.
     """
 
-    def __init__(self, folder: Path, log_every: int, output: Output, started: float, seconds_before: float):
+    def __init__(self, folder: Path, log_every: int, output: Output, *, started: float, seconds_before: float):
         """started: of this run, on time.monotonic's clock. seconds_before: what earlier starts took."""
         self.file, self.log_every, self.output = folder / "metrics.jsonl", log_every, output
         self.started, self.seconds_before = started, seconds_before
@@ -68,7 +68,7 @@ class Metrics:
     # Steps.
 
     def note_step(
-        self, step: int, loss: torch.Tensor, tokens: torch.Tensor, learning_rate: float, grad_norm: Any
+        self, step: int, *, loss: torch.Tensor, tokens: torch.Tensor, learning_rate: float, grad_norm: Any
     ) -> None:
         """loss: this rank's share, summed over ranks when it is written. tokens: over all ranks."""
         record = {"step": step, "loss": loss, "tokens": tokens, "learning_rate": learning_rate, "grad_norm": grad_norm}

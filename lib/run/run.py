@@ -17,7 +17,7 @@ from lib.data.batches import Batch
 from lib.data.rows import Splits
 from lib.distributed import ranks
 from lib.distributed.repairs import repair_stage0, veto_if_not_finite
-from lib.errors import Stopped, display_path, from_home
+from lib.errors import Stopped, from_home
 from lib.run.checkpoints import Checkpoints
 from lib.run.folder import RunFolder
 from lib.run.header import header_lines
@@ -45,15 +45,15 @@ class Run:
         self.checkpoint, notes = find_checkpoint(self.folder, self.recipe, cfg)  # what --resume goes on from
         self.notes = [*ds_config.pop(NOTES, []), *notes]
         overwrites = self._run_folder.overwrites
-        if self.checkpoint is None and not overwrites:  # else when it begins: a start that is refused changes nothing
+        if self.checkpoint is None and not overwrites:  # else in _begin: a start that is refused changes nothing
             ranks.on_rank0(lambda: self._run_folder.write_facts(0))
         self.output = Output(self.folder / (".log.txt" if overwrites else "log.txt"))
         self.say = self.output.say
         seconds_before = self.checkpoint[1]["seconds"] if self.checkpoint else 0.0
-        self.metrics = Metrics(self.folder, cfg.log_every, self.output, started, seconds_before)
+        self.metrics = Metrics(self.folder, cfg.log_every, self.output, started=started, seconds_before=seconds_before)
         place_monitors(ds_config, self.folder)
         self.total_steps = self.resumed_at = 0
-        self._splits: Splits | None = None  # see plan
+        self.splits: Splits | None = None  # see plan
         self._data: dict[str, Any] = {}
 
     def plan(self, rows: int, splits: Splits | None = None) -> None:
@@ -61,7 +61,7 @@ class Run:
 
         splits: the data that these are made from, which the header shows and a resumed run must have again.
         """
-        self._splits = splits
+        self.splits = splits
         self._data = {"rows": rows, "data": splits.fingerprint if splits is not None else None}
         max_steps, epochs = self.cfg.max_steps, self.cfg.epochs  # just one of them is given
         steps = max_steps if max_steps is not None else max(1, math.ceil(epochs * rows / self.cfg.batch_size))
@@ -76,16 +76,12 @@ class Run:
         self.engine = engine
         self.metrics.monitor = engine.monitor if engine.monitor.enabled else None
         ranks.set_timeout(self.cfg.rank_timeout)  # of the process groups that DeepSpeed has made, too
-        notes = [*self.notes, *(self._splits.notes if self._splits is not None else []), *notes]
-        for line in header_lines(
-            self.cfg, self.ds_config, engine.module, rows, self.total_steps, display_path(self.folder),
-            self.checkpoint, self._splits, notes,
-        ):  # fmt: skip
+        for line in header_lines(self, rows, notes):
             self.say(line)
-        shared = self.cfg, engine, self.folder, self.metrics, self.output
-        self.checkpoints = Checkpoints(*shared, facts=self._facts)
+        parts: dict[str, Any] = {"run_folder": self.folder, "metrics": self.metrics, "output": self.output}
+        self.checkpoints = Checkpoints(self.cfg, engine, **parts, facts=self._facts)
         ranks.on_rank0(lambda: self.checkpoints.prepare(self._run_folder.overwritten_bytes()))
-        self._end_step = StepEnd(*shared, checkpoints=self.checkpoints)
+        self._end_step = StepEnd(self.cfg, engine, **parts, checkpoints=self.checkpoints)
 
     def _facts(self) -> dict[str, Any]:
         """What a checkpoint keeps of the run, beside the engine's state."""
@@ -112,8 +108,9 @@ class Run:
         self._begin()
         cfg = self.cfg
         step_batches = batches.training_batches(
-            rows, collate, cfg.batch_size, self.micro_batch_size, cfg.seed, self.device, lengths, start=self.resumed_at
-        )
+            rows, collate, batch_size=cfg.batch_size, micro_batch_size=self.micro_batch_size, seed=cfg.seed,
+            device=self.device, lengths=lengths, start=self.resumed_at,
+        )  # fmt: skip
         self.output.begin_steps(self.resumed_at, self.total_steps)
         self.metrics.restart_clock()
         for step in range(self.resumed_at + 1, self.total_steps + 1):
@@ -142,7 +139,8 @@ class Run:
 
     def log_step(self, step: int, loss: torch.Tensor, tokens: torch.Tensor) -> None:
         """Note an optimizer step. loss: this rank's share, summed over ranks here. tokens: over all ranks."""
-        self.metrics.note_step(step, loss, tokens, self._learning_rate, self.engine.get_global_grad_norm())
+        rate, norm = self._learning_rate, self.engine.get_global_grad_norm()
+        self.metrics.note_step(step, loss=loss, tokens=tokens, learning_rate=rate, grad_norm=norm)
 
     def evaluation_due(self, step: int) -> bool:
         """Whether to score the validation rows now: after the last step, which is tested, only to find the best one.

@@ -30,7 +30,7 @@ class StepEnd:
     """Called after each step, by every rank. Made after deepspeed.initialize; from then on signals are noted."""
 
     def __init__(
-        self, cfg: Any, engine: Any, run_folder: Path, metrics: Metrics, output: Output, *, checkpoints: Checkpoints
+        self, cfg: Any, engine: Any, *, run_folder: Path, metrics: Metrics, output: Output, checkpoints: Checkpoints
     ):
         self.cfg, self.engine, self.run_folder = cfg, engine, run_folder
         self.checkpoints, self.metrics, self.output = checkpoints, metrics, output

@@ -141,6 +141,7 @@ def bm25(queries: Sequence[str], documents: Sequence[str], depth: int) -> np.nda
 @progress("gensim's word2vec")
 def gensim_word2vec(
     documents: list[list[str]],
+    *,
     dims: int,
     window: int,
     negatives: int,

@@ -13,7 +13,7 @@ from lib.scores import inference
 
 
 def generate_texts(
-    engine: Any, rows: Dataset, collate: Any, batch_size: int, tokenizer: PreTrainedTokenizerBase, max_length: int,
+    engine: Any, rows: Dataset, collate: Any, batch_size: int, *, tokenizer: PreTrainedTokenizerBase, max_length: int,
     beams: int, length_penalty: float, no_repeat_ngram: int = 0,
 ) -> list[str]:  # fmt: skip
     """The text that the model generates from each row's source, by beam search (1 beam: greedily).
@@ -35,5 +35,7 @@ def generate_texts(
         )  # fmt: skip
         return F.pad(tokens, (0, 1 + max_length - tokens.shape[1]), value=tokenizer.pad_token_id)
 
-    tokens = inference.for_each_row(engine, rows, collate, batch_size, generate, rows["length"], "generating")
+    tokens = inference.for_each_row(
+        engine, rows, collate, batch_size, answer=generate, lengths=rows["length"], what="generating"
+    )
     return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]

@@ -14,7 +14,7 @@ from lib.scores import evaluation
 
 
 def for_each_row(
-    engine: Any, rows: Any, collate: Callable[[dict[str, Any]], Batch], batch_size: int,
+    engine: Any, rows: Any, collate: Callable[[dict[str, Any]], Batch], batch_size: int, *,
     answer: Callable[[Batch], torch.Tensor], lengths: Sequence[int] | None = None, what: str = "evaluating",
 ) -> torch.Tensor:  # fmt: skip
     """Call `answer` on all rows in batches. Returns the answers, [all rows, ...], in the rows' order on every rank.
@@ -31,13 +31,14 @@ def for_each_row(
         for batch, row_numbers in evaluation_batches(rows, collate, batch_size, engine.device, lengths):
             answers.append(answer(batch))
             numbers.append(row_numbers)
-            advance(batch_size * ranks.world_size())
+            advance(batch_size * ranks.data_parallel_size())
     engine.train()
     return ranks.gather_rows(torch.cat(answers), torch.cat(numbers), len(rows))
 
 
 def language_model_scores(
-    engine: Any, blocks: Blocks, batch_size: int, logits_of: Callable[[Any, Batch], torch.Tensor], texts: Sequence[str]
+    engine: Any, blocks: Blocks, batch_size: int, *, logits_of: Callable[[Any, Batch], torch.Tensor],
+    texts: Sequence[str],
 ) -> dict[str, float]:  # fmt: skip
     """Perplexity per token and bits per byte over all blocks, which were cut from `texts`.
 
@@ -48,5 +49,5 @@ def language_model_scores(
         losses = token_losses(logits_of(engine, batch), batch["labels"])
         return torch.stack([losses.sum(1), (batch["labels"] != IGNORED).sum(1)], dim=1).double()
 
-    nats, tokens = for_each_row(engine, blocks, collate_blocks, batch_size, nats_and_tokens).sum(0).tolist()
+    nats, tokens = for_each_row(engine, blocks, collate_blocks, batch_size, answer=nats_and_tokens).sum(0).tolist()
     return evaluation.perplexity_and_bits(nats, int(tokens), sum(len(text.encode()) for text in texts))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from lib.errors import UserError, did_you_mean, display_path
+from lib.errors import MISTAKE, UserError, did_you_mean, display_path
 from lib.scores import baselines, evaluation
 from lib.settings.config import Parser
 
@@ -111,7 +111,7 @@ def main() -> None:
             print(f"{cosine:.3f}  {' '.join(document.split())[:200]}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(MISTAKE)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Types and ranges are checked by pydantic.
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -101,7 +102,8 @@ def comments(config_class: type) -> dict[str, str]:
     """{field: its trailing comment, which is its help}. The recipe's own settings come first, then inherited ones."""
     found: dict[str, str] = {}
     for base_class in inspect.getmro(config_class)[:-1]:
-        found |= dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(base_class), re.MULTILINE))
+        lines = re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(base_class), re.MULTILINE)
+        found = {**found, **{name: text for name, text in lines if name not in found}}
     defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
     return {name: _with_default(text, defaults[name]) for name, text in found.items()}
 
@@ -226,7 +228,9 @@ def settings_in_source(file: Path, class_name: str = "Config") -> dict[str, tupl
                 .removeprefix("#")
                 .strip()
             )
-            default = dataclasses.MISSING if field.value is None else ast.literal_eval(field.value)
+            default: Any = dataclasses.MISSING
+            with contextlib.suppress(ValueError, TypeError):  # it is computed: the recipe alone knows its value
+                default = default if field.value is None else ast.literal_eval(field.value)
             settings[field.target.id] = ast.unparse(field.annotation) == "bool", _with_default(comment, default)
     for base in class_node.bases:
         inherited = settings_in_source(file, ast.unparse(base))

@@ -68,7 +68,8 @@ def main() -> None:
     run.attach(engine, {})
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, 2_000_000).astype(np.int32)
     blocks = Blocks(tokens, cfg.max_length, drop_last=True)
-    batches = training_batches(blocks, causal_lm.collate_blocks, cfg.batch_size, micro, 0, run.device)
+    sizes = {"batch_size": cfg.batch_size, "micro_batch_size": micro}
+    batches = training_batches(blocks, causal_lm.collate_blocks, **sizes, seed=0, device=run.device)
     ready = [next(batches) for _ in range(4)]
 
     def bare() -> None:

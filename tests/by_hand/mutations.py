@@ -106,7 +106,7 @@ MUTATIONS = [
         "export what a rank holds and not what all hold",
         "lib/distributed/export.py",
         "with deepspeed.zero.GatheredParameters(to_gather, enabled=partitioned):",
-        "with contextlib.nullcontext(to_gather):",
+        "with deepspeed.zero.GatheredParameters(to_gather, enabled=False):",
         RECURRENT,
     ),
     Mutation(

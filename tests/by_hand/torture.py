@@ -47,7 +47,7 @@ def start(recipe: str, run_dir: Path, *settings: object) -> subprocess.Popen[byt
 
 
 def processes_of(run_dir: Path) -> list[psutil.Process]:
-    """All processes of a launch: launch.sh (as supervise.py), start_ranks.py, the ranks."""
+    """All processes of a launch: launch.sh (as lib.launch.supervise), lib.launch.start_ranks, the ranks."""
     processes = []
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []

@@ -25,6 +25,8 @@ ROWS = [{"body": f"row number {i}, NA", "kind": "even" if i % 2 == 0 else "odd"}
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
+BATCHES: Any = {"batch_size": 16, "micro_batch_size": 2, "seed": 0, "device": torch.device("cpu")}
+
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     if path.suffix == ".jsonl":
@@ -193,7 +195,7 @@ def test_ranks_share_each_step(monkeypatch: pytest.MonkeyPatch, world_size: int)
     for rank in range(world_size):
         monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(ranks, "world_size", lambda: world_size)
-        batches = training_batches(rows, collate, 16, 2, 0, torch.device("cpu"), lengths=list(range(50)))
+        batches = training_batches(rows, collate, **BATCHES, lengths=list(range(50)))
         for step in steps:
             micro_batches = next(batches)
             assert len(micro_batches) == 16 // 2 // world_size
@@ -251,7 +253,7 @@ def test_what_is_drawn_for_a_row_does_not_depend_on_the_ranks(monkeypatch: pytes
         for rank in range(world_size):
             monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
             monkeypatch.setattr(ranks, "world_size", lambda: world_size)
-            next(training_batches(rows, note, 16, 2, 0, torch.device("cpu"), start=step))
+            next(training_batches(rows, note, **BATCHES, start=step))
         return dict(seen)
 
     assert drawn(world_size, 3) == drawn(1, 3)

@@ -405,7 +405,7 @@ def test_work_is_counted_by_what_everything_passes_through(one_rank: None, short
         return batch["length"]
 
     collate = lambda columns: {"length": torch.tensor([len(text) for text in columns["text"]])}  # noqa: E731
-    lines = spoken(lambda _: inference.for_each_row(Engine(), splits["train"], collate, 4, answer))
+    lines = spoken(lambda _: inference.for_each_row(Engine(), splits["train"], collate, 4, answer=answer))
     assert any(re.fullmatch(r"evaluating: [1-9]\d* of 40 rows, 0:0\d so far, 0:0\d left", line) for line in lines)
     texts, labels = [f"word{number} and more" for number in range(3000)], [number % 2 for number in range(3000)]
     assert spoken(lambda _: [baselines.tfidf_logistic_regression(texts, labels, texts, labels) for _ in range(10)])[
@@ -441,7 +441,7 @@ def test_a_run_shows_what_its_rank_0_does_and_the_other_ranks_nothing(
     run.plan(100)
     run.output.begin_steps(0, 3)
     run.metrics.restart_clock()
-    run.metrics.note_step(1, torch.zeros(()), torch.ones(()), 0.1, None)
+    run.metrics.note_step(1, loss=torch.zeros(()), tokens=torch.ones(()), learning_rate=0.1, grad_norm=None)
     time.sleep(0.6)
     run.close()
     assert threading.active_count() == threads

@@ -337,8 +337,8 @@ def test_a_longer_run_goes_on_with_the_rates_of_its_own_schedule(run_folder: Pat
     run_ranks(2, "resume_worker", "resume", run_folder, "fp32", "zero2", "max_steps=16")
     entries = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     expected = [
-        0.5e-2 * (1 + math.cos(math.pi * (step - 2) / 14)) for step in range(9, 17)
-    ]  # after each step; cosine, 2 steps of warm-up
+        0.5e-2 * (1 + math.cos(math.pi * (step - 2) / 14)) for step in range(8, 16)
+    ]  # by the number of steps before; cosine, 2 steps of warm-up
     assert [entry["learning_rate"] for entry in entries[8:]] == pytest.approx(expected)
 
 

@@ -239,7 +239,7 @@ def test_an_overwrite_that_does_not_begin_leaves_the_old_run(tmp_path: Path) -> 
     old = contents(trained(tmp_path / "run", save_every=3))
     training = Training(
         tmp_path / "run", overwrite=True, max_steps=4
-    )  # it has its data, model and engine, and ends before restore()
+    )  # it has its data, model and engine, and ends before the first step
     print("what a library says")
     assert contents(tmp_path / "run") == old
     training.run.close()

@@ -99,9 +99,9 @@ def main(where: str, *configs: str) -> None:
                         decoder_start=decoder_start(engine.module),
                     ),
                     2,
-                    tokenizer,
-                    MAX_LENGTH,
-                    *search,
+                    tokenizer=tokenizer,
+                    max_length=MAX_LENGTH,
+                    **dict(zip(("beams", "length_penalty", "no_repeat_ngram"), search, strict=True)),
                 )
                 for rows in data.values()
             ]
