@@ -11,7 +11,7 @@ from mutations import MUTATIONS, Mutation
 def test_a_mutation_breaks_what_is_there_now(mutation: Mutation) -> None:
     assert (ROOT / mutation.file).read_text().count(mutation.old) == 1
     broken = (ROOT / mutation.file).read_text().replace(mutation.old, mutation.new)
-    command = [SCRIPTS / "ruff", "check", "-q", "--select", "F821,E9", "--stdin-filename", mutation.file, "-"]
+    command = [str(SCRIPTS / "ruff"), "check", "-q", "--select", "F821,E9", "--stdin-filename", mutation.file, "-"]
     found = subprocess.run(command, input=broken, text=True, capture_output=True, check=False)
     assert not found.returncode, f"it breaks the file, not what the tests guard: {found.stdout}"
     assert mutation.what in " ".join((ROOT / "CONTRIBUTING.md").read_text().split())
