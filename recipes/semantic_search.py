@@ -37,7 +37,7 @@ from transformers import AutoModel, PreTrainedTokenizerBase
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
 from lib.data.batches import Batch, pad_tokens
 from lib.data.rows import load_rows, map_rows
-from lib.distributed import ranks
+from lib.distributed import mesh, ranks
 from lib.distributed.export import export
 from lib.distributed.loading import load_model
 from lib.distributed.optimizer import make_adamw, make_schedule
@@ -154,7 +154,7 @@ def vector_gradients(
     identities = ranks.all_rows(torch.cat([batch["identities"] for batch in micro_batches]))
     loss = contrastive_loss(everyone[:, 0], everyone[:, 1], identities, temperature)
     (gradient,) = torch.autograd.grad(loss, everyone)
-    own_gradient = gradient[ranks.data_parallel_rank() * len(own) :][: len(own)]
+    own_gradient = gradient[mesh.data_parallel_rank() * len(own) :][: len(own)]
     return loss.detach(), list(torch.split(own_gradient, len(vectors[0])))
 
 
@@ -234,7 +234,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
             surrogate = (encoded * gradient).sum()  # its gradient by the weights is that of the loss
             engine.backward(run.undivided(surrogate))  # DeepSpeed divides by accumulation steps and ranks
             engine.step()  # changes the weights after the last micro-batch only
-        run.log_step(step, loss / ranks.data_parallel_size(), tokens)  # every rank has the whole loss
+        run.log_step(step, loss / mesh.data_parallel_size(), tokens)  # every rank has the whole loss
         if run.evaluation_due(step):
             run.log_scores(step, "validation", evaluate("validation")[0], higher_is_better="ndcg_at_10")
 

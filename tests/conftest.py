@@ -42,6 +42,7 @@ BUDGETS = {
     "test_compare.py": 160,
     "test_checkpoints.py": 100,
     "test_generation.py": 40,
+    "test_parallel.py": 80,
 }
 BUDGET = 30  # seconds of each other file
 SECONDS: dict[str, float] = {}  # {file: seconds of its tests}
@@ -219,8 +220,8 @@ def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     ]
     recipes = sorted({str(test[name]) for test in parameters for name in ("runs", "learned") if name in test})
     cases = [cases_of(recipe, folder) for recipe in recipes]
-    for world_size in (2, 1, 4):  # the runs on 1 and 4 ranks resume checkpoints of those on 2
-        chosen = [case for recipe_cases in cases for case in recipe_cases[world_size]]
+    for name in ("2", "1", "4", "2, tensor parallel"):  # those on 1 and 4 ranks go on from checkpoints of the first
+        chosen = [case for of_recipe in cases for case in of_recipe[name]]
         if chosen:
-            run_ranks(world_size, "contract_worker", folder, *chosen, timeout=300 + 30 * len(chosen))
+            run_ranks(int(name[0]), "contract_worker", folder, *chosen, timeout=300 + 30 * len(chosen))
     return folder

@@ -200,7 +200,7 @@ def json_fault(draw: Draw, whole: dict[str, Any]) -> str:
         key = draw.choice(
             ["tensor_parallel", "autotp", "pipeline", "data_efficiency", "torch_autocast", "hybrid_engine"]
         )
-        changed[key] = {"autotp_size": 2} if key == "tensor_parallel" else {"enabled": True}
+        changed[key] = {"autotp_sise": 2} if key == "tensor_parallel" else {"enabled": True}
     return json.dumps(changed)
 
 

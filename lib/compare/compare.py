@@ -40,7 +40,7 @@ from lib.progress import progress
 from lib.run.signs import Signs
 from lib.settings.config import Parser, known_arguments, parser_from_source
 from lib.settings.config import parse as parse_settings
-from lib.settings.ds_config import load_ds_config, read_json
+from lib.settings.ds_config import load_ds_config, read_json, tensor_parallel_size
 
 FEWEST_STEPS = INSPECTED + 2
 # The settings that a comparison decides, where a recipe has them. None: run_one sets the value.
@@ -141,6 +141,9 @@ def config_files(options: argparse.Namespace) -> dict[str, Path]:
 def configs_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """{name: DeepSpeed config} to compare, with the preset's changes."""
     configs = {name: read_json(file) for name, file in config_files(options).items()}
+    for name, config in configs.items():
+        if isinstance(config.get("tensor_parallel"), dict) and tensor_parallel_size(config) > 1:
+            raise UserError(f"{name}: compare does not measure tensor parallelism yet; leave this config out")
     return (
         {name: theory.with_paper_preset(config) for name, config in configs.items()}
         if options.preset == "paper"

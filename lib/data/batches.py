@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lib.distributed import ranks
+from lib.distributed import mesh
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 
@@ -71,7 +71,7 @@ def training_batches(
         draws = np.random.SeedSequence((seed, step, 2)).generate_state(batch_size, np.uint64)
         # Neighbours in length go to different ranks at the same time, so that no rank waits long for another.
         micro_batches = np.arange(batch_size).reshape(-1, micro_batch_size)
-        own = micro_batches[ranks.data_parallel_rank() :: ranks.data_parallel_size()]
+        own = micro_batches[mesh.data_parallel_rank() :: mesh.data_parallel_size()]
         yield [
             to_device(collate({**rows[step_rows[step][part].tolist()], "draw": draws[part]}), device) for part in own
         ]
@@ -89,10 +89,10 @@ def evaluation_batches(
     """
     draws = np.random.SeedSequence(0).generate_state(len(rows), np.uint64)
     order = np.arange(len(rows)) if lengths is None else np.argsort(np.asarray(lengths), kind="stable")[::-1]
-    share = batch_size * ranks.data_parallel_size()
+    share = batch_size * mesh.data_parallel_size()
     fillers = -len(order) % share
     numbers = np.concatenate([order, np.full(fillers, -1)]).reshape(-1, batch_size)
-    for batch in numbers[ranks.data_parallel_rank() :: ranks.data_parallel_size()]:
+    for batch in numbers[mesh.data_parallel_rank() :: mesh.data_parallel_size()]:
         filled = np.where(batch < 0, order[-1], batch)
         yield (
             to_device(collate({**rows[filled.tolist()], "draw": draws[filled]}), device),

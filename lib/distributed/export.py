@@ -1,6 +1,7 @@
 """The trained model, gathered from all ranks, as files."""
 
 import json
+import math
 from pathlib import Path
 
 import deepspeed
@@ -8,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib.distributed import ranks
+from lib.distributed import mesh, ranks
+from lib.distributed.zero_state import layout
 from lib.progress import progress
 from lib.settings.ds_config import stage_of
 
@@ -24,9 +26,26 @@ def full_state_dict(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor
     for name, tensor in engine.module.state_dict(keep_vars=True).items():
         to_gather = [parameters[name]] if partitioned and name in parameters else []
         with deepspeed.zero.GatheredParameters(to_gather, enabled=partitioned):
+            whole = gather_shards(tensor)
             if ranks.rank() == 0:
-                state[name] = tensor.detach().cpu().clone()
+                state[name] = whole.detach().cpu().clone()
     return state
+
+
+def gather_shards(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a parameter of which a tensor-parallel group has shards; anything else as it is.
+
+    Every rank of the group must call it.
+    """
+    shared = layout(tensor) if isinstance(tensor, torch.nn.Parameter) else None
+    if shared is None:
+        return tensor
+    sizes = {rank: math.prod(shape) for rank, shape in shared.shard_shapes.items()}
+    own = tensor.detach().new_zeros(max(sizes.values()))
+    own[: tensor.numel()] = tensor.detach().reshape(-1)
+    parts = [torch.empty_like(own) for _ in sizes]
+    torch.distributed.all_gather(parts, own, group=mesh.tensor_group())
+    return shared.rebuild({rank: parts[rank][:size] for rank, size in sizes.items()}).view(shared.logical_shape)
 
 
 @progress("exporting the model")

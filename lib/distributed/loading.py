@@ -5,12 +5,17 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.tensor_parallel.config import _get_hf_tp_plan
 from transformers import PreTrainedModel, initialization, set_seed
 
 from lib.distributed import ranks
 from lib.errors import UserError
 from lib.progress import progress
-from lib.settings.ds_config import stage_of
+from lib.settings.ds_config import stage_of, tensor_parallel_size
+
+# Architectures without a plan of transformers' that DeepSpeed's own rules share rightly: see test_parallel.py. Of an
+# encoder-decoder that is put together, parts that these rules do not know stay whole.
+SHARED_WITHOUT_PLAN = {"bert", "electra", "encoder-decoder", "roberta"}
 
 
 @progress("loading the model")
@@ -24,13 +29,14 @@ def load_model(build: Callable[[], torch.nn.Module], ds_config: dict[str, Any], 
     holds it whole.
     """
     set_seed(seed)
+    size = tensor_parallel_size(ds_config)
     if stage_of(ds_config) < 3:
-        model = ranks.rank0_first(build)()
+        model = ranks.rank0_first(lambda: _check_tensor_parallel(build(), size))()
     else:
         whole: list[Any] = []
 
         def build_whole() -> tuple[Any, Any, Any]:
-            whole.append(build())
+            whole.append(_check_tensor_parallel(build(), size))
             return type(whole[0]), whole[0].config, getattr(whole[0], "generation_config", None)
 
         model_class, config, generation_config = ranks.on_rank0(build_whole)
@@ -61,6 +67,34 @@ def load_model(build: Callable[[], torch.nn.Module], ds_config: dict[str, Any], 
             )
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()  # from_pretrained leaves a model in evaluation mode, without dropout and activation checkpointing
+    return model
+
+
+def _check_tensor_parallel(model: Any, size: int) -> Any:
+    """The model. Raises UserError where a tensor-parallel group of so many ranks cannot share it."""
+    if size == 1:
+        return model
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(
+            f"tensor_parallel.autotp_size is {size}, but {type(model).__name__} has no attention heads to share; "
+            "take a JSON without tensor_parallel"
+        )
+    if model.config.model_type not in SHARED_WITHOUT_PLAN and not _get_hf_tp_plan(model):
+        raise UserError(
+            f"tensor_parallel.autotp_size is {size}, but transformers has no plan by which to share the matrices of "
+            f"{type(model).__name__} ({model.config.model_type}); take a JSON without tensor_parallel, or an "
+            f"architecture that has one, such as llama or qwen3, or one of {', '.join(sorted(SHARED_WITHOUT_PLAN))}"
+        )
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    for config in (part.config for part in parts):
+        for name in ("num_attention_heads", "num_key_value_heads"):
+            heads = getattr(config, name, None)
+            if isinstance(heads, int) and heads % size:
+                fitting = ", ".join(str(number) for number in range(1, heads + 1) if heads % number == 0)
+                raise UserError(
+                    f"tensor_parallel.autotp_size is {size}, which does not divide {name} {heads} of "
+                    f"{type(model).__name__}; sizes that do: {fitting}"
+                )
     return model
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from lib.distributed import mesh
 from lib.errors import FAULT, UserError
 
 P = ParamSpec("P")
@@ -145,19 +146,9 @@ def world_size() -> int:
     return dist.get_world_size()
 
 
-def data_parallel_size() -> int:
-    """How many ranks have rows of their own: all of them, until a form of parallelism lets ranks share their rows."""
-    return world_size()
-
-
-def data_parallel_rank() -> int:
-    """Which of the data_parallel_size() parts of a step's rows this rank has."""
-    return rank()
-
-
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of `tensor` over all ranks, in place. On a GPU it is queued: the caller does not wait for it."""
-    dist.all_reduce(tensor)
+    """The sum of `tensor` over the data-parallel ranks, in place. On a GPU it is queued: the caller does not wait."""
+    dist.all_reduce(tensor, group=mesh.data_group())
     return tensor
 
 
@@ -281,12 +272,12 @@ def rank0_first(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def all_rows(rows: torch.Tensor) -> torch.Tensor:
-    """The rows [n, ...] of every rank, n the same on each, rank after rank: [n * world_size, ...].
+    """The rows [n, ...] of every data-parallel rank, n the same on each, rank after rank: [n * ranks, ...].
 
     They have no gradient.
     """
-    parts = [torch.empty_like(rows) for _ in range(world_size())]
-    dist.all_gather(parts, rows.contiguous())
+    parts = [torch.empty_like(rows) for _ in range(mesh.data_parallel_size())]
+    dist.all_gather(parts, rows.contiguous(), group=mesh.data_group())
     return torch.cat(parts)
 
 
@@ -294,7 +285,7 @@ def gather_rows(values: torch.Tensor, rows: torch.Tensor, total: int) -> torch.T
     """One value per row of a data set, in the order of the rows, on every rank.
 
     values: [n, ...] of this rank; rows: [n], the row that each value is of, -1 for a filler. n is the same on all ranks
-    and every row is on exactly one of them. Returns [total, ...].
+    and every row is on exactly one data-parallel rank. Returns [total, ...].
     """
     value, row = all_rows(values), all_rows(rows)
     real = row >= 0

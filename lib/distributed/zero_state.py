@@ -16,11 +16,42 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.checkpoint.affine import ParamAffineMap
+from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META
 
-from lib.distributed import ranks
+from lib.distributed import mesh
+from lib.errors import UserError
 from lib.settings.ds_config import offload_device, stage_of
 
 WEIGHT = "fp32"  # the kind of a piece that holds weights; other kinds have the optimizer's names, such as exp_avg
+
+
+def layout(parameter: torch.nn.Parameter) -> ParamAffineMap | None:
+    """How a tensor-parallel group shares a parameter; None where each of its ranks has the parameter whole.
+
+    Raises UserError where DeepSpeed cannot tell.
+    """
+    if mesh.tensor_size() == 1 or not getattr(parameter, "tensor_model_parallel", False):
+        return None
+    meta = getattr(parameter, DS_AUTOTP_UC_META)["conversion"]
+    if "affine_map" not in meta:
+        raise UserError(
+            f"tensor parallelism shares a parameter in a way that cannot be saved ({meta['unsupported_reason']}); "
+            "train this model without it"
+        )
+    found = ParamAffineMap.from_dict(meta["affine_map"])
+    return None if meta["replicated"] else found
+
+
+def shard_name(name: str, rank: int) -> str:
+    """The name of a parameter's shard on a rank of a tensor-parallel group, in checkpoints."""
+    return f"{name}#{rank}"
+
+
+def layouts(engine: Any) -> dict[str, ParamAffineMap]:
+    """Name -> layout of each trained parameter that a tensor-parallel group shares."""
+    named = {name: parameter for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+    return {name: found for name, parameter in named.items() if (found := layout(parameter)) is not None}
 
 
 @dataclass(frozen=True)
@@ -52,10 +83,12 @@ def pieces(engine: Any) -> list[Piece]:
     if hasattr(engine.optimizer, "fp32_groups"):
         for parameters, copies in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
             masters |= {id(parameter): copy for parameter, copy in zip(parameters, copies, strict=True)}
-    ranges = _ranges(engine.optimizer)
+    ranges, shared = _ranges(engine.optimizer), layouts(engine)
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
             continue
+        if name in shared:
+            name = shard_name(name, mesh.tensor_rank())
         if stage_of(engine.config) == 3:
             zero = engine.optimizer
             group, offset, length = zero.grad_position[zero.get_param_id(parameter)]
@@ -105,18 +138,29 @@ def owned_pieces(engine: Any) -> list[Piece]:
     """The pieces that this rank answers for: every element of every trained parameter is in one piece of one rank."""
     held = pieces(engine)
     if stage_of(engine.config) == 0:
-        held = [piece.share(ranks.rank(), ranks.world_size()) for piece in held]
+        held = [piece.share(mesh.data_parallel_rank(), mesh.data_parallel_size()) for piece in held]
+    if mesh.tensor_rank() > 0:  # of what is not shared, the first rank of the tensor-parallel group has the same piece
+        named = dict(engine.module.named_parameters())
+        held = [piece for piece in held if piece.name not in named or _is_cut_over_all_ranks(named[piece.name])]
     return [piece for piece in held if piece.size > 0]
 
 
+def _is_cut_over_all_ranks(parameter: torch.nn.Parameter) -> bool:
+    """Whether stage 3 has cut a parameter over all ranks, as zero.Init does, and not over the data-parallel ones."""
+    group = getattr(parameter, "ds_process_group", None)
+    return group is not None and dist.get_world_size(group) == dist.get_world_size()
+
+
 def shapes(engine: Any) -> dict[str, list[int]]:
-    """Name -> shape of each trained parameter, before partitioning."""
-    named = engine.module.named_parameters()
-    return {
-        name: list(getattr(parameter, "ds_shape", parameter.shape))
-        for name, parameter in named
-        if parameter.requires_grad
-    }
+    """Name -> shape of each trained parameter, or of each of its shards, before ZeRO's partitioning."""
+    found: dict[str, list[int]] = {}
+    shared = layouts(engine)
+    for name, parameter in engine.module.named_parameters():
+        if name in shared:
+            found |= {shard_name(name, rank): list(shape) for rank, shape in shared[name].shard_shapes.items()}
+        elif parameter.requires_grad:
+            found[name] = list(getattr(parameter, "ds_shape", parameter.shape))
+    return found
 
 
 def buffers(engine: Any) -> dict[str, torch.Tensor]:

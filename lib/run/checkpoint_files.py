@@ -29,25 +29,28 @@ from typing import Annotated, Any
 
 import torch
 import xxhash
+from deepspeed.checkpoint.affine import ParamAffineMap
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lib.distributed import ranks
+from lib.distributed import mesh, ranks
 from lib.distributed.zero_state import (
     WEIGHT,
     buffers,
+    layouts,
     make_optimizer_state,
     optimizer_state,
     owned_pieces,
     pieces,
     refresh_model,
     shapes,
+    shard_name,
 )
 from lib.errors import UserError, display_path
 from lib.progress import progress
 
-FORMAT = 1
+FORMAT = 2  # 1 has no layouts: what was trained without tensor parallelism is still written as 1
 MANIFEST = "checkpoint.json"
 Manifest = dict[str, Any]
 
@@ -121,8 +124,10 @@ def write(parent: Path, engine: Any, facts: Manifest) -> str | None:
     files = ranks.gather_on_rank0(written)
 
     def publish() -> None:
+        shared = {name: found.to_dict() for name, found in layouts(engine).items()}
         manifest = facts | {
-            "format": FORMAT,
+            "format": 2 if shared else 1,
+            **({"layouts": shared} if shared else {}),
             "world_size": ranks.world_size(),
             "shapes": shapes(engine),
             "kinds": kinds,
@@ -228,6 +233,7 @@ class _Facts(BaseModel):
     settings: dict[str, Any]
     versions: dict[str, str]
     shapes: dict[str, list[NonNegativeInt]]
+    layouts: dict[str, Any] = {}  # of parameters that are there as shards, name#0, name#1 ...: ParamAffineMap's dicts
     kinds: list[Annotated[str, Field(pattern=r"^[a-z_0-9]+$")]]
     scalars: dict[str, float]
     files: dict[Annotated[str, Field(pattern=r"^rank-[0-9]+-of-[0-9]+\.safetensors$")], "_File"]
@@ -256,7 +262,11 @@ def _check_facts(manifest: Manifest, folder: Path) -> None:
                 raise ValueError
             end[name] = max(end[name], start + size)
         whole = all(end[name] == math.prod(shape) for name, shape in manifest["shapes"].items())
-    except (ValueError, TypeError, KeyError):
+        for name, found in _layouts_of(manifest).items():
+            found.validate()
+            shards = {shard_name(name, rank): list(shape) for rank, shape in found.shard_shapes.items()}
+            whole = whole and shards.items() <= manifest["shapes"].items()
+    except (ValueError, TypeError, KeyError, AttributeError):
         whole = False
     if not whole:
         raise ValueError(f"{MANIFEST}: its pieces do not make up its parameters")
@@ -377,7 +387,8 @@ def read(folder: Path, manifest: Manifest, engine: Any) -> None:
 
     Every rank must call it. Raises UserError, on all ranks, where the checkpoint is another model's or cannot be read.
     """
-    here, there = shapes(engine), manifest["shapes"]
+    here = _whole_shapes(shapes(engine), layouts(engine))
+    there = _whole_shapes(manifest["shapes"], _layouts_of(manifest))
     for name in [*here, *there]:
         if here.get(name) != there.get(name):
             raise UserError(
@@ -386,15 +397,11 @@ def read(folder: Path, manifest: Manifest, engine: Any) -> None:
                 "resume with the model and data that it was trained with, or start a new run"
             )
     make_optimizer_state(engine, manifest["kinds"], manifest["scalars"])
-    places: dict[str, list[tuple[int, int, str]]] = {}  # parameter -> (start, size, file)
-    for file, facts in manifest["files"].items():
-        for name, start, size in facts["pieces"]:
-            places.setdefault(name, []).append((start, size, file))
 
     def attempt() -> str | None:
         try:
-            _read_pieces(folder, manifest, places, engine)
-        except (OSError, ValueError, SafetensorError) as error:
+            _read_pieces(folder, manifest, engine)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             return f"{display_path(folder)} cannot be read: {' '.join(str(error).split())}"
         return None
 
@@ -404,31 +411,82 @@ def read(folder: Path, manifest: Manifest, engine: Any) -> None:
     refresh_model(engine)
 
 
-def _read_pieces(folder: Path, manifest: Manifest, places: dict[str, list[tuple[int, int, str]]], engine: Any) -> None:
-    opened: dict[str, Any] = {}
+def _layouts_of(manifest: Manifest) -> dict[str, ParamAffineMap]:
+    return {name: ParamAffineMap.from_dict(entry) for name, entry in manifest.get("layouts", {}).items()}
 
-    def open_file(file: str) -> Any:
-        if file not in opened:
-            opened[file] = safe_open(folder / file, framework="pt")
-        return opened[file]
 
-    def copy(target: torch.Tensor, source: torch.Tensor, name: str) -> None:
-        if source.shape != target.shape:  # copy_ would repeat a single number
-            raise ValueError(f"{name} has {list(source.shape)} elements instead of {list(target.shape)}")
-        target.copy_(source)
+def _whole_shapes(stored: dict[str, list[int]], shared: dict[str, ParamAffineMap]) -> dict[str, list[int]]:
+    """Name -> shape of each parameter, where `stored` may have shards of it."""
+    shards = {shard_name(name, rank) for name, found in shared.items() for rank in found.shard_shapes}
+    whole = {name: list(shape) for name, shape in stored.items() if name not in shards}
+    return whole | {name: list(found.logical_shape) for name, found in shared.items()}
 
+
+class _Pieces:
+    """The pieces of a checkpoint, by the names that parameters and shards have there."""
+
+    def __init__(self, folder: Path, manifest: Manifest):
+        self.folder, self.shapes, self.layouts = folder, manifest["shapes"], _layouts_of(manifest)
+        self.places: dict[str, list[tuple[int, int, str]]] = {}  # parameter or shard -> (start, size, file)
+        for file, facts in manifest["files"].items():
+            for name, start, size in facts["pieces"]:
+                self.places.setdefault(name, []).append((start, size, file))
+        self._opened: dict[str, Any] = {}
+
+    def open(self, file: str) -> Any:
+        if file not in self._opened:
+            self._opened[file] = safe_open(self.folder / file, framework="pt")
+        return self._opened[file]
+
+    def read(self, name: str, kind: str, start: int, target: torch.Tensor) -> None:
+        """Fill target, [size], with the elements from `start` on."""
+        for first, size, file in self.places[name]:
+            begin, end = max(first, start), min(first + size, start + len(target))
+            if begin < end:
+                key = f"{kind}/{name}@{first}"
+                copy(
+                    target[begin - start : end - start],
+                    self.open(file).get_slice(key)[begin - first : end - first],
+                    key,
+                )
+
+    def read_whole(self, name: str, kind: str, dtype: torch.dtype) -> torch.Tensor:
+        """A parameter, flat, put together from its shards if it has some, in this rank's host memory."""
+
+        def stored(stored_name: str) -> torch.Tensor:
+            found = torch.empty(math.prod(self.shapes[stored_name]), dtype=dtype)
+            self.read(stored_name, kind, 0, found)
+            return found
+
+        if name not in self.layouts:
+            return stored(name)
+        layout = self.layouts[name]
+        return layout.rebuild({rank: stored(shard_name(name, rank)) for rank in layout.shard_shapes}).reshape(-1)
+
+
+def copy(target: torch.Tensor, source: torch.Tensor, name: str) -> None:
+    if source.shape != target.shape:  # copy_ would repeat a single number
+        raise ValueError(f"{name} has {list(source.shape)} elements instead of {list(target.shape)}")
+    target.copy_(source)
+
+
+def _read_pieces(folder: Path, manifest: Manifest, engine: Any) -> None:
+    stored, shared = _Pieces(folder, manifest), layouts(engine)
+    names = {shard_name(name, mesh.tensor_rank()): name for name in shared}  # this rank's shard -> parameter
     with torch.no_grad():
         for piece in pieces(engine):
-            for start, size, file in places[piece.name]:
-                begin, end = max(start, piece.start), min(start + size, piece.start + piece.size)
-                if begin >= end:
-                    continue
-                for kind in [WEIGHT, *manifest["kinds"]]:
-                    name = f"{kind}/{piece.name}@{start}"
-                    source = open_file(file).get_slice(name)[begin - start : end - start]
-                    copy(
-                        piece.view(kind, engine.basic_optimizer)[begin - piece.start : end - piece.start], source, name
-                    )
-        first = next(iter(manifest["files"]))  # rank 0's
-        for name, buffer in buffers(engine).items():
-            copy(buffer, open_file(first).get_tensor(f"buffer/{name}"), name)
+            name = names.get(piece.name, piece.name)
+            here, there = (found[name].to_dict() if name in found else None for found in (shared, stored.layouts))
+            for kind in [WEIGHT, *manifest["kinds"]]:
+                target = piece.view(kind, engine.basic_optimizer)
+                if here == there:  # it is cut alike, or not at all
+                    stored.read(piece.name, kind, piece.start, target)
+                else:
+                    whole = stored.read_whole(name, kind, target.dtype)
+                    cut = shared[name].extract(whole, mesh.tensor_rank()).reshape(-1) if here is not None else whole
+                    copy(target, cut[piece.start : piece.start + piece.size], piece.name)
+        if buffers(engine):
+            with_buffers = next(iter(manifest["files"]))  # that of rank 0
+            for name, buffer in buffers(engine).items():
+                key = f"buffer/{name}"
+                copy(buffer, stored.open(with_buffers).get_tensor(key), key)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from lib.distributed import ranks
+from lib.distributed import mesh, ranks
 from lib.errors import display_path
 from lib.settings.ds_config import offload_device, stage_of
 
@@ -29,8 +29,9 @@ def header_lines(run: Any, rows: dict[str, int], notes: Sequence[str]) -> list[s
         "data": f"{cfg.dataset}: {counts}",
         **(splits.header if splits is not None else {}),
         "device": f"{_ranks(world_size)} x {device}",
-        "memory": f"ZeRO stage {stage_of(ds_config)}{_offloaded(ds_config)}, {cfg.precision}",
-        "batch": f"{cfg.batch_size} = {micro} rows x {accumulation} accumulation steps x {world_size} ranks; "
+        "memory": f"ZeRO stage {stage_of(ds_config)}{_offloaded(ds_config)}{_shared()}, {cfg.precision}",
+        "batch": f"{cfg.batch_size} = {micro} rows x {accumulation} accumulation steps x "
+        f"{_ranks(mesh.data_parallel_size())}; "
         f"{run.total_steps} steps",
         "run": display_path(run.folder),
     }
@@ -45,6 +46,10 @@ def header_lines(run: Any, rows: dict[str, int], notes: Sequence[str]) -> list[s
 
 def _ranks(count: int) -> str:
     return f"{count} rank{'s' if count > 1 else ''}"
+
+
+def _shared() -> str:
+    return f", matrices shared by {mesh.tensor_size()} ranks (tensor parallel)" if mesh.tensor_size() > 1 else ""
 
 
 def _offloaded(ds_config: dict[str, Any]) -> str:

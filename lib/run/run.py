@@ -15,7 +15,7 @@ from transformers import set_seed
 from lib.data import batches
 from lib.data.batches import Batch
 from lib.data.rows import Splits
-from lib.distributed import ranks
+from lib.distributed import mesh, ranks
 from lib.distributed.repairs import repair_stage0, veto_if_not_finite
 from lib.errors import Stopped, from_home
 from lib.run.checkpoints import Checkpoints
@@ -40,6 +40,7 @@ class Run:
         started = time.monotonic()
         self.cfg, self.ds_config, self.recipe = cfg, ds_config, Path(recipe).stem
         self.device, self.micro_batch_size = ranks.init(cfg.rank_timeout), ds_config["train_micro_batch_size_per_gpu"]
+        mesh.form(ds_config)
         self._run_folder = RunFolder(cfg, ds_config, self.recipe)
         self.folder = self._run_folder.path
         self.checkpoint, notes = find_checkpoint(self.folder, self.recipe, cfg)  # what --resume goes on from
@@ -101,9 +102,9 @@ class Run:
         """(step, this rank's micro-batches) for each optimizer step still to do. Arguments: see training_batches.
 
         Before the first step the run resumes, or begins anew. Before each step the random generators are seeded by the
-        seed, the step and the rank, so that dropout does not depend on what ran before. After each step StepEnd saves
-        when that is due, and stops when asked. After the last step, with keep_best, the engine gets the best weights. A
-        `break` in the loop leaves out what comes after it.
+        seed, the step and the data-parallel rank, so that dropout does not depend on what ran before. After each step
+        StepEnd saves when that is due, and stops when asked. After the last step, with keep_best, the engine gets the
+        best weights. A `break` in the loop leaves out what comes after it.
         """
         self._begin()
         cfg = self.cfg
@@ -114,7 +115,7 @@ class Run:
         self.output.begin_steps(self.resumed_at, self.total_steps)
         self.metrics.restart_clock()
         for step in range(self.resumed_at + 1, self.total_steps + 1):
-            set_seed(int(np.random.SeedSequence((cfg.seed, step, ranks.rank())).generate_state(1)[0]))
+            set_seed(int(np.random.SeedSequence((cfg.seed, step, mesh.data_parallel_rank())).generate_state(1)[0]))
             self._learning_rate = self.engine.lr_scheduler.get_last_lr()[0]
             micro_batches = next(step_batches)
             yield step, micro_batches
@@ -135,7 +136,7 @@ class Run:
         labels of the whole step. A loss that is not finite becomes NaN, so that DeepSpeed leaves the weights alone.
         """
         accumulation_steps = self.ds_config["gradient_accumulation_steps"]
-        return veto_if_not_finite(loss) * accumulation_steps * ranks.data_parallel_size()
+        return veto_if_not_finite(loss) * accumulation_steps * mesh.data_parallel_size()
 
     def log_step(self, step: int, loss: torch.Tensor, tokens: torch.Tensor) -> None:
         """Note an optimizer step. loss: this rank's share, summed over ranks here. tokens: over all ranks."""

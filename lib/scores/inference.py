@@ -7,7 +7,7 @@ import torch
 
 from lib.data.batches import IGNORED, Batch, evaluation_batches
 from lib.data.blocks import Blocks, collate_blocks
-from lib.distributed import ranks
+from lib.distributed import mesh, ranks
 from lib.models.losses import token_losses
 from lib.progress import progress
 from lib.scores import evaluation
@@ -31,7 +31,7 @@ def for_each_row(
         for batch, row_numbers in evaluation_batches(rows, collate, batch_size, engine.device, lengths):
             answers.append(answer(batch))
             numbers.append(row_numbers)
-            advance(batch_size * ranks.data_parallel_size())
+            advance(batch_size * mesh.data_parallel_size())
     engine.train()
     return ranks.gather_rows(torch.cat(answers), torch.cat(numbers), len(rows))
 

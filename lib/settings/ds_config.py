@@ -22,6 +22,7 @@ from lib.settings.config import check_value
 MEMORY_AND_SPEED = {
     "zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "disable_allgather",
     "data_types", "communication_data_type", "activation_checkpointing", "aio", "compile", "disable_python_gc",
+    "tensor_parallel",
     "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger", "flops_profiler",
     "tensorboard", "wandb", "csv_monitor", "comet", "log_level", "timers",
 }  # fmt: skip
@@ -42,10 +43,6 @@ WITHOUT_EFFECT = {
 NOT_ENABLED = {"enabled": (False,)}
 REFUSED: dict[str, tuple[Any, str]] = {
     "torch_autocast": (NOT_ENABLED, "it is a second place for the precision; set 'precision' in the YAML"),
-    "tensor_parallel": (
-        {"autotp_size": (0, 1)},
-        "this recipe gives every rank other rows, which tensor parallelism must not do",
-    ),
     "pipeline": ({}, "this recipe is data parallel only"),
     "sequence_parallel_size": ((1,), "this recipe is data parallel only"),
     "expert_parallel": (NOT_ENABLED, "this recipe is data parallel only"),
@@ -93,6 +90,7 @@ SECTIONS = {
     "comet",
     "comms_logger",
     "compile",
+    "tensor_parallel",
     "timers",
     *LOOSE_SECTIONS,
 }
@@ -207,15 +205,18 @@ def load_ds_config(path: Path, cfg: Any, world_size: int) -> dict[str, Any]:
     """
     config, found = read_json(path), Findings(display_path(path), cfg)
     _check_keys(config, found)
-    _check_batch(config, found, world_size)
+    _check_tensor_parallel(config, found, world_size)
+    _check_batch(config, found, world_size // tensor_parallel_size(config))
     found.agree(config, "gradient_clipping", "gradient_clipping")
     _check_precision(config, found)
-    _check_zero(config, found, world_size)
+    _check_zero(config, found, world_size // tensor_parallel_size(config))
     _check_data_types(config, found)
     _check_optimizer(config, found)
     _check_scheduler(config, found)
     _add_monitor(config, found)
     found.raise_problems()
+    if tensor_parallel_size(config) > 1:
+        del config["train_batch_size"]  # DeepSpeed 0.19.8 divides it by all ranks, those that share rows too
     config.setdefault("steps_per_print", 2**31 - 1)  # the run prints its own progress
     _ask_deepspeed(config, found.name)
     if found.notes:
@@ -226,6 +227,11 @@ def load_ds_config(path: Path, cfg: Any, world_size: int) -> dict[str, Any]:
 def stage_of(ds_config: dict[str, Any]) -> int:
     """The ZeRO stage of a config; 0, as in DeepSpeed, where there is no ZeRO section."""
     return int(ds_config.get("zero_optimization", {}).get("stage", 0))
+
+
+def tensor_parallel_size(ds_config: dict[str, Any]) -> int:
+    """How many ranks share each matrix of the model; 1: none does."""
+    return int(ds_config.get("tensor_parallel", {}).get("autotp_size") or 1)
 
 
 def offload_device(ds_config: dict[str, Any], what: str) -> str:
@@ -372,6 +378,34 @@ def _check_model(model: type[BaseModel], section: dict[str, Any], found: Finding
     return None
 
 
+def _check_tensor_parallel(config: dict[str, Any], found: Findings, world_size: int) -> None:
+    """Leaves the section out where it is off, and completes it where it is on."""
+    from deepspeed.runtime.tensor_parallel.config import TPTrainingConfig
+
+    section = config.pop("tensor_parallel", {})
+    parsed = _check_model(TPTrainingConfig, section, found, "tensor_parallel")
+    if parsed is None or parsed.autotp_size <= 1:
+        return
+    size = parsed.autotp_size
+    if world_size % size:
+        below = world_size // size * size
+        nearest = f"{below} and {below + size}" if below else f"{size}"
+        found.problems.append(
+            f"tensor_parallel.autotp_size is {size}, which does not divide {world_size} "
+            f"rank{'s' if world_size > 1 else ''}; nearest: --ranks {nearest}"
+        )
+        return
+    if parsed.vocab_parallel_lm_head:
+        found.problems.append(
+            "tensor_parallel.vocab_parallel_lm_head shards the logits, which the recipes' losses need whole; "
+            "leave it out"
+        )
+    if found.settings["precision"] == "fp16":
+        found.problems.append("tensor parallelism is not tested in fp16 here; set precision to bf16 or fp32")
+    # Left to itself, DeepSpeed shards a tied output layer over the vocabulary, and expects the model's own loss.
+    config["tensor_parallel"] = {**section, "vocab_parallel_lm_head": False}
+
+
 def _check_batch(config: dict[str, Any], found: Findings, world_size: int) -> None:
     """batch_size = micro-batch x accumulation steps x ranks. The JSON gives the micro-batch; the steps are computed."""
     keys = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -380,7 +414,7 @@ def _check_batch(config: dict[str, Any], found: Findings, world_size: int) -> No
         if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             found.problems.append(f"{key} is {value!r}; write a whole number from 1 up")
             return
-    ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
+    ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"  # data-parallel ones
     known = (micro if micro != "auto" else 1) * (accumulation if accumulation != "auto" else 1) * world_size
     if config.get("train_batch_size", "auto") == "auto" and "auto" not in (micro, accumulation):
         found.state(f"{keys[0]} {micro} x {keys[1]} {accumulation} x {ranks} is {known}", "batch_size", known)

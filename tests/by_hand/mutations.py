@@ -42,8 +42,8 @@ MUTATIONS = [
     Mutation(
         "forget the factor that undoes DeepSpeed's division by the accumulation steps (Adam hides it: norms show)",
         "lib/run/run.py",
-        "veto_if_not_finite(loss) * accumulation_steps * ranks.data_parallel_size()",
-        "veto_if_not_finite(loss) * ranks.data_parallel_size()",
+        "veto_if_not_finite(loss) * accumulation_steps * mesh.data_parallel_size()",
+        "veto_if_not_finite(loss) * mesh.data_parallel_size()",
         RECURRENT,
     ),
     Mutation(
@@ -56,8 +56,8 @@ MUTATIONS = [
     Mutation(
         "let a rank take neighbouring rows, by which other rows meet in a step",
         "lib/data/batches.py",
-        "own = micro_batches[ranks.data_parallel_rank() :: ranks.data_parallel_size()]",
-        "own = (micro_batches + ranks.rank())[ranks.rank() :: ranks.world_size()] % batch_size",
+        "own = micro_batches[mesh.data_parallel_rank() :: mesh.data_parallel_size()]",
+        "own = (micro_batches + mesh.data_parallel_rank())[:: mesh.data_parallel_size()] % batch_size",
         RECURRENT,
     ),
     Mutation(
@@ -133,14 +133,14 @@ MUTATIONS = [
     Mutation(
         "resume with Adam's states left at zero",
         "lib/run/checkpoint_files.py",
-        'for kind in [WEIGHT, *manifest["kinds"]]:\n                    name',
-        "for kind in [WEIGHT]:\n                    name",
+        'for kind in [WEIGHT, *manifest["kinds"]]:\n                target',
+        "for kind in [WEIGHT]:\n                target",
         RECURRENT,
     ),
     Mutation(
         "draw dropout by what ran before",
         "lib/run/run.py",
-        "set_seed(int(np.random.SeedSequence((cfg.seed, step, ranks.rank())).generate_state(1)[0]))",
+        "set_seed(int(np.random.SeedSequence((cfg.seed, step, mesh.data_parallel_rank())).generate_state(1)[0]))",
         "pass",
         "tests/contract/test_recipes.py -k 'text_classification and interrupted'",
     ),
@@ -199,6 +199,27 @@ MUTATIONS = [
         "        if self.variable:\n            return",
         "        if False:\n            return",
         "tests/launch/test_start.py -k devices",
+    ),
+    Mutation(
+        "export one rank's part of a matrix that a tensor-parallel group shares",
+        "lib/distributed/export.py",
+        "    if shared is None:\n",
+        "    if True:\n",
+        "tests/distributed/test_parallel.py -k trains",
+    ),
+    Mutation(
+        "clip by the norm of one rank's part of the gradients",
+        "lib/distributed/repairs.py",
+        "    if mesh.tensor_size() > 1:\n",
+        "    if mesh.tensor_size() > 9:\n",
+        "tests/distributed/test_parallel.py -k trains",
+    ),
+    Mutation(
+        "give the ranks of a tensor-parallel group rows of their own",
+        "lib/distributed/mesh.py",
+        "    return dist.get_rank() // _mesh.tensor_parallel_size\n",
+        "    return dist.get_rank() % data_parallel_size()\n",
+        "tests/distributed/test_parallel.py -k trains",
     ),
 ]
 

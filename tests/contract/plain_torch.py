@@ -30,8 +30,10 @@ class PlainEngine:
         torch.autograd.backward(loss)
 
     def step(self) -> None:
-        self.norm = torch.nn.utils.clip_grad_norm_(
-            self.module.parameters(), self.config["gradient_clipping"] or math.inf
+        norms = [torch.linalg.vector_norm(p.grad.double()) for p in self.module.parameters() if p.grad is not None]
+        self.norm = torch.stack(norms).norm().float()
+        torch.nn.utils.clip_grads_with_norm_(
+            self.module.parameters(), self.config["gradient_clipping"] or math.inf, self.norm
         )
         self.optimizer.step()
         self.lr_scheduler.step()

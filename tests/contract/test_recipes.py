@@ -47,8 +47,11 @@ def runs(request: pytest.FixtureRequest, launched: Path) -> tuple[str, Path]:
     return request.param, launched / request.param
 
 
-def cases_of(recipe: str, folder: Path) -> dict[int, list[str]]:
-    """Number of ranks -> cases of tests/contract/contract_worker.py."""
+def cases_of(recipe: str, folder: Path) -> dict[str, list[str]]:
+    """Launch, which begins with the number of ranks -> cases of tests/contract/contract_worker.py.
+
+    DeepSpeed 0.19.8 keeps its tensor-parallel groups until the process ends, and so they have a launch of their own.
+    """
     (folder / recipe).mkdir()
     known = kinds_of_settings(recipe)
 
@@ -78,6 +81,7 @@ def cases_of(recipe: str, folder: Path) -> dict[int, list[str]]:
         config: case(f"{config}_fp32", config, FP32) + (f",{SAVING}" if config in ("zero2", "zero3") else "")
         for config in configs_of(recipe)
     }
+    shared = [case(f"{config}_fp32", config, FP32) for config in tensor_parallel_configs(recipe)]
     bf16 = [case(f"{config}_bf16", config, BF16) for config in configs_of_bf16(recipe)]
     plain = case("plain", "zero0", FP32, BATCH)
     # Whole texts, and all tokens scored: the scores are computed once more from the export (test_exports.py).
@@ -101,7 +105,8 @@ def cases_of(recipe: str, folder: Path) -> dict[int, list[str]]:
     for name in on_other_ranks(recipe):
         config, world_size = name.split("_fp32-")
         cases[int(world_size)].append(fp32[config])
-    return {world_size: [*cases[world_size], *go_on[world_size]] for world_size in cases}
+    by_ranks = {str(world_size): [*cases[world_size], *go_on[world_size]] for world_size in cases}
+    return by_ranks | {"2, tensor parallel": shared}
 
 
 def variants_of(recipe: str) -> list[str]:
@@ -116,6 +121,12 @@ def is_whole(recipe: str) -> bool:
 
 def configs_of(recipe: str) -> list[str]:
     return CONFIGS if is_whole(recipe) else ["zero2", "zero3"]
+
+
+def tensor_parallel_configs(recipe: str) -> list[str]:
+    """On 2 ranks, which share the matrices."""
+    known = sorted(path.stem for path in (ROOT / "ds_configs" / recipe).glob("tp2_*.json"))
+    return known if ALL else known[-1:]
 
 
 def configs_of_bf16(recipe: str) -> list[str]:
@@ -167,6 +178,25 @@ def test_every_stage_trains_as_plain_torch_does(runs: tuple[str, Path]) -> None:
 def test_every_variant_trains_as_plain_torch_does(runs: tuple[str, Path]) -> None:
     for name in variants_of(runs[0]):
         assert difference(runs, f"{name}-2", f"plain_{name}-1") < 1e-5
+
+
+def test_tensor_parallel_ranks_train_score_and_export_as_one_device_does(runs: tuple[str, Path]) -> None:
+    recipe, folder = runs
+    plain = folder / "plain-1"
+    for config in tensor_parallel_configs(recipe):
+        run = folder / f"{config}_fp32-2"
+        assert difference(runs, run.name, plain.name) < 1e-5
+        norms = [
+            [entry["grad_norm"] for entry in map(json.loads, (path / "metrics.jsonl").open()) if "loss" in entry]
+            for path in (run, plain)
+        ]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+        scores, expected = (json.loads((path / "scores.json").read_text())["scores"] for path in (run, plain))
+        assert scores["model"] == pytest.approx(expected["model"], rel=1e-4)
+        inputs, answered = torch.load(run / "probe.pt")
+        with torch.no_grad():
+            exported = tensors_of(load_export(recipe, run / "model")(**inputs))
+        torch.testing.assert_close(exported, answered, rtol=1e-5, atol=1e-5)
 
 
 def test_any_number_of_ranks_trains_alike(runs: tuple[str, Path]) -> None:

@@ -15,7 +15,7 @@ from lib.data.batches import IGNORED, StepRows, evaluation_batches, pad_tokens, 
 from lib.data.blocks import Blocks, token_stream, token_streams
 from lib.data.rows import load_rows, map_rows
 from lib.data.samples import LIBRARIES, load_sample, split_of
-from lib.distributed import ranks
+from lib.distributed import mesh
 from lib.errors import UserError
 from lib.models.hub import load_tokenizer
 from lib.scores.search import Corpus
@@ -193,8 +193,8 @@ def test_ranks_share_each_step(monkeypatch: pytest.MonkeyPatch, world_size: int)
     rows = Dataset.from_dict({"value": list(range(50))})
     steps: list[list[int]] = [[], [], []]
     for rank in range(world_size):
-        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(ranks, "world_size", lambda: world_size)
+        monkeypatch.setattr(mesh, "data_parallel_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(mesh, "data_parallel_size", lambda: world_size)
         batches = training_batches(rows, collate, **BATCHES, lengths=list(range(50)))
         for step in steps:
             micro_batches = next(batches)
@@ -214,8 +214,8 @@ def test_evaluation_sees_every_row_once_in_equally_many_batches(
     seen: list[int] = []
     counts = set()
     for rank in range(world_size):
-        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(ranks, "world_size", lambda: world_size)
+        monkeypatch.setattr(mesh, "data_parallel_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(mesh, "data_parallel_size", lambda: world_size)
         batches = list(evaluation_batches(rows, collate, 4, torch.device("cpu"), lengths=list(range(total))))
         counts.add(len(batches))
         for batch, numbers in batches:
@@ -251,8 +251,8 @@ def test_what_is_drawn_for_a_row_does_not_depend_on_the_ranks(monkeypatch: pytes
     def drawn(world_size: int, step: int) -> dict[int, int]:
         seen.clear()
         for rank in range(world_size):
-            monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
-            monkeypatch.setattr(ranks, "world_size", lambda: world_size)
+            monkeypatch.setattr(mesh, "data_parallel_rank", lambda rank=rank: rank)
+            monkeypatch.setattr(mesh, "data_parallel_size", lambda: world_size)
             next(training_batches(rows, note, **BATCHES, start=step))
         return dict(seen)
 

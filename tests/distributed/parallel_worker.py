@@ -1,0 +1,123 @@
+"""Trains small models of many architectures under many configs, and beside each the same model by plain PyTorch.
+
+Used by tests/distributed/test_parallel.py. Arguments: the JSON file to write, config ... (JSON objects). The file gets
+for each config and architecture the largest relative differences of losses and gradient norms and the largest
+difference of the export's logits, or the error that refused the model.
+"""
+
+import functools
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import deepspeed
+import torch
+import transformers
+from transformers import set_seed
+
+from lib.distributed import mesh, ranks
+from lib.distributed.export import full_state_dict
+from lib.distributed.loading import load_model
+from lib.distributed.optimizer import make_adamw
+from lib.distributed.repairs import repair_stage0
+from lib.errors import UserError
+
+ROWS, LENGTH, TOKENS, STEPS = 8, 12, 97, 4
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+ARCHITECTURES: dict[str, dict[str, Any]] = {  # transformers' name -> what its config says beside SIZES
+    "llama": {"num_key_value_heads": 2},
+    "qwen2": {"num_key_value_heads": 4, "tie_word_embeddings": True},  # biases
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 8},  # norms of queries and keys
+    "mistral": {"num_key_value_heads": 2},
+    "gemma3_text": {"num_key_value_heads": 2, "head_dim": 8},
+    "bert": {},
+    "roberta": {},
+    "electra": {"embedding_size": 32},
+    "gpt2": {},
+    "modernbert": {},
+}
+
+
+def build(architecture: str) -> Any:
+    set_seed(0)
+    config = transformers.AutoConfig.for_model(
+        architecture, vocab_size=TOKENS, max_position_embeddings=64, **SPECIAL, **SIZES, **ARCHITECTURES[architecture]
+    )
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        setattr(config, name, 0.0)
+    masked = architecture in ("bert", "roberta", "electra", "modernbert")
+    kind = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
+    return kind.from_config(config, dtype=torch.float32)
+
+
+def loss_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    logits = model(input_ids=ids).logits.float()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.roll(1, 1).flatten(), reduction="sum")
+
+
+def rows_of(step: int) -> torch.Tensor:
+    return torch.randint(3, TOKENS, (ROWS, LENGTH), generator=torch.Generator().manual_seed(step))
+
+
+SETTINGS = SimpleNamespace(learning_rate=1e-2, weight_decay=0.1, adam_betas=[0.9, 0.999], adam_eps=1e-8)
+CLIPPING = 0.5
+
+
+@functools.cache
+def by_plain_torch(architecture: str) -> tuple[list[float], list[float], torch.Tensor]:
+    """(losses, norms, logits after training)"""
+    model = build(architecture)
+    model.train()
+    optimizer = make_adamw(SETTINGS, model, {})
+    losses, norms = [], []
+    for step in range(STEPS):
+        loss = loss_of(model, rows_of(step)) / (ROWS * LENGTH)
+        torch.autograd.backward(loss)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)))
+        losses.append(float(loss))
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    with torch.no_grad():
+        return losses, norms, model(input_ids=rows_of(0)).logits
+
+
+def compare(architecture: str, ds_config: dict[str, Any]) -> dict[str, float | str]:
+    losses, norms, logits = by_plain_torch(architecture)
+    try:
+        model = load_model(functools.partial(build, architecture), ds_config, seed=0)
+    except UserError as error:
+        return {"refused": str(error)}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=make_adamw(SETTINGS, model, ds_config), config=ds_config)
+    repair_stage0(engine)
+    differences: dict[str, float | str] = {"loss": 0.0, "norm": 0.0}
+    for step in range(STEPS):
+        rows = rows_of(step)[mesh.data_parallel_rank() :: mesh.data_parallel_size()]
+        loss = loss_of(engine, rows) / (ROWS * LENGTH)
+        engine.backward(loss * mesh.data_parallel_size())
+        engine.step()
+        found = {"loss": (float(ranks.all_sum(loss.detach())), losses[step])}
+        found["norm"] = float(engine.get_global_grad_norm()), norms[step]
+        for name, (here, there) in found.items():
+            differences[name] = max(float(differences[name]), abs(here - there) / there)
+    state = full_state_dict(engine)
+    if ranks.rank() == 0:
+        exported = build(architecture)
+        exported.load_state_dict(state)
+        with torch.no_grad():
+            differences["export"] = float((exported.eval()(input_ids=rows_of(0)).logits - logits).abs().max())
+    engine.destroy()
+    return differences
+
+
+def main(file: str, *configs: str) -> None:
+    ranks.init(timeout_minutes=3)
+    found: dict[str, Any] = {}
+    for text in configs:
+        ds_config = json.loads(text)
+        mesh.form(ds_config)
+        found[text] = {architecture: compare(architecture, ds_config) for architecture in ARCHITECTURES}
+    if ranks.rank() == 0:
+        Path(file).write_text(json.dumps(found))
