@@ -160,9 +160,9 @@ def hide_one(blocks: Dataset, count: int, tokenizer: PreTrainedTokenizerBase) ->
     changed: dict[str, list[np.ndarray]] = {"input_ids": [], "labels": []}
     for row, place in np.random.default_rng(0).permutation(places)[:count]:
         ids = np.array(blocks[int(row)]["input_ids"])
-        at = np.arange(len(ids)) == place
-        changed["input_ids"].append(np.where(at, tokenizer.mask_token_id, ids))
-        changed["labels"].append(np.where(at, ids, IGNORED))
+        hidden = np.arange(len(ids)) == place
+        changed["input_ids"].append(np.where(hidden, tokenizer.mask_token_id, ids))
+        changed["labels"].append(np.where(hidden, ids, IGNORED))
     return Dataset.from_dict(changed)
 
 

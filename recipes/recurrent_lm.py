@@ -78,9 +78,8 @@ class RecurrentLM(torch.nn.Module):
         self.embedding = torch.nn.Embedding(config["vocab_size"], config["hidden_size"])
         self.lstm = torch.nn.LSTM(config["hidden_size"], config["hidden_size"], config["num_layers"], batch_first=True)
         self.output = torch.nn.Linear(config["hidden_size"], config["vocab_size"], bias=False)
-        torch.nn.init.normal_(
-            self.embedding.weight, std=config["hidden_size"] ** -0.5
-        )  # so that the first logits are of the order of 1
+        # So that the first logits are of the order of 1.
+        torch.nn.init.normal_(self.embedding.weight, std=config["hidden_size"] ** -0.5)
         self.output.weight = self.embedding.weight
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:

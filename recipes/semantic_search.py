@@ -149,13 +149,13 @@ def vector_gradients(
     vectors: list[torch.Tensor], micro_batches: list[Batch], temperature: float
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The loss over the vectors of all ranks, and its gradient by each of this rank's, micro-batch by micro-batch."""
-    own = torch.cat([pairs.detach() for pairs in vectors])
-    everyone = ranks.all_rows(own).requires_grad_()
+    local = torch.cat([pairs.detach() for pairs in vectors])
+    everyone = ranks.all_rows(local).requires_grad_()
     identities = ranks.all_rows(torch.cat([batch["identities"] for batch in micro_batches]))
     loss = contrastive_loss(everyone[:, 0], everyone[:, 1], identities, temperature)
     (gradient,) = torch.autograd.grad(loss, everyone)
-    own_gradient = gradient[mesh.data_parallel_rank() * len(own) :][: len(own)]
-    return loss.detach(), list(torch.split(own_gradient, len(vectors[0])))
+    local_gradient = gradient[mesh.data_parallel_rank() * len(local) :][: len(local)]
+    return loss.detach(), list(torch.split(local_gradient, len(vectors[0])))
 
 
 def contrastive_loss(

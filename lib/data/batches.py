@@ -71,9 +71,9 @@ def training_batches(
         draws = np.random.SeedSequence((seed, step, 2)).generate_state(batch_size, np.uint64)
         # Neighbours in length go to different ranks at the same time, so that no rank waits long for another.
         micro_batches = np.arange(batch_size).reshape(-1, micro_batch_size)
-        own = micro_batches[mesh.data_parallel_rank() :: mesh.data_parallel_size()]
+        local = micro_batches[mesh.data_parallel_rank() :: mesh.data_parallel_size()]
         yield [
-            to_device(collate({**rows[step_rows[step][part].tolist()], "draw": draws[part]}), device) for part in own
+            to_device(collate({**rows[step_rows[step][part].tolist()], "draw": draws[part]}), device) for part in local
         ]
 
 

@@ -41,10 +41,10 @@ def gather_shards(tensor: torch.Tensor) -> torch.Tensor:
     if shared is None:
         return tensor
     sizes = {rank: math.prod(shape) for rank, shape in shared.shard_shapes.items()}
-    own = tensor.detach().new_zeros(max(sizes.values()))
-    own[: tensor.numel()] = tensor.detach().reshape(-1)
-    parts = [torch.empty_like(own) for _ in sizes]
-    torch.distributed.all_gather(parts, own, group=mesh.tensor_group())
+    padded = tensor.detach().new_zeros(max(sizes.values()))
+    padded[: tensor.numel()] = tensor.detach().reshape(-1)
+    parts = [torch.empty_like(padded) for _ in sizes]
+    torch.distributed.all_gather(parts, padded, group=mesh.tensor_group())
     return shared.rebuild({rank: parts[rank][:size] for rank, size in sizes.items()}).view(shared.logical_shape)
 
 

@@ -44,21 +44,20 @@ def init(timeout_minutes: float) -> torch.device:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _import_muon_without_the_compiler()
     accelerator = get_accelerator()
-    if (
-        accelerator.device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ
-    ):  # ranks that share cores slow each other down
+    # Ranks that share cores slow each other down.
+    if accelerator.device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1"))))
     if not dist.is_initialized():
         if accelerator.device_name() != "cpu":
-            wanted, there = int(os.environ.get("LOCAL_SIZE", "1")), accelerator.device_count()
-            if wanted > there:
+            wanted, available = int(os.environ.get("LOCAL_SIZE", "1")), accelerator.device_count()
+            if wanted > available:
                 raise UserError(
-                    f"{wanted} ranks want a device each, but there are {there} on this machine; use --ranks {there}"
+                    f"{wanted} ranks want a device each, but there are {available} on this machine; "
+                    f"use --ranks {available}"
                 )
             accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-        deepspeed.init_distributed(
-            verbose=False, timeout=datetime.timedelta(minutes=max(timeout_minutes, 10))
-        )  # until all have started
+        # This timeout holds until all ranks have started.
+        deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(minutes=max(timeout_minutes, 10)))
         threading.Thread(target=_leave_with_the_launcher, daemon=True).start()
     _cpu_group()
     set_timeout(timeout_minutes)
@@ -117,9 +116,8 @@ def _leave_with_the_launcher() -> None:
             launchers.append(psutil.Process(int(supervisor)))
         while all(map(_is_alive, launchers)):
             time.sleep(1)
-    if asked_to_stop.wait(
-        GRACE_SECONDS
-    ):  # with its launcher, by Ctrl-C or a terminal that closes: what it saves now is worth waiting for
+    # Ctrl-C, or a terminal that closes, has reached this rank too: what it saves now is worth waiting for.
+    if asked_to_stop.wait(GRACE_SECONDS):
         time.sleep(_timeout_seconds[-1])
     os._exit(FAULT)
 
@@ -188,9 +186,8 @@ def together(do: Callable[[], T]) -> T:
         try:
             while busy:
                 done.wait(_timeout_seconds[-1] / 4)
-                busy = (
-                    largest([float(not done.is_set())])[0] > 0
-                )  # the same on all ranks, so that all of them end here together
+                # `busy` is the same on all ranks, so that all of them leave this loop together.
+                busy = largest([float(not done.is_set())])[0] > 0
         except RuntimeError as error:  # a rank has ended
             lost.append(error)
 

@@ -136,13 +136,13 @@ def _ranges(zero: Any) -> dict[int, tuple[torch.Tensor, int, int]]:
 
 def owned_pieces(engine: Any) -> list[Piece]:
     """The pieces that this rank answers for: every element of every trained parameter is in one piece of one rank."""
-    held = pieces(engine)
+    local = pieces(engine)
     if stage_of(engine.config) == 0:
-        held = [piece.share(mesh.data_parallel_rank(), mesh.data_parallel_size()) for piece in held]
+        local = [piece.share(mesh.data_parallel_rank(), mesh.data_parallel_size()) for piece in local]
     if mesh.tensor_rank() > 0:  # of what is not shared, the first rank of the tensor-parallel group has the same piece
         named = dict(engine.module.named_parameters())
-        held = [piece for piece in held if piece.name not in named or _is_cut_over_all_ranks(named[piece.name])]
-    return [piece for piece in held if piece.size > 0]
+        local = [piece for piece in local if piece.name not in named or _is_cut_over_all_ranks(named[piece.name])]
+    return [piece for piece in local if piece.size > 0]
 
 
 def _is_cut_over_all_ranks(parameter: torch.nn.Parameter) -> bool:

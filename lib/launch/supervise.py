@@ -90,13 +90,13 @@ def run_once(command: list[str], output: IO[str] | None = None, ended: Callable[
     def ignore_warning_signal() -> None:  # Slurm sends SIGUSR1 to all processes, and DeepSpeed's launcher dies of it
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
-    python_path = os.pathsep.join(
-        filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
-    )  # where START_RANKS finds lib
+    # START_RANKS finds lib there.
+    python_path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    # The ranks end when this process has ended.
     environment = os.environ | {
         "PYTHONPATH": python_path,
         "SUPERVISED_BY": str(os.getpid()),
-    }  # the ranks end when this process has ended
+    }
     launcher = subprocess.Popen(
         command, env=environment, start_new_session=True, preexec_fn=ignore_warning_signal, stdout=output, stderr=output
     )

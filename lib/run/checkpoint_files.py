@@ -87,9 +87,8 @@ class Flush(threading.Thread):
             try:
                 os.fsync(descriptor)
             except OSError as error:
-                if (
-                    error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir()
-                ):  # some file systems cannot flush a folder
+                # Some file systems cannot flush a folder.
+                if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
                     raise
             finally:
                 os.close(descriptor)
@@ -387,13 +386,13 @@ def read(folder: Path, manifest: Manifest, engine: Any) -> None:
 
     Every rank must call it. Raises UserError, on all ranks, where the checkpoint is another model's or cannot be read.
     """
-    here = _whole_shapes(shapes(engine), layouts(engine))
-    there = _whole_shapes(manifest["shapes"], _layouts_of(manifest))
-    for name in [*here, *there]:
-        if here.get(name) != there.get(name):
+    present = _whole_shapes(shapes(engine), layouts(engine))
+    stored = _whole_shapes(manifest["shapes"], _layouts_of(manifest))
+    for name in [*present, *stored]:
+        if present.get(name) != stored.get(name):
             raise UserError(
-                f"{display_path(folder)} is another model's: parameter {name} is {there.get(name, 'not')} there and "
-                f"{here.get(name, 'not')} here; "
+                f"{display_path(folder)} is another model's: parameter {name} is {stored.get(name, 'not')} there and "
+                f"{present.get(name, 'not')} here; "
                 "resume with the model and data that it was trained with, or start a new run"
             )
     make_optimizer_state(engine, manifest["kinds"], manifest["scalars"])
@@ -476,14 +475,16 @@ def _read_pieces(folder: Path, manifest: Manifest, engine: Any) -> None:
     with torch.no_grad():
         for piece in pieces(engine):
             name = names.get(piece.name, piece.name)
-            here, there = (found[name].to_dict() if name in found else None for found in (shared, stored.layouts))
+            cut_here, cut_there = (
+                found[name].to_dict() if name in found else None for found in (shared, stored.layouts)
+            )
             for kind in [WEIGHT, *manifest["kinds"]]:
                 target = piece.view(kind, engine.basic_optimizer)
-                if here == there:  # it is cut alike, or not at all
+                if cut_here == cut_there:  # it is cut alike, or not at all
                     stored.read(piece.name, kind, piece.start, target)
                 else:
                     whole = stored.read_whole(name, kind, target.dtype)
-                    cut = shared[name].extract(whole, mesh.tensor_rank()).reshape(-1) if here is not None else whole
+                    cut = shared[name].extract(whole, mesh.tensor_rank()).reshape(-1) if cut_here is not None else whole
                     copy(target, cut[piece.start : piece.start + piece.size], piece.name)
         if buffers(engine):
             with_buffers = next(iter(manifest["files"]))  # that of rank 0

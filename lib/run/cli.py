@@ -68,9 +68,8 @@ def leave(code: int) -> NoReturn:
     It waits for process groups that other ranks have left, and aborts (exit code -6) where a thread of gloo drops a
     tensor meanwhile.
     """
-    exit_functions = threading.Thread(
-        target=atexit._run_exitfuncs, daemon=True
-    )  # an upload without a network would keep the process for ever
+    # An upload without a network would keep the process for ever.
+    exit_functions = threading.Thread(target=atexit._run_exitfuncs, daemon=True)
     exit_functions.start()
     exit_functions.join(EXIT_SECONDS)
     with contextlib.suppress(OSError, ValueError):  # a full disk, a terminal that has closed

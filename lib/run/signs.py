@@ -23,9 +23,8 @@ class Signs:
         self.console = console
         self.phase: Work | None = None  # of the run: what is shown where nothing else is at work
         self.bar: Any = None  # tqdm's, whose clock goes on between two steps
-        self._silences: weakref.WeakKeyDictionary[Work, float] = (
-            weakref.WeakKeyDictionary()
-        )  # after which the next sign of each comes
+        # Seconds of silence before the next sign, for each work.
+        self._silences: weakref.WeakKeyDictionary[Work, float] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
         self._printed_at = time.monotonic()
         self._drawn = False

@@ -56,8 +56,8 @@ MUTATIONS = [
     Mutation(
         "let a rank take neighbouring rows, by which other rows meet in a step",
         "lib/data/batches.py",
-        "own = micro_batches[mesh.data_parallel_rank() :: mesh.data_parallel_size()]",
-        "own = (micro_batches + mesh.data_parallel_rank())[:: mesh.data_parallel_size()] % batch_size",
+        "local = micro_batches[mesh.data_parallel_rank() :: mesh.data_parallel_size()]",
+        "local = (micro_batches + mesh.data_parallel_rank())[:: mesh.data_parallel_size()] % batch_size",
         RECURRENT,
     ),
     Mutation(

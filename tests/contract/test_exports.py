@@ -87,9 +87,8 @@ def test_perplexity_is_that_of_the_exported_model(learned: Learned) -> None:
     for start in range(0, len(tokens) - 1, length):
         block = torch.tensor([tokens[start : start + length + 1]])
         with torch.no_grad():
-            loss_sum += float(model(input_ids=block, labels=block).loss) * (
-                block.shape[1] - 1
-            )  # transformers shifts the labels itself
+            # transformers shifts the labels itself.
+            loss_sum += float(model(input_ids=block, labels=block).loss) * (block.shape[1] - 1)
     assert scores["perplexity"] == pytest.approx(math.exp(loss_sum / (len(tokens) - 1)), rel=1e-4)
     assert scores["bits_per_byte"] == pytest.approx(loss_sum / math.log(2) / len("".join(texts).encode()), rel=1e-4)
 

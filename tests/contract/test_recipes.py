@@ -30,13 +30,14 @@ VARIANTS = {
     "whole_words": ("whole_words", "whole_words=true"),
 }
 WHOLE_MATRIX = ["recurrent_lm"]  # the cheapest
+# Scores of a few rows that were learned by heart.
 BY_HEART = {
     "accuracy": 1,
     "exact_match": 100,
     "bleu": 100,
     "rouge1": 100,
     "ndcg_at_10": 1,
-}  # scores of a few rows that were learned by heart
+}
 SAVING = "save_every=10,keep_checkpoints=9"
 FP32, BF16 = f"precision=fp32,batch_size={BATCH}", f"precision=bf16,batch_size={BATCH}"
 
@@ -294,9 +295,8 @@ def test_the_export_is_the_trained_model(runs: tuple[str, Path]) -> None:
         if (run / "model" / "tokenizer.json").exists():
             assert transformers.AutoTokenizer.from_pretrained(run / "model").vocab_size > 0
         if isinstance(model, transformers.PreTrainedModel) and model.get_output_embeddings() is not None:
-            reader = (
-                model.get_decoder() if model.config.is_encoder_decoder else model
-            )  # an encoder may have other embeddings
+            # An encoder may have other embeddings.
+            reader = model.get_decoder() if model.config.is_encoder_decoder else model
             if reader.config.tie_word_embeddings:
                 assert model.get_output_embeddings().weight is reader.get_input_embeddings().weight
 

@@ -59,9 +59,8 @@ def build(name: str) -> Any:
 def main(where: str, *configs: str) -> None:
     folder = Path(where)
     ranks.init(timeout_minutes=3)
-    ids = torch.randint(
-        0, TOKENS, (1, LENGTH + 1), generator=torch.Generator().manual_seed(ranks.rank())
-    )  # a row a rank
+    # Each rank has a row of its own.
+    ids = torch.randint(0, TOKENS, (1, LENGTH + 1), generator=torch.Generator().manual_seed(ranks.rank()))
     cfg = SimpleNamespace(learning_rate=1e-5, weight_decay=0.0, adam_betas=[0.9, 0.999], adam_eps=1e-8)
     for name in ("llama", "gemma"):
         for config in configs:

@@ -51,9 +51,8 @@ def test_the_rate_of_each_step(kind: str, warmup_steps: int) -> None:
         assert optimizer.param_groups[0]["lr"] == schedule.get_last_lr()[0] == pytest.approx(expected), step
         optimizer.step()
         schedule.step()
-        assert schedule.base_lrs[0] * schedule.lr_lambdas[0](step) == pytest.approx(expected), (
-            step
-        )  # how a resumed run finds it
+        # How a resumed run finds it.
+        assert schedule.base_lrs[0] * schedule.lr_lambdas[0](step) == pytest.approx(expected), step
 
 
 # --- betas and epsilon ----------------------------------------------------------------------------

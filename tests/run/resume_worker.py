@@ -100,9 +100,8 @@ def train(
         section["data_types"] = {"grad_accum_dtype": "fp32"}
     elif variant:
         section["zero_optimization"][variant] = True
-    if (
-        config == "zero3"
-    ):  # so that a small model is partitioned as a large one is; zero3_offload keeps small parameters whole
+    # So that a small model is partitioned as a large one is; zero3_offload keeps small parameters whole.
+    if config == "zero3":
         section["zero_optimization"] |= dict.fromkeys(KNOBS, 0)
     path = folder.with_suffix(".json")
     ranks.on_rank0(lambda: path.write_text(json.dumps(section)))
@@ -117,9 +116,8 @@ def train(
     losses = []
     made_up = Dataset.from_dict({"number": range(rows)})
     for step, micro_batches in run.steps(made_up, lambda rows: {"number": torch.tensor(rows["number"])}):
-        ids = torch.randint(
-            0, 67, (BATCH, 16), generator=torch.Generator().manual_seed(step % 2)
-        )  # few rows: it learns them, so that any lost state shows
+        # Few rows: it learns them, so that any lost state shows.
+        ids = torch.randint(0, 67, (BATCH, 16), generator=torch.Generator().manual_seed(step % 2))
         total = torch.zeros(())
         for row in ids[ranks.rank() :: ranks.world_size()]:
             logits = engine(input_ids=row[None, :-1]).logits.float()
@@ -136,9 +134,8 @@ def train(
         assert run.metrics.skipped_steps == 1
     done = run.resumed_at
     forwards_before = done * BATCH // run.checkpoint[1]["world_size"] if run.checkpoint else 0
-    assert (
-        float(engine.module.seen) == forwards_before + (run.total_steps - done) * BATCH // ranks.world_size()
-    )  # the buffer was restored too
+    # The buffer was restored too.
+    assert float(engine.module.seen) == forwards_before + (run.total_steps - done) * BATCH // ranks.world_size()
     run.close()
     engine.destroy()
     return losses

@@ -128,9 +128,8 @@ def test_an_infinite_loss_on_one_rank_changes_no_weight_on_any(tmp_path: Path, p
         assert "the loss is" in outcome["error"] and "at step 3" in outcome["error"], config
         assert outcome["evidence"] == ["batch-rank-00000.safetensors", "batch-rank-00001.safetensors", "report.json"]
         before = tmp_path / f"{config}-2" / "checkpoints" / checkpoint_files.folder_of(2)
-        assert checkpoint_files.read_manifest(before)["scalars"] == {
-            "step": 2.0
-        }  # of Adam: the third step was not taken
+        # Of Adam: the third step was not taken.
+        assert checkpoint_files.read_manifest(before)["scalars"] == {"step": 2.0}
         assert [math.isfinite(loss) for loss in outcome["skipping"]] == [step != 3 for step in range(1, 9)]
         assert outcome["skipping"] == pytest.approx(
             found["zero2"]["skipping"], rel=1e-5 if precision == "fp32" else 2e-3
@@ -194,10 +193,11 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(run_folder: Path, damage:
     assert step == 4
     (note,) = notes
     assert LAST in note and "damaged" in note and "\n" not in note
+    # Nothing was changed before training goes on.
     assert {path.name for path in (run_folder / "checkpoints").iterdir()} == {
         HALF,
         LAST,
-    }  # nothing was changed before training goes on
+    }
 
 
 @pytest.mark.slow
@@ -236,9 +236,8 @@ def test_what_would_change_the_result_is_refused_and_the_rest_is_not(run_folder:
             open_run(run_folder, **changes)
     step, notes = open_run(run_folder, max_steps="16")
     assert step == 8 and "max_steps was 8 and is 16" in notes[0]
-    assert (
-        yaml.safe_load((run_folder / "config.yaml").read_text())["max_steps"] == 8
-    )  # nothing is written before all is checked
+    # Nothing is written before all is checked.
+    assert yaml.safe_load((run_folder / "config.yaml").read_text())["max_steps"] == 8
     with pytest.raises(UserError, match="set one of max_steps and epochs"):  # before rows are read
         open_run(run_folder, max_steps="20", epochs="2")
     with pytest.raises(UserError, match="keep_best is true, but eval_every is null"):
@@ -336,9 +335,8 @@ def test_another_model_or_other_data_is_refused_and_nothing_is_changed(
 def test_a_longer_run_goes_on_with_the_rates_of_its_own_schedule(run_folder: Path) -> None:
     run_ranks(2, "resume_worker", "resume", run_folder, "fp32", "zero2", "max_steps=16")
     entries = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-    expected = [
-        0.5e-2 * (1 + math.cos(math.pi * (step - 2) / 14)) for step in range(8, 16)
-    ]  # by the number of steps before; cosine, 2 steps of warm-up
+    # By the number of steps before; cosine, 2 steps of warm-up.
+    expected = [0.5e-2 * (1 + math.cos(math.pi * (step - 2) / 14)) for step in range(8, 16)]
     assert [entry["learning_rate"] for entry in entries[8:]] == pytest.approx(expected)
 
 

@@ -237,9 +237,8 @@ def test_seconds_and_the_time_limit_do_not_go_by_the_wall_clock(
 
 def test_an_overwrite_that_does_not_begin_leaves_the_old_run(tmp_path: Path) -> None:
     old = contents(trained(tmp_path / "run", save_every=3))
-    training = Training(
-        tmp_path / "run", overwrite=True, max_steps=4
-    )  # it has its data, model and engine, and ends before the first step
+    # It has its data, model and engine, and ends before the first step.
+    training = Training(tmp_path / "run", overwrite=True, max_steps=4)
     print("what a library says")
     assert contents(tmp_path / "run") == old
     training.run.close()
@@ -284,9 +283,8 @@ def test_an_overwrite_that_begins_leaves_nothing_of_the_old_run(tmp_path: Path) 
 def test_room_that_the_old_run_takes_counts_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained(tmp_path / "run")
     (tmp_path / "run" / "metrics.jsonl").write_bytes(bytes(1000))
-    monkeypatch.setattr(
-        "lib.run.checkpoints.shutil.disk_usage", lambda _: SimpleNamespace(free=0)
-    )  # a checkpoint of these weights takes 180 bytes
+    # A checkpoint of these weights takes 180 bytes.
+    monkeypatch.setattr("lib.run.checkpoints.shutil.disk_usage", lambda _: SimpleNamespace(free=0))
     Training(tmp_path / "run", overwrite=True, save_every=3).run.close()
     with pytest.raises(UserError, match="a checkpoint takes about"):
         Training(tmp_path / "other", save_every=3)
@@ -718,9 +716,8 @@ def test_where_there_are_no_locks_a_run_folder_is_still_one_runs(
     training.train()
     training.finish()
     assert claim.exists()  # until this process ends, for its exit functions may still be writing there
-    claim.write_text(
-        json.dumps({"host": os.uname().nodename, "process": os.getpid(), "started": 1.0})
-    )  # of a process that had this one's number before
+    # Of a process that had this one's number before.
+    claim.write_text(json.dumps({"host": os.uname().nodename, "process": os.getpid(), "started": 1.0}))
     trained(tmp_path / "run", overwrite=True)
     claim.write_text(json.dumps({"host": "elsewhere", "process": 1, "started": 1.0}))
     with pytest.raises(UserError, match="elsewhere"):
@@ -763,13 +760,11 @@ def test_two_runs_in_the_same_second_get_two_folders(tmp_path: Path, monkeypatch
     assert [process.wait(60) for process in both] == [2, 2]
     folders = (tmp_path / "said").read_text().split()
     assert len(set(folders)) == 2 and all((tmp_path / folder / "log.txt").exists() for folder in folders)
-    subprocess.run(
-        command, stdout=subprocess.DEVNULL, check=False, env=os.environ | {"EMPTY": "1"}
-    )  # a mistake that is found before there is a run
+    # A mistake that is found before there is a run.
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=False, env=os.environ | {"EMPTY": "1"})
     assert sorted(f"runs/{path.name}" for path in Path("runs").iterdir()) == sorted(folders)
-    plain = [
-        Run(settings_of(tmp_path, run_dir="null"), json.loads(json.dumps(DS_CONFIG)), RECIPE) for _ in range(2)
-    ]  # without launch.sh
+    # Without launch.sh.
+    plain = [Run(settings_of(tmp_path, run_dir="null"), json.loads(json.dumps(DS_CONFIG)), RECIPE) for _ in range(2)]
     assert plain[0].folder != plain[1].folder and plain[0].folder.name.startswith("recurrent_lm-zero0-")
     for run in plain:
         run.close()
