@@ -40,7 +40,7 @@ from lib.progress import progress
 from lib.run.signs import Signs
 from lib.settings.config import Parser, known_arguments, parser_from_source
 from lib.settings.config import parse as parse_settings
-from lib.settings.ds_config import load_ds_config, read_json, tensor_parallel_size
+from lib.settings.ds_config import load_ds_config, read_json
 
 FEWEST_STEPS = INSPECTED + 2
 # The settings that a comparison decides, where a recipe has them. None: run_one sets the value.
@@ -142,7 +142,8 @@ def configs_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """{name: DeepSpeed config} to compare, with the preset's changes."""
     configs = {name: read_json(file) for name, file in config_files(options).items()}
     for name, config in configs.items():
-        if isinstance(config.get("tensor_parallel"), dict) and tensor_parallel_size(config) > 1:
+        section = config.get("tensor_parallel")
+        if isinstance(section, dict) and section.get("autotp_size") not in (None, 0, 1, "auto"):
             raise UserError(f"{name}: compare does not measure tensor parallelism yet; leave this config out")
     return (
         {name: theory.with_paper_preset(config) for name, config in configs.items()}

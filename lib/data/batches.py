@@ -64,7 +64,8 @@ def training_batches(
     rows: indexed with a list of row numbers it gives {column: values}, as a datasets.Dataset does; collate makes
     tensors of that. Beside the columns it gets "draw", one random 64-bit number a row and step: what is random in a
     batch and made from these (masks, negatives) does not depend on the number of ranks. batch_size: rows a step over
-    all ranks; a multiple of micro_batch_size * world_size. lengths: see StepRows.
+    all ranks; a multiple of micro_batch_size * the
+    data-parallel ranks. lengths: see StepRows.
     """
     step_rows = StepRows(len(rows), batch_size, seed, lengths)
     for step in itertools.count(start):

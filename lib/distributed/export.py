@@ -33,19 +33,21 @@ def full_state_dict(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor
 
 
 def gather_shards(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a parameter of which a tensor-parallel group has shards; anything else as it is.
+    """On rank 0, the whole of a parameter of which a tensor-parallel group has shards; anything else as it is.
 
-    Every rank of the group must call it.
+    Every rank must call it.
     """
     shared = layout(tensor) if isinstance(tensor, torch.nn.Parameter) else None
     if shared is None:
         return tensor
-    sizes = {rank: math.prod(shape) for rank, shape in shared.shard_shapes.items()}
-    padded = tensor.detach().new_zeros(max(sizes.values()))
+    counts = [math.prod(shared.shard_shape(rank)) for rank in range(len(shared.sizes))]
+    padded = tensor.detach().new_zeros(max(counts))
     padded[: tensor.numel()] = tensor.detach().reshape(-1)
-    parts = [torch.empty_like(padded) for _ in sizes]
+    parts = [torch.empty_like(padded) for _ in counts]
     torch.distributed.all_gather(parts, padded, group=mesh.tensor_group())
-    return shared.rebuild({rank: parts[rank][:size] for rank, size in sizes.items()}).view(shared.logical_shape)
+    if ranks.rank() > 0:  # which write nothing
+        return tensor
+    return shared.join([part[:count].cpu() for part, count in zip(parts, counts, strict=True)])
 
 
 @progress("exporting the model")

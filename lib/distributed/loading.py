@@ -5,17 +5,18 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.module_inject.tp_plan_converter import TPPlanConverter
 from deepspeed.runtime.tensor_parallel.config import _get_hf_tp_plan
-from transformers import PreTrainedModel, initialization, set_seed
+from transformers import EncoderDecoderModel, PreTrainedModel, initialization, set_seed
 
 from lib.distributed import ranks
 from lib.errors import UserError
 from lib.progress import progress
 from lib.settings.ds_config import stage_of, tensor_parallel_size
 
-# Architectures without a plan of transformers' that DeepSpeed's own rules share rightly: see test_parallel.py. Of an
-# encoder-decoder that is put together, parts that these rules do not know stay whole.
-SHARED_WITHOUT_PLAN = {"bert", "electra", "encoder-decoder", "roberta"}
+# Architectures that DeepSpeed's own rules share rightly, though transformers has no plan for them (test_parallel.py).
+SHARED_WITHOUT_PLAN = {"bert", "electra", "roberta"}
+OUTPUT_LAYERS = ("lm_head", "embed")  # a plan for these alone shares no layer
 
 
 @progress("loading the model")
@@ -79,23 +80,37 @@ def _check_tensor_parallel(model: Any, size: int) -> Any:
             f"tensor_parallel.autotp_size is {size}, but {type(model).__name__} has no attention heads to share; "
             "take a JSON without tensor_parallel"
         )
-    if model.config.model_type not in SHARED_WITHOUT_PLAN and not _get_hf_tp_plan(model):
+    composed = isinstance(model, EncoderDecoderModel)
+    parts = [model.encoder, model.decoder] if composed else [model]
+    shared = [part for part in parts if _is_shared_rightly(part)]
+    whole = [part for part in parts if composed and part.config.model_type == "gpt2"]  # DeepSpeed leaves it whole
+    if not shared or len(shared) + len(whole) < len(parts):
         raise UserError(
             f"tensor_parallel.autotp_size is {size}, but transformers has no plan by which to share the matrices of "
-            f"{type(model).__name__} ({model.config.model_type}); take a JSON without tensor_parallel, or an "
-            f"architecture that has one, such as llama or qwen3, or one of {', '.join(sorted(SHARED_WITHOUT_PLAN))}"
+            f"{type(model).__name__} ({', '.join(part.config.model_type for part in parts)}), or one that DeepSpeed "
+            "cannot use; take a JSON without tensor_parallel, or an architecture such as llama, qwen3 or bert"
         )
-    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    for config in (part.config for part in parts):
+    for part in (part for outer in shared for part in outer.modules() if isinstance(part, PreTrainedModel)):
         for name in ("num_attention_heads", "num_key_value_heads"):
-            heads = getattr(config, name, None)
+            heads = getattr(part.config, name, None)
             if isinstance(heads, int) and heads % size:
                 fitting = ", ".join(str(number) for number in range(1, heads + 1) if heads % number == 0)
                 raise UserError(
                     f"tensor_parallel.autotp_size is {size}, which does not divide {name} {heads} of "
-                    f"{type(model).__name__}; sizes that do: {fitting}"
+                    f"{type(part).__name__}; sizes that do: {fitting}"
                 )
     return model
+
+
+def _is_shared_rightly(model: PreTrainedModel) -> bool:
+    if model.config.model_type in SHARED_WITHOUT_PLAN:
+        return True
+    plan = _get_hf_tp_plan(model) or {}
+    try:
+        TPPlanConverter.convert(plan)
+    except ValueError:
+        return False
+    return any(not any(name in pattern for name in OUTPUT_LAYERS) for pattern in plan)
 
 
 def constants(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -151,7 +151,7 @@ def all_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def sum_over_ranks(counts: Iterable[torch.Tensor]) -> torch.Tensor:
-    """The sum of this rank's counts, one per micro-batch, and those of all other ranks. See all_sum."""
+    """The sum of this rank's counts, one per micro-batch, and those of the other data-parallel ranks. See all_sum."""
     return all_sum(torch.stack(list(counts)).sum(0))
 
 

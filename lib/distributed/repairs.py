@@ -10,6 +10,8 @@ import torch.distributed
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 
 from lib.distributed import mesh
+from lib.distributed.zero_state import layouts
+from lib.errors import UserError
 
 
 def repair_stage0(engine: deepspeed.DeepSpeedEngine) -> None:
@@ -50,17 +52,35 @@ def repair_stage0(engine: deepspeed.DeepSpeedEngine) -> None:
     optimizer.step = clip_and_step
 
 
+def repair_tensor_parallel(engine: deepspeed.DeepSpeedEngine, batch_size: int) -> None:
+    """Check what a tensor-parallel group shares, before anything is trained; nothing to do without one.
+
+    DeepSpeed 0.19.8 counts the rows of a step once for each rank, and compares the inputs of the first forward pass
+    between the ranks of a group, which fails on a dict of tensors; here the rows are the same by construction.
+    """
+    if mesh.tensor_size() == 1:
+        return
+    if not layouts(engine):
+        raise UserError("tensor_parallel is in the DeepSpeed JSON, but it shares nothing of this model; leave it out")
+    engine._config.train_batch_size = batch_size
+    engine.first_dataloader_check.remove()
+
+
 def clip_gradients(parameters: list[torch.nn.Parameter], highest: float) -> torch.Tensor:
     """Scale the gradients so that the norm of the whole model's is at most `highest`. Returns the norm before.
 
-    Of a parameter that a tensor-parallel group shares, each rank has a part of the gradient. The sums are in fp64: in
-    fp32, the norm of a large embedding's gradient is off by 1e-5.
+    Of a parameter that a tensor-parallel group shares, each rank has a part of the gradient. Large gradients are summed
+    in pieces: in one piece and fp32, the norm of a large embedding's is off by 1e-5.
     """
-    squares = torch.zeros(2, dtype=torch.float64, device=parameters[0].device)  # of whole gradients, of parts
+    pieces: list[list[torch.Tensor]] = [[], []]  # of whole gradients, of parts
     for parameter in parameters:
         if parameter.grad is not None:
-            part = int(getattr(parameter, "tensor_model_parallel", False))
-            squares[part] += torch.linalg.vector_norm(parameter.grad, dtype=torch.float64) ** 2
+            is_part = getattr(parameter, "tensor_model_parallel", False)
+            pieces[int(is_part)] += torch.split(parameter.grad.detach().flatten(), 2**20)
+    squares = torch.zeros(2, dtype=torch.float64, device=parameters[0].device)
+    for kind, gradients in enumerate(pieces):
+        if gradients:
+            squares[kind] = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
     if mesh.tensor_size() > 1:
         torch.distributed.all_reduce(squares[1:], group=mesh.tensor_group())
     norm = squares.sum().sqrt().float()

@@ -8,6 +8,9 @@ changes what DeepSpeed trains.
   stage 0     every rank has all of each parameter
   stage 1, 2  the parameters of an optimizer group, one after the other, are cut into one range a rank
   stage 3     each parameter is cut into one range a rank
+
+Ranks of a tensor-parallel group have shards of most matrices (`Layout`). A shard is to ZeRO, and to a checkpoint, what
+a parameter is: it has the name name#rank, and ZeRO cuts it over the data-parallel ranks.
 """
 
 from collections.abc import Iterator
@@ -16,7 +19,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.checkpoint.affine import ParamAffineMap
 from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META
 
 from lib.distributed import mesh
@@ -26,21 +28,42 @@ from lib.settings.ds_config import offload_device, stage_of
 WEIGHT = "fp32"  # the kind of a piece that holds weights; other kinds have the optimizer's names, such as exp_avg
 
 
-def layout(parameter: torch.nn.Parameter) -> ParamAffineMap | None:
+@dataclass(frozen=True)
+class Layout:
+    """How a tensor-parallel group shares a parameter: it is cut along `dim` into `sizes`, one for each rank."""
+
+    shape: tuple[int, ...]
+    dim: int
+    sizes: tuple[int, ...]
+
+    def shard_shape(self, rank: int) -> list[int]:
+        return [*self.shape[: self.dim], self.sizes[rank], *self.shape[self.dim + 1 :]]
+
+    def join(self, shards: list[torch.Tensor]) -> torch.Tensor:
+        """The whole parameter from the shards of all ranks, each flat or in its shape."""
+        return torch.cat([part.reshape(self.shard_shape(rank)) for rank, part in enumerate(shards)], self.dim)
+
+    def cut(self, whole: torch.Tensor, rank: int) -> torch.Tensor:
+        """A rank's shard of a whole parameter, which may be flat."""
+        return torch.split(whole.reshape(self.shape), list(self.sizes), self.dim)[rank]
+
+
+def layout(parameter: torch.nn.Parameter) -> Layout | None:
     """How a tensor-parallel group shares a parameter; None where each of its ranks has the parameter whole.
 
-    Raises UserError where DeepSpeed cannot tell.
+    Raises UserError where DeepSpeed cuts it in another way than along one dimension.
     """
     if mesh.tensor_size() == 1 or not getattr(parameter, "tensor_model_parallel", False):
         return None
-    meta = getattr(parameter, DS_AUTOTP_UC_META)["conversion"]
-    if "affine_map" not in meta:
+    meta = getattr(parameter, DS_AUTOTP_UC_META)
+    if meta["replicated"]:
+        return None
+    if meta["partition_dim"] is None or not meta["partition_sizes"] or meta["sub_param_shard_widths"]:
         raise UserError(
-            f"tensor parallelism shares a parameter in a way that cannot be saved ({meta['unsupported_reason']}); "
-            "train this model without it"
+            "tensor parallelism cuts a matrix of this model into several parts a rank, which checkpoints and exports do"
+            " not know; train this model without it"
         )
-    found = ParamAffineMap.from_dict(meta["affine_map"])
-    return None if meta["replicated"] else found
+    return Layout(tuple(meta["logical_shape"]), meta["partition_dim"], tuple(meta["partition_sizes"]))
 
 
 def shard_name(name: str, rank: int) -> str:
@@ -48,7 +71,7 @@ def shard_name(name: str, rank: int) -> str:
     return f"{name}#{rank}"
 
 
-def layouts(engine: Any) -> dict[str, ParamAffineMap]:
+def layouts(engine: Any) -> dict[str, Layout]:
     """Name -> layout of each trained parameter that a tensor-parallel group shares."""
     named = {name: parameter for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
     return {name: found for name, parameter in named.items() if (found := layout(parameter)) is not None}
@@ -157,7 +180,8 @@ def shapes(engine: Any) -> dict[str, list[int]]:
     shared = layouts(engine)
     for name, parameter in engine.module.named_parameters():
         if name in shared:
-            found |= {shard_name(name, rank): list(shape) for rank, shape in shared[name].shard_shapes.items()}
+            sizes = range(len(shared[name].sizes))
+            found |= {shard_name(name, rank): shared[name].shard_shape(rank) for rank in sizes}
         elif parameter.requires_grad:
             found[name] = list(getattr(parameter, "ds_shape", parameter.shape))
     return found

@@ -24,19 +24,20 @@ import re
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import xxhash
-from deepspeed.checkpoint.affine import ParamAffineMap
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lib.distributed import mesh, ranks
 from lib.distributed.zero_state import (
     WEIGHT,
+    Layout,
     buffers,
     layouts,
     make_optimizer_state,
@@ -123,7 +124,7 @@ def write(parent: Path, engine: Any, facts: Manifest) -> str | None:
     files = ranks.gather_on_rank0(written)
 
     def publish() -> None:
-        shared = {name: found.to_dict() for name, found in layouts(engine).items()}
+        shared = {name: asdict(found) for name, found in layouts(engine).items()}
         manifest = facts | {
             "format": 2 if shared else 1,
             **({"layouts": shared} if shared else {}),
@@ -232,10 +233,17 @@ class _Facts(BaseModel):
     settings: dict[str, Any]
     versions: dict[str, str]
     shapes: dict[str, list[NonNegativeInt]]
-    layouts: dict[str, Any] = {}  # of parameters that are there as shards, name#0, name#1 ...: ParamAffineMap's dicts
+    layouts: dict[str, "_Layout"] = {}  # of the parameters that are there as shards, name#0, name#1 ...
     kinds: list[Annotated[str, Field(pattern=r"^[a-z_0-9]+$")]]
     scalars: dict[str, float]
     files: dict[Annotated[str, Field(pattern=r"^rank-[0-9]+-of-[0-9]+\.safetensors$")], "_File"]
+
+
+class _Layout(BaseModel):
+    model_config = ConfigDict(strict=True)
+    shape: list[NonNegativeInt]
+    dim: NonNegativeInt
+    sizes: Annotated[list[PositiveInt], Field(min_length=2)]
 
 
 class _File(BaseModel):
@@ -262,10 +270,10 @@ def _check_facts(manifest: Manifest, folder: Path) -> None:
             end[name] = max(end[name], start + size)
         whole = all(end[name] == math.prod(shape) for name, shape in manifest["shapes"].items())
         for name, found in _layouts_of(manifest).items():
-            found.validate()
-            shards = {shard_name(name, rank): list(shape) for rank, shape in found.shard_shapes.items()}
-            whole = whole and shards.items() <= manifest["shapes"].items()
-    except (ValueError, TypeError, KeyError, AttributeError):
+            stored = [manifest["shapes"].get(shard_name(name, rank)) for rank in range(len(found.sizes))]
+            whole = whole and sum(found.sizes) == found.shape[found.dim]
+            whole = whole and stored == [found.shard_shape(rank) for rank in range(len(found.sizes))]
+    except (ValueError, TypeError, KeyError, IndexError):
         whole = False
     if not whole:
         raise ValueError(f"{MANIFEST}: its pieces do not make up its parameters")
@@ -410,15 +418,16 @@ def read(folder: Path, manifest: Manifest, engine: Any) -> None:
     refresh_model(engine)
 
 
-def _layouts_of(manifest: Manifest) -> dict[str, ParamAffineMap]:
-    return {name: ParamAffineMap.from_dict(entry) for name, entry in manifest.get("layouts", {}).items()}
+def _layouts_of(manifest: Manifest) -> dict[str, Layout]:
+    stored = manifest.get("layouts", {}).items()
+    return {name: Layout(tuple(cut["shape"]), cut["dim"], tuple(cut["sizes"])) for name, cut in stored}
 
 
-def _whole_shapes(stored: dict[str, list[int]], shared: dict[str, ParamAffineMap]) -> dict[str, list[int]]:
+def _whole_shapes(stored: dict[str, list[int]], shared: dict[str, Layout]) -> dict[str, list[int]]:
     """Name -> shape of each parameter, where `stored` may have shards of it."""
-    shards = {shard_name(name, rank) for name, found in shared.items() for rank in found.shard_shapes}
+    shards = {shard_name(name, rank) for name, found in shared.items() for rank in range(len(found.sizes))}
     whole = {name: list(shape) for name, shape in stored.items() if name not in shards}
-    return whole | {name: list(found.logical_shape) for name, found in shared.items()}
+    return whole | {name: list(found.shape) for name, found in shared.items()}
 
 
 class _Pieces:
@@ -450,7 +459,10 @@ class _Pieces:
                 )
 
     def read_whole(self, name: str, kind: str, dtype: torch.dtype) -> torch.Tensor:
-        """A parameter, flat, put together from its shards if it has some, in this rank's host memory."""
+        """A parameter, flat, put together from its shards if it has some, in this rank's host memory.
+
+        A change of form reads each parameter whole on every rank.
+        """
 
         def stored(stored_name: str) -> torch.Tensor:
             found = torch.empty(math.prod(self.shapes[stored_name]), dtype=dtype)
@@ -459,8 +471,8 @@ class _Pieces:
 
         if name not in self.layouts:
             return stored(name)
-        layout = self.layouts[name]
-        return layout.rebuild({rank: stored(shard_name(name, rank)) for rank in layout.shard_shapes}).reshape(-1)
+        ranks_there = range(len(self.layouts[name].sizes))
+        return self.layouts[name].join([stored(shard_name(name, rank)) for rank in ranks_there]).reshape(-1)
 
 
 def copy(target: torch.Tensor, source: torch.Tensor, name: str) -> None:
@@ -475,16 +487,14 @@ def _read_pieces(folder: Path, manifest: Manifest, engine: Any) -> None:
     with torch.no_grad():
         for piece in pieces(engine):
             name = names.get(piece.name, piece.name)
-            cut_here, cut_there = (
-                found[name].to_dict() if name in found else None for found in (shared, stored.layouts)
-            )
+            here, there = shared.get(name), stored.layouts.get(name)
             for kind in [WEIGHT, *manifest["kinds"]]:
                 target = piece.view(kind, engine.basic_optimizer)
-                if cut_here == cut_there:  # it is cut alike, or not at all
+                if here == there:  # it is cut alike, or not at all
                     stored.read(piece.name, kind, piece.start, target)
                 else:
                     whole = stored.read_whole(name, kind, target.dtype)
-                    cut = shared[name].extract(whole, mesh.tensor_rank()).reshape(-1) if cut_here is not None else whole
+                    cut = here.cut(whole, mesh.tensor_rank()).reshape(-1) if here is not None else whole
                     copy(target, cut[piece.start : piece.start + piece.size], piece.name)
         if buffers(engine):
             with_buffers = next(iter(manifest["files"]))  # that of rank 0

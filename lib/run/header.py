@@ -1,5 +1,6 @@
 """The lines that say what is about to run."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from lib.distributed import mesh, ranks
+from lib.distributed.zero_state import layout
 from lib.errors import display_path
 from lib.settings.ds_config import offload_device, stage_of
 
@@ -14,7 +16,7 @@ from lib.settings.ds_config import offload_device, stage_of
 def header_lines(run: Any, rows: dict[str, int], notes: Sequence[str]) -> list[str]:
     """run: a lib.run.run.Run with its engine. rows: their number by split."""
     cfg, ds_config, model, splits = run.cfg, run.ds_config, run.engine.module, run.splits
-    sizes = {parameter: getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters()}
+    sizes = {parameter: _size(parameter) for parameter in model.parameters()}
     total = sum(sizes.values())
     trained = sum(size for parameter, size in sizes.items() if parameter.requires_grad)
     of_them = f", {trained / 1e6:.1f} M of them trained" if trained < total else ""
@@ -31,7 +33,7 @@ def header_lines(run: Any, rows: dict[str, int], notes: Sequence[str]) -> list[s
         "device": f"{_ranks(world_size)} x {device}",
         "memory": f"ZeRO stage {stage_of(ds_config)}{_offloaded(ds_config)}{_shared()}, {cfg.precision}",
         "batch": f"{cfg.batch_size} = {micro} rows x {accumulation} accumulation steps x "
-        f"{_ranks(mesh.data_parallel_size())}; "
+        f"{_ranks(mesh.data_parallel_size(), mesh.tensor_size())}; "
         f"{run.total_steps} steps",
         "run": display_path(run.folder),
     }
@@ -44,12 +46,20 @@ def header_lines(run: Any, rows: dict[str, int], notes: Sequence[str]) -> list[s
     ]
 
 
-def _ranks(count: int) -> str:
-    return f"{count} rank{'s' if count > 1 else ''}"
+def _ranks(count: int, sharing: int = 1) -> str:
+    """sharing: how many ranks have the same rows."""
+    kind = "data-parallel rank" if sharing > 1 else "rank"
+    return f"{count} {kind}{'s' if count > 1 else ''}"
+
+
+def _size(parameter: torch.nn.Parameter) -> int:
+    """Of the whole parameter, wherever its parts are."""
+    shared = layout(parameter)
+    return math.prod(shared.shape) if shared is not None else int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _shared() -> str:
-    return f", matrices shared by {mesh.tensor_size()} ranks (tensor parallel)" if mesh.tensor_size() > 1 else ""
+    return f", layers shared by {mesh.tensor_size()} ranks (tensor parallel)" if mesh.tensor_size() > 1 else ""
 
 
 def _offloaded(ds_config: dict[str, Any]) -> str:

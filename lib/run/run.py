@@ -16,7 +16,7 @@ from lib.data import batches
 from lib.data.batches import Batch
 from lib.data.rows import Splits
 from lib.distributed import mesh, ranks
-from lib.distributed.repairs import repair_stage0, veto_if_not_finite
+from lib.distributed.repairs import repair_stage0, repair_tensor_parallel, veto_if_not_finite
 from lib.errors import Stopped, from_home
 from lib.run.checkpoints import Checkpoints
 from lib.run.folder import RunFolder
@@ -74,6 +74,7 @@ class Run:
         rows: their number by split, for the header.
         """
         repair_stage0(engine)
+        repair_tensor_parallel(engine, self.cfg.batch_size)
         self.engine = engine
         self.metrics.monitor = engine.monitor if engine.monitor.enabled else None
         ranks.set_timeout(self.cfg.rank_timeout)  # of the process groups that DeepSpeed has made, too

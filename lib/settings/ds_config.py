@@ -36,16 +36,16 @@ WITHOUT_EFFECT = {
     "checkpoint": "the run writes checkpoints of its own",
     "dataloader_drop_last": "the recipe cuts the batches",
     "vocabulary_size": "DeepSpeed only warns by it",
-    "use_data_before_expert_parallelism": "the recipe is data parallel only",
-    "seq_parallel_communication_data_type": "the recipe is data parallel only",
+    "use_data_before_expert_parallelism": "there is no expert parallelism",
+    "seq_parallel_communication_data_type": "there is no sequence parallelism",
 }
 # Keys that would change what is trained, unseen by the settings: (values that turn the key off, why it is refused).
 NOT_ENABLED = {"enabled": (False,)}
 REFUSED: dict[str, tuple[Any, str]] = {
     "torch_autocast": (NOT_ENABLED, "it is a second place for the precision; set 'precision' in the YAML"),
-    "pipeline": ({}, "this recipe is data parallel only"),
-    "sequence_parallel_size": ((1,), "this recipe is data parallel only"),
-    "expert_parallel": (NOT_ENABLED, "this recipe is data parallel only"),
+    "pipeline": ({}, "recipes are not pipelines"),
+    "sequence_parallel_size": ((1,), "sequence parallelism is not supported yet"),
+    "expert_parallel": (NOT_ENABLED, "expert parallelism is not supported yet"),
     "data_efficiency": (NOT_ENABLED, "it would change the data; the recipe decides what a batch holds"),
     "gradient_allreduce_op": (("mean",), "the recipe's loss counts on the mean over ranks, which is the default"),
     "managed_gradient_accumulation": (
@@ -205,11 +205,12 @@ def load_ds_config(path: Path, cfg: Any, world_size: int) -> dict[str, Any]:
     """
     config, found = read_json(path), Findings(display_path(path), cfg)
     _check_keys(config, found)
-    _check_tensor_parallel(config, found, world_size)
-    _check_batch(config, found, world_size // tensor_parallel_size(config))
+    data_parallel_size = _check_tensor_parallel(config, found, world_size)
+    _check_batch(config, found, data_parallel_size)
     found.agree(config, "gradient_clipping", "gradient_clipping")
     _check_precision(config, found)
-    _check_zero(config, found, world_size // tensor_parallel_size(config))
+    _check_zero(config, found, data_parallel_size)
+    _check_mixtures(config, found)
     _check_data_types(config, found)
     _check_optimizer(config, found)
     _check_scheduler(config, found)
@@ -378,15 +379,27 @@ def _check_model(model: type[BaseModel], section: dict[str, Any], found: Finding
     return None
 
 
-def _check_tensor_parallel(config: dict[str, Any], found: Findings, world_size: int) -> None:
-    """Leaves the section out where it is off, and completes it where it is on."""
+TENSOR_PARALLEL_KEYS = {"autotp_size", "vocab_parallel_lm_head", "tp_overlap_comm"}
+
+
+def _check_tensor_parallel(config: dict[str, Any], found: Findings, world_size: int) -> int:
+    """Leaves the section out where it is off, and completes it where it is on. Returns the data-parallel size."""
     from deepspeed.runtime.tensor_parallel.config import TPTrainingConfig
 
     section = config.pop("tensor_parallel", {})
+    for key in section:
+        if key not in TENSOR_PARALLEL_KEYS:
+            found.problems.append(
+                f"tensor_parallel.{key} is not used here{did_you_mean(key, TENSOR_PARALLEL_KEYS)}; leave it out: "
+                "the model's own plan says how its matrices are shared"
+            )
+    section = {key: value for key, value in section.items() if key in TENSOR_PARALLEL_KEYS}
     parsed = _check_model(TPTrainingConfig, section, found, "tensor_parallel")
-    if parsed is None or parsed.autotp_size <= 1:
-        return
-    size = parsed.autotp_size
+    size = parsed.autotp_size if parsed is not None else 1
+    if size < 0:
+        found.problems.append(f"tensor_parallel.autotp_size is {size}; write how many ranks share each matrix")
+    if size <= 1:
+        return world_size
     if world_size % size:
         below = world_size // size * size
         nearest = f"{below} and {below + size}" if below else f"{size}"
@@ -394,16 +407,32 @@ def _check_tensor_parallel(config: dict[str, Any], found: Findings, world_size: 
             f"tensor_parallel.autotp_size is {size}, which does not divide {world_size} "
             f"rank{'s' if world_size > 1 else ''}; nearest: --ranks {nearest}"
         )
-        return
     if parsed.vocab_parallel_lm_head:
         found.problems.append(
             "tensor_parallel.vocab_parallel_lm_head shards the logits, which the recipes' losses need whole; "
             "leave it out"
         )
-    if found.settings["precision"] == "fp16":
-        found.problems.append("tensor parallelism is not tested in fp16 here; set precision to bf16 or fp32")
     # Left to itself, DeepSpeed shards a tied output layer over the vocabulary, and expects the model's own loss.
     config["tensor_parallel"] = {**section, "vocab_parallel_lm_head": False}
+    return max(1, world_size // size)
+
+
+def _check_mixtures(config: dict[str, Any], found: Findings) -> None:
+    """What tensor parallelism cannot be mixed with."""
+    if tensor_parallel_size(config) == 1:
+        return
+    precision = found.settings["precision"]
+    if precision == "fp16":
+        found.problems.append("tensor parallelism is not tested in fp16 here; set precision to bf16 or fp32")
+    elif precision == "bf16" and stage_of(config) == 0:
+        found.problems.append(
+            "tensor parallelism at stage 0 in bf16 clips by the norm of one rank's part (DeepSpeed 0.19.8); "
+            "take stage 1, 2 or 3"
+        )
+    if config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1) > 1:
+        found.problems.append(
+            "zero_hpz_partition_size and tensor_parallel would group the same ranks (DeepSpeed 0.19.8); leave one out"
+        )
 
 
 def _check_batch(config: dict[str, Any], found: Findings, world_size: int) -> None:
@@ -414,7 +443,8 @@ def _check_batch(config: dict[str, Any], found: Findings, world_size: int) -> No
         if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             found.problems.append(f"{key} is {value!r}; write a whole number from 1 up")
             return
-    ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"  # data-parallel ones
+    kind = "data-parallel rank" if tensor_parallel_size(config) > 1 else "rank"
+    ranks = f"{world_size} {kind}{'s' if world_size > 1 else ''}"
     known = (micro if micro != "auto" else 1) * (accumulation if accumulation != "auto" else 1) * world_size
     if config.get("train_batch_size", "auto") == "auto" and "auto" not in (micro, accumulation):
         found.state(f"{keys[0]} {micro} x {keys[1]} {accumulation} x {ranks} is {known}", "batch_size", known)

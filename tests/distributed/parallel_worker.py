@@ -20,7 +20,7 @@ from lib.distributed import mesh, ranks
 from lib.distributed.export import full_state_dict
 from lib.distributed.loading import load_model
 from lib.distributed.optimizer import make_adamw
-from lib.distributed.repairs import repair_stage0
+from lib.distributed.repairs import repair_stage0, repair_tensor_parallel
 from lib.errors import UserError
 
 ROWS, LENGTH, TOKENS, STEPS = 8, 12, 97, 4
@@ -35,6 +35,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {  # transformers' name -> what its c
     "bert": {},
     "roberta": {},
     "electra": {"embedding_size": 32},
+    "gpt_neox": {},  # one matrix for queries, keys and values
     "gpt2": {},
     "modernbert": {},
 }
@@ -92,6 +93,7 @@ def compare(architecture: str, ds_config: dict[str, Any]) -> dict[str, float | s
         return {"refused": str(error)}
     engine, *_ = deepspeed.initialize(model=model, optimizer=make_adamw(SETTINGS, model, ds_config), config=ds_config)
     repair_stage0(engine)
+    repair_tensor_parallel(engine, ROWS)
     differences: dict[str, float | str] = {"loss": 0.0, "norm": 0.0}
     for step in range(STEPS):
         rows = rows_of(step)[mesh.data_parallel_rank() :: mesh.data_parallel_size()]
