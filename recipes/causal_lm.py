@@ -119,8 +119,8 @@ def check_model(cfg: Config, model: Any, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def logits_of(engine: Any, batch: Batch) -> torch.Tensor:
-    """[rows, max_length, tokens of the vocabulary], in fp32."""
-    return engine(input_ids=batch["input_ids"]).logits.float()
+    """[rows, length, tokens of the vocabulary], in fp32."""
+    return engine(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits.float()
 
 
 def generate(engine: Any, tokenizer: PreTrainedTokenizerBase, cfg: Config) -> list[str]:

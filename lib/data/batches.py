@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from lib.distributed import mesh
+from lib.errors import UserError
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 
@@ -73,9 +74,29 @@ def training_batches(
         # Neighbours in length go to different ranks at the same time, so that no rank waits long for another.
         micro_batches = np.arange(batch_size).reshape(-1, micro_batch_size)
         local = micro_batches[mesh.data_parallel_rank() :: mesh.data_parallel_size()]
-        yield [
-            to_device(collate({**rows[step_rows[step][part].tolist()], "draw": draws[part]}), device) for part in local
-        ]
+        batches = (collate({**rows[step_rows[step][part].tolist()], "draw": draws[part]}) for part in local)
+        yield [to_device(part_of_rows(batch), device) for batch in batches]
+
+
+def part_of_rows(batch: Batch) -> Batch:
+    """This rank's part of a training batch: tensors [rows, length, ...] cut along the length, all of them.
+
+    A batch that can be cut has `position_ids`, [rows, length]: the place of each token in its row, which the model
+    must get. Raises UserError for another batch.
+    """
+    size = mesh.sequence_size()
+    if size == 1:
+        return batch
+    if "position_ids" not in batch:
+        raise UserError(
+            f"sequence_parallel_size is {size}, but this recipe's batches have no position_ids, so that their rows "
+            "cannot be cut; take a JSON without it"
+        )
+    length = batch["position_ids"].shape[1]
+    if length % size:
+        raise UserError(f"sequence_parallel_size is {size}, which does not divide rows of {length} tokens")
+    begin, end = length * mesh.sequence_rank() // size, length * (mesh.sequence_rank() + 1) // size
+    return {name: tensor[:, begin:end].contiguous() for name, tensor in batch.items()}
 
 
 def evaluation_batches(
@@ -90,10 +111,10 @@ def evaluation_batches(
     """
     draws = np.random.SeedSequence(0).generate_state(len(rows), np.uint64)
     order = np.arange(len(rows)) if lengths is None else np.argsort(np.asarray(lengths), kind="stable")[::-1]
-    share = batch_size * mesh.data_parallel_size()
+    share = batch_size * mesh.gradient_size()
     fillers = -len(order) % share
     numbers = np.concatenate([order, np.full(fillers, -1)]).reshape(-1, batch_size)
-    for batch in numbers[mesh.data_parallel_rank() :: mesh.data_parallel_size()]:
+    for batch in numbers[mesh.gradient_rank() :: mesh.gradient_size()]:
         filled = np.where(batch < 0, order[-1], batch)
         yield (
             to_device(collate({**rows[filled.tolist()], "draw": draws[filled]}), device),

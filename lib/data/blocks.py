@@ -49,8 +49,10 @@ class Blocks:
 
 
 def collate_blocks(blocks: dict[str, Any]) -> Batch:
-    """A batch of input_ids and labels, [rows, length], from what Blocks give."""
-    return {name: torch.from_numpy(blocks[name]) for name in ("input_ids", "labels")}
+    """A batch of input_ids, labels and position_ids (0, 1, ...), [rows, length], from what Blocks give."""
+    input_ids, labels = (torch.from_numpy(blocks[name]) for name in ("input_ids", "labels"))
+    places = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+    return {"input_ids": input_ids, "labels": labels, "position_ids": places}
 
 
 def token_streams(splits: dict[str, Dataset], tokenizer: Any) -> dict[str, np.ndarray]:

@@ -9,10 +9,10 @@ from deepspeed.module_inject.tp_plan_converter import TPPlanConverter
 from deepspeed.runtime.tensor_parallel.config import _get_hf_tp_plan
 from transformers import EncoderDecoderModel, PreTrainedModel, initialization, set_seed
 
-from lib.distributed import ranks
+from lib.distributed import ranks, sequence_parallel
 from lib.errors import UserError
 from lib.progress import progress
-from lib.settings.ds_config import stage_of, tensor_parallel_size
+from lib.settings.ds_config import sequence_parallel_size, stage_of, tensor_parallel_size
 
 # Architectures that DeepSpeed's own rules share rightly, though transformers has no plan for them (test_parallel.py).
 SHARED_WITHOUT_PLAN = {"bert", "electra", "roberta"}
@@ -30,14 +30,18 @@ def load_model(build: Callable[[], torch.nn.Module], ds_config: dict[str, Any], 
     holds it whole.
     """
     set_seed(seed)
-    size = tensor_parallel_size(ds_config)
+    rows_shared_by = sequence_parallel_size(ds_config)
+
+    def build_and_check() -> Any:
+        return _check_forms(build(), tensor_parallel_size(ds_config), rows_shared_by)
+
     if stage_of(ds_config) < 3:
-        model = ranks.rank0_first(lambda: _check_tensor_parallel(build(), size))()
+        model = ranks.rank0_first(build_and_check)()
     else:
         whole: list[Any] = []
 
         def build_whole() -> tuple[Any, Any, Any]:
-            whole.append(_check_tensor_parallel(build(), size))
+            whole.append(build_and_check())
             return type(whole[0]), whole[0].config, getattr(whole[0], "generation_config", None)
 
         model_class, config, generation_config = ranks.on_rank0(build_whole)
@@ -60,6 +64,8 @@ def load_model(build: Callable[[], torch.nn.Module], ds_config: dict[str, Any], 
         right = ranks.on_rank0(lambda: {name: tensor.detach() for name, tensor in constants(whole[0]).items()})
         for name, tensor in constants(model).items():
             tensor.data = right[name].to(tensor.device)
+    if rows_shared_by > 1:
+        sequence_parallel.share_attention(model, rows=ds_config["train_micro_batch_size_per_gpu"])
     if "activation_checkpointing" in ds_config:
         if not (isinstance(model, PreTrainedModel) and model.supports_gradient_checkpointing):
             raise UserError(
@@ -71,10 +77,16 @@ def load_model(build: Callable[[], torch.nn.Module], ds_config: dict[str, Any], 
     return model
 
 
-def _check_tensor_parallel(model: Any, size: int) -> Any:
-    """The model. Raises UserError where a tensor-parallel group of so many ranks cannot share it."""
-    if size == 1:
-        return model
+def _check_forms(model: Any, tensor_size: int, sequence_size: int) -> Any:
+    """The model. Raises UserError where groups of so many ranks cannot share its matrices, or its rows."""
+    if tensor_size > 1:
+        _check_tensor_parallel(model, tensor_size)
+    if sequence_size > 1:
+        sequence_parallel.check_model(model, sequence_size)
+    return model
+
+
+def _check_tensor_parallel(model: Any, size: int) -> None:
     if not isinstance(model, PreTrainedModel):
         raise UserError(
             f"tensor_parallel.autotp_size is {size}, but {type(model).__name__} has no attention heads to share; "
@@ -99,7 +111,6 @@ def _check_tensor_parallel(model: Any, size: int) -> Any:
                     f"tensor_parallel.autotp_size is {size}, which does not divide {name} {heads} of "
                     f"{type(part).__name__}; sizes that do: {fitting}"
                 )
-    return model
 
 
 def _is_shared_rightly(model: PreTrainedModel) -> bool:

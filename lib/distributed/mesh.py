@@ -1,8 +1,12 @@
 """Which ranks are with whom, from the DeepSpeed JSON and the number of ranks.
 
-Ranks of a tensor-parallel group have the same rows, and a part of each matrix of the model. They are neighbours, as
-DeepSpeed has them: of 4 ranks with a tensor-parallel size of 2, 0 and 1 are a group, and 2 and 3. Ranks at the same
-place in their groups are data parallel: 0 and 2, and 1 and 3. Each of these has rows of its own.
+Ranks of a tensor-parallel group have the same rows, and a part of each matrix of the model. Ranks of a
+sequence-parallel group have the same rows too, the whole model, and a part of each row's tokens. Such ranks are
+neighbours, as DeepSpeed has them: of 4 ranks with a size of 2, 0 and 1 are a group, and 2 and 3. Groups are data
+parallel to each other: each has rows of its own.
+
+Gradients are summed over the gradient ranks, the ranks that compute with the same matrices: 0 and 2, and 1 and 3, under
+tensor parallelism; else all of them. ZeRO divides its states over these.
 """
 
 from dataclasses import dataclass
@@ -10,62 +14,90 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lib.settings.ds_config import tensor_parallel_size
+from lib.settings.ds_config import sequence_parallel_size, tensor_parallel_size
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """The groups of this rank; None stands for all ranks."""
+    """The sizes of the groups, and this rank's; None stands for all ranks."""
 
-    tensor_parallel_size: int
-    tensor_group: dist.ProcessGroup | None
-    data_group: dist.ProcessGroup | None
+    tensor_size: int
+    sequence_size: int
+    row_group: dist.ProcessGroup | None  # neighbours, which have the same rows
+    gradient_group: dist.ProcessGroup | None
 
 
-_mesh = Mesh(1, None, None)
+_mesh = Mesh(1, 1, None, None)
 
 
 def form(ds_config: dict[str, Any]) -> None:
     """Make the groups that a config asks for. Every rank must call it, after the ranks have joined."""
     global _mesh
-    size, world_size = tensor_parallel_size(ds_config), dist.get_world_size()
-    if size == _mesh.tensor_parallel_size:
+    tensor, sequence = tensor_parallel_size(ds_config), sequence_parallel_size(ds_config)
+    if (tensor, sequence) == (_mesh.tensor_size, _mesh.sequence_size):
         return
-    tensor_group = data_group = None
-    for first in range(0, world_size, size):  # each group must be made by all ranks, in the same order
-        members = list(range(first, first + size))
-        group = dist.new_group(members)
-        tensor_group = group if dist.get_rank() in members else tensor_group
-    for place in range(size):
-        members = list(range(place, world_size, size))
-        group = dist.new_group(members)
-        data_group = group if dist.get_rank() in members else data_group
-    _mesh = Mesh(size, tensor_group, data_group) if size > 1 else Mesh(1, None, None)
+    row_group = gradient_group = None
+    world_size = dist.get_world_size()
+    if tensor * sequence > 1:
+        size = tensor * sequence
+        row_group = _group_of([list(range(first, first + size)) for first in range(0, world_size, size)])
+    if tensor > 1:
+        gradient_group = _group_of([list(range(place, world_size, tensor)) for place in range(tensor)])
+    _mesh = Mesh(tensor, sequence, row_group, gradient_group)
+
+
+def _group_of(groups: list[list[int]]) -> dist.ProcessGroup | None:
+    """This rank's group. Each must be made by all ranks, in the same order."""
+    made = [(members, dist.new_group(members)) for members in groups]
+    return next(group for members, group in made if dist.get_rank() in members)
 
 
 def data_parallel_size() -> int:
-    """How many ranks have rows of their own."""
-    return dist.get_world_size() // _mesh.tensor_parallel_size
+    """How many groups, or single ranks, have training rows of their own."""
+    return dist.get_world_size() // (_mesh.tensor_size * _mesh.sequence_size)
 
 
 def data_parallel_rank() -> int:
     """Which of the data_parallel_size() parts of a step's rows this rank has."""
-    return dist.get_rank() // _mesh.tensor_parallel_size
+    return dist.get_rank() // (_mesh.tensor_size * _mesh.sequence_size)
 
 
-def data_group() -> dist.ProcessGroup | None:
-    """The ranks that have the other parts of a step's rows."""
-    return _mesh.data_group
+def gradient_size() -> int:
+    """How many ranks have different rows, or different parts of them, and sum their gradients."""
+    return dist.get_world_size() // _mesh.tensor_size
+
+
+def gradient_rank() -> int:
+    return dist.get_rank() // _mesh.tensor_size
+
+
+def gradient_group() -> dist.ProcessGroup | None:
+    return _mesh.gradient_group
 
 
 def tensor_size() -> int:
-    return _mesh.tensor_parallel_size
+    return _mesh.tensor_size
 
 
 def tensor_rank() -> int:
     """Which part of the matrices this rank has."""
-    return dist.get_rank() % _mesh.tensor_parallel_size
+    return dist.get_rank() % _mesh.tensor_size
 
 
 def tensor_group() -> dist.ProcessGroup | None:
-    return _mesh.tensor_group
+    assert _mesh.tensor_size > 1
+    return _mesh.row_group
+
+
+def sequence_size() -> int:
+    return _mesh.sequence_size
+
+
+def sequence_rank() -> int:
+    """Which part of each training row's tokens this rank has."""
+    return dist.get_rank() % _mesh.sequence_size
+
+
+def sequence_group() -> dist.ProcessGroup | None:
+    assert _mesh.sequence_size > 1
+    return _mesh.row_group

@@ -145,13 +145,16 @@ def world_size() -> int:
 
 
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of `tensor` over the data-parallel ranks, in place. On a GPU it is queued: the caller does not wait."""
-    dist.all_reduce(tensor, group=mesh.data_group())
+    """The sum of `tensor` over the gradient ranks (lib/distributed/mesh.py), in place.
+
+    On a GPU it is queued: the caller does not wait.
+    """
+    dist.all_reduce(tensor, group=mesh.gradient_group())
     return tensor
 
 
 def sum_over_ranks(counts: Iterable[torch.Tensor]) -> torch.Tensor:
-    """The sum of this rank's counts, one per micro-batch, and those of the other data-parallel ranks. See all_sum."""
+    """The sum of this rank's counts, one per micro-batch, and those of the other gradient ranks. See all_sum."""
     return all_sum(torch.stack(list(counts)).sum(0))
 
 
@@ -269,12 +272,12 @@ def rank0_first(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def all_rows(rows: torch.Tensor) -> torch.Tensor:
-    """The rows [n, ...] of every data-parallel rank, n the same on each, rank after rank: [n * ranks, ...].
+    """The rows [n, ...] of every gradient rank, n the same on each, rank after rank: [n * ranks, ...].
 
     They have no gradient.
     """
-    parts = [torch.empty_like(rows) for _ in range(mesh.data_parallel_size())]
-    dist.all_gather(parts, rows.contiguous(), group=mesh.data_group())
+    parts = [torch.empty_like(rows) for _ in range(mesh.gradient_size())]
+    dist.all_gather(parts, rows.contiguous(), group=mesh.gradient_group())
     return torch.cat(parts)
 
 
@@ -282,7 +285,7 @@ def gather_rows(values: torch.Tensor, rows: torch.Tensor, total: int) -> torch.T
     """One value per row of a data set, in the order of the rows, on every rank.
 
     values: [n, ...] of this rank; rows: [n], the row that each value is of, -1 for a filler. n is the same on all ranks
-    and every row is on exactly one data-parallel rank. Returns [total, ...].
+    and every row is on exactly one gradient rank. Returns [total, ...].
     """
     value, row = all_rows(values), all_rows(rows)
     real = row >= 0

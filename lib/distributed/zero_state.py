@@ -161,7 +161,7 @@ def owned_pieces(engine: Any) -> list[Piece]:
     """The pieces that this rank answers for: every element of every trained parameter is in one piece of one rank."""
     local = pieces(engine)
     if stage_of(engine.config) == 0:
-        local = [piece.share(mesh.data_parallel_rank(), mesh.data_parallel_size()) for piece in local]
+        local = [piece.share(mesh.gradient_rank(), mesh.gradient_size()) for piece in local]
     if mesh.tensor_rank() > 0:  # of what is not shared, the first rank of the tensor-parallel group has the same piece
         named = dict(engine.module.named_parameters())
         local = [piece for piece in local if piece.name not in named or _is_cut_over_all_ranks(named[piece.name])]

@@ -33,7 +33,7 @@ def header_lines(run: Any, rows: dict[str, int], notes: Sequence[str]) -> list[s
         "device": f"{_ranks(world_size)} x {device}",
         "memory": f"ZeRO stage {stage_of(ds_config)}{_offloaded(ds_config)}{_shared()}, {cfg.precision}",
         "batch": f"{cfg.batch_size} = {micro} rows x {accumulation} accumulation steps x "
-        f"{_ranks(mesh.data_parallel_size(), mesh.tensor_size())}; "
+        f"{_ranks(mesh.data_parallel_size(), mesh.tensor_size() * mesh.sequence_size())}; "
         f"{run.total_steps} steps",
         "run": display_path(run.folder),
     }
@@ -59,7 +59,11 @@ def _size(parameter: torch.nn.Parameter) -> int:
 
 
 def _shared() -> str:
-    return f", layers shared by {mesh.tensor_size()} ranks (tensor parallel)" if mesh.tensor_size() > 1 else ""
+    if mesh.tensor_size() > 1:
+        return f", layers shared by {mesh.tensor_size()} ranks (tensor parallel)"
+    if mesh.sequence_size() > 1:
+        return f", rows shared by {mesh.sequence_size()} ranks (sequence parallel)"
+    return ""
 
 
 def _offloaded(ds_config: dict[str, Any]) -> str:

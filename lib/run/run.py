@@ -103,7 +103,7 @@ class Run:
         """(step, this rank's micro-batches) for each optimizer step still to do. Arguments: see training_batches.
 
         Before the first step the run resumes, or begins anew. Before each step the random generators are seeded by the
-        seed, the step and the data-parallel rank, so that dropout does not depend on what ran before. After each step
+        seed, the step and the gradient rank, so that dropout does not depend on what ran before. After each step
         StepEnd saves when that is due, and stops when asked. After the last step, with keep_best, the engine gets the
         best weights. A `break` in the loop leaves out what comes after it.
         """
@@ -116,7 +116,7 @@ class Run:
         self.output.begin_steps(self.resumed_at, self.total_steps)
         self.metrics.restart_clock()
         for step in range(self.resumed_at + 1, self.total_steps + 1):
-            set_seed(int(np.random.SeedSequence((cfg.seed, step, mesh.data_parallel_rank())).generate_state(1)[0]))
+            set_seed(int(np.random.SeedSequence((cfg.seed, step, mesh.gradient_rank())).generate_state(1)[0]))
             self._learning_rate = self.engine.lr_scheduler.get_last_lr()[0]
             micro_batches = next(step_batches)
             yield step, micro_batches
@@ -133,11 +133,11 @@ class Run:
     def undivided(self, loss: torch.Tensor) -> torch.Tensor:
         """This rank's share of the step's mean loss, as engine.backward needs it.
 
-        DeepSpeed divides gradients by accumulation steps and data-parallel ranks, but the loss has been divided by the
+        DeepSpeed divides gradients by accumulation steps and gradient ranks, but the loss has been divided by the
         labels of the whole step. A loss that is not finite becomes NaN, so that DeepSpeed leaves the weights alone.
         """
         accumulation_steps = self.ds_config["gradient_accumulation_steps"]
-        return veto_if_not_finite(loss) * accumulation_steps * mesh.data_parallel_size()
+        return veto_if_not_finite(loss) * accumulation_steps * mesh.gradient_size()
 
     def log_step(self, step: int, loss: torch.Tensor, tokens: torch.Tensor) -> None:
         """Note an optimizer step. loss: this rank's share, summed over ranks here. tokens: over all ranks."""

@@ -31,7 +31,7 @@ def for_each_row(
         for batch, row_numbers in evaluation_batches(rows, collate, batch_size, engine.device, lengths):
             answers.append(answer(batch))
             numbers.append(row_numbers)
-            advance(batch_size * mesh.data_parallel_size())
+            advance(batch_size * mesh.gradient_size())
     engine.train()
     return ranks.gather_rows(torch.cat(answers), torch.cat(numbers), len(rows))
 

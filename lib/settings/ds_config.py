@@ -22,7 +22,7 @@ from lib.settings.config import check_value
 MEMORY_AND_SPEED = {
     "zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "disable_allgather",
     "data_types", "communication_data_type", "activation_checkpointing", "aio", "compile", "disable_python_gc",
-    "tensor_parallel",
+    "tensor_parallel", "sequence_parallel_size",
     "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger", "flops_profiler",
     "tensorboard", "wandb", "csv_monitor", "comet", "log_level", "timers",
 }  # fmt: skip
@@ -37,14 +37,13 @@ WITHOUT_EFFECT = {
     "dataloader_drop_last": "the recipe cuts the batches",
     "vocabulary_size": "DeepSpeed only warns by it",
     "use_data_before_expert_parallelism": "there is no expert parallelism",
-    "seq_parallel_communication_data_type": "there is no sequence parallelism",
+    "seq_parallel_communication_data_type": "parts of rows are exchanged in the precision of training",
 }
 # Keys that would change what is trained, unseen by the settings: (values that turn the key off, why it is refused).
 NOT_ENABLED = {"enabled": (False,)}
 REFUSED: dict[str, tuple[Any, str]] = {
     "torch_autocast": (NOT_ENABLED, "it is a second place for the precision; set 'precision' in the YAML"),
     "pipeline": ({}, "recipes are not pipelines"),
-    "sequence_parallel_size": ((1,), "sequence parallelism is not supported yet"),
     "expert_parallel": (NOT_ENABLED, "expert parallelism is not supported yet"),
     "data_efficiency": (NOT_ENABLED, "it would change the data; the recipe decides what a batch holds"),
     "gradient_allreduce_op": (("mean",), "the recipe's loss counts on the mean over ranks, which is the default"),
@@ -205,11 +204,11 @@ def load_ds_config(path: Path, cfg: Any, world_size: int) -> dict[str, Any]:
     """
     config, found = read_json(path), Findings(display_path(path), cfg)
     _check_keys(config, found)
-    data_parallel_size = _check_tensor_parallel(config, found, world_size)
-    _check_batch(config, found, data_parallel_size)
+    world_size = _check_tensor_parallel(config, found, world_size)  # from here on, ranks with the same matrices
+    _check_batch(config, found, _check_sequence_parallel(config, found, world_size))
     found.agree(config, "gradient_clipping", "gradient_clipping")
     _check_precision(config, found)
-    _check_zero(config, found, data_parallel_size)
+    _check_zero(config, found, world_size)
     _check_mixtures(config, found)
     _check_data_types(config, found)
     _check_optimizer(config, found)
@@ -233,6 +232,11 @@ def stage_of(ds_config: dict[str, Any]) -> int:
 def tensor_parallel_size(ds_config: dict[str, Any]) -> int:
     """How many ranks share each matrix of the model; 1: none does."""
     return int(ds_config.get("tensor_parallel", {}).get("autotp_size") or 1)
+
+
+def sequence_parallel_size(ds_config: dict[str, Any]) -> int:
+    """How many ranks share the tokens of each row; 1: none does."""
+    return int(ds_config.get("sequence_parallel_size", 1))
 
 
 def offload_device(ds_config: dict[str, Any], what: str) -> str:
@@ -383,7 +387,8 @@ TENSOR_PARALLEL_KEYS = {"autotp_size", "vocab_parallel_lm_head", "tp_overlap_com
 
 
 def _check_tensor_parallel(config: dict[str, Any], found: Findings, world_size: int) -> int:
-    """Leaves the section out where it is off, and completes it where it is on. Returns the data-parallel size."""
+    """Leaves the section out where it is off, and completes it where it is on. Returns how many
+    ranks have the same matrices."""
     from deepspeed.runtime.tensor_parallel.config import TPTrainingConfig
 
     section = config.pop("tensor_parallel", {})
@@ -400,13 +405,7 @@ def _check_tensor_parallel(config: dict[str, Any], found: Findings, world_size: 
         found.problems.append(f"tensor_parallel.autotp_size is {size}; write how many ranks share each matrix")
     if size <= 1:
         return world_size
-    if world_size % size:
-        below = world_size // size * size
-        nearest = f"{below} and {below + size}" if below else f"{size}"
-        found.problems.append(
-            f"tensor_parallel.autotp_size is {size}, which does not divide {world_size} "
-            f"rank{'s' if world_size > 1 else ''}; nearest: --ranks {nearest}"
-        )
+    _check_divides("tensor_parallel.autotp_size", size, world_size, found)
     if parsed.vocab_parallel_lm_head:
         found.problems.append(
             "tensor_parallel.vocab_parallel_lm_head shards the logits, which the recipes' losses need whole; "
@@ -417,10 +416,42 @@ def _check_tensor_parallel(config: dict[str, Any], found: Findings, world_size: 
     return max(1, world_size // size)
 
 
+def _check_sequence_parallel(config: dict[str, Any], found: Findings, world_size: int) -> int:
+    """Returns the data-parallel size: how many groups of ranks have rows of their own."""
+    size = config.pop("sequence_parallel_size", 1)
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        found.problems.append(f"sequence_parallel_size is {size!r}; write how many ranks share the tokens of a row")
+        return world_size
+    if size == 1:
+        return world_size
+    config["sequence_parallel_size"] = size
+    _check_divides("sequence_parallel_size", size, world_size, found)
+    length = found.settings.get("max_length")
+    if length is not None and length % size:
+        below = length // size * size
+        nearest = f"{below} and {below + size}" if below else str(size)
+        found.problems.append(
+            f"sequence_parallel_size is {size}, which does not divide max_length {length}; nearest: {nearest}"
+        )
+    return max(1, world_size // size)
+
+
+def _check_divides(path: str, size: int, world_size: int, found: Findings) -> None:
+    if world_size % size:
+        below = world_size // size * size
+        nearest = f"{below} and {below + size}" if below else f"{size}"
+        found.problems.append(
+            f"{path} is {size}, which does not divide {world_size} rank{'s' if world_size > 1 else ''}; "
+            f"nearest: --ranks {nearest}"
+        )
+
+
 def _check_mixtures(config: dict[str, Any], found: Findings) -> None:
     """What tensor parallelism cannot be mixed with."""
     if tensor_parallel_size(config) == 1:
         return
+    if sequence_parallel_size(config) > 1:
+        found.problems.append("tensor_parallel and sequence_parallel_size are not tested together here; leave one out")
     precision = found.settings["precision"]
     if precision == "fp16":
         found.problems.append("tensor parallelism is not tested in fp16 here; set precision to bf16 or fp32")
@@ -443,7 +474,8 @@ def _check_batch(config: dict[str, Any], found: Findings, world_size: int) -> No
         if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             found.problems.append(f"{key} is {value!r}; write a whole number from 1 up")
             return
-    kind = "data-parallel rank" if tensor_parallel_size(config) > 1 else "rank"
+    is_shared = tensor_parallel_size(config) * sequence_parallel_size(config) > 1
+    kind = "data-parallel rank" if is_shared else "rank"
     ranks = f"{world_size} {kind}{'s' if world_size > 1 else ''}"
     known = (micro if micro != "auto" else 1) * (accumulation if accumulation != "auto" else 1) * world_size
     if config.get("train_batch_size", "auto") == "auto" and "auto" not in (micro, accumulation):

@@ -42,8 +42,8 @@ MUTATIONS = [
     Mutation(
         "forget the factor that undoes DeepSpeed's division by the accumulation steps (Adam hides it: norms show)",
         "lib/run/run.py",
-        "veto_if_not_finite(loss) * accumulation_steps * mesh.data_parallel_size()",
-        "veto_if_not_finite(loss) * mesh.data_parallel_size()",
+        "veto_if_not_finite(loss) * accumulation_steps * mesh.gradient_size()",
+        "veto_if_not_finite(loss) * mesh.gradient_size()",
         RECURRENT,
     ),
     Mutation(
@@ -140,7 +140,7 @@ MUTATIONS = [
     Mutation(
         "draw dropout by what ran before",
         "lib/run/run.py",
-        "set_seed(int(np.random.SeedSequence((cfg.seed, step, mesh.data_parallel_rank())).generate_state(1)[0]))",
+        "set_seed(int(np.random.SeedSequence((cfg.seed, step, mesh.gradient_rank())).generate_state(1)[0]))",
         "pass",
         "tests/contract/test_recipes.py -k 'text_classification and interrupted'",
     ),

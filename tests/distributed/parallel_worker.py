@@ -16,6 +16,7 @@ import torch
 import transformers
 from transformers import set_seed
 
+from lib.data.batches import Batch, part_of_rows
 from lib.distributed import mesh, ranks
 from lib.distributed.export import full_state_dict
 from lib.distributed.loading import load_model
@@ -30,7 +31,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {  # transformers' name -> what its c
     "llama": {"num_key_value_heads": 2},
     "qwen2": {"num_key_value_heads": 4, "tie_word_embeddings": True},  # biases
     "qwen3": {"num_key_value_heads": 2, "head_dim": 8},  # norms of queries and keys
-    "mistral": {"num_key_value_heads": 2},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 9},
     "gemma3_text": {"num_key_value_heads": 2, "head_dim": 8},
     "bert": {},
     "roberta": {},
@@ -38,7 +39,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {  # transformers' name -> what its c
     "gpt_neox": {},  # one matrix for queries, keys and values
     "gpt2": {},
     "modernbert": {},
+    "mamba": {},
 }
+
+
+ENCODERS = ("bert", "roberta", "electra", "modernbert")
 
 
 def build(architecture: str) -> Any:
@@ -48,18 +53,20 @@ def build(architecture: str) -> Any:
     )
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
         setattr(config, name, 0.0)
-    masked = architecture in ("bert", "roberta", "electra", "modernbert")
-    kind = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
+    kind = transformers.AutoModelForMaskedLM if architecture in ENCODERS else transformers.AutoModelForCausalLM
     return kind.from_config(config, dtype=torch.float32)
 
 
-def loss_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    logits = model(input_ids=ids).logits.float()
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.roll(1, 1).flatten(), reduction="sum")
+def loss_of(model: Any, batch: Batch) -> torch.Tensor:
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
+    logits = model(**inputs).logits.float()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
 
 
-def rows_of(step: int) -> torch.Tensor:
-    return torch.randint(3, TOKENS, (ROWS, LENGTH), generator=torch.Generator().manual_seed(step))
+def rows_of(architecture: str, step: int) -> Batch:
+    ids = torch.randint(3, TOKENS, (ROWS, LENGTH), generator=torch.Generator().manual_seed(step))
+    places = {} if architecture in ENCODERS else {"position_ids": torch.arange(LENGTH).expand_as(ids)}
+    return {"input_ids": ids, "labels": ids.roll(1, 1), **places}
 
 
 SETTINGS = SimpleNamespace(learning_rate=1e-2, weight_decay=0.1, adam_betas=[0.9, 0.999], adam_eps=1e-8)
@@ -74,7 +81,7 @@ def by_plain_torch(architecture: str) -> tuple[list[float], list[float], torch.T
     optimizer = make_adamw(SETTINGS, model, {})
     losses, norms = [], []
     for step in range(STEPS):
-        loss = loss_of(model, rows_of(step)) / (ROWS * LENGTH)
+        loss = loss_of(model, rows_of(architecture, step)) / (ROWS * LENGTH)
         torch.autograd.backward(loss)
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)))
         losses.append(float(loss))
@@ -82,7 +89,7 @@ def by_plain_torch(architecture: str) -> tuple[list[float], list[float], torch.T
         optimizer.zero_grad()
     model.eval()
     with torch.no_grad():
-        return losses, norms, model(input_ids=rows_of(0)).logits
+        return losses, norms, model(input_ids=rows_of(architecture, 0)["input_ids"]).logits
 
 
 def compare(architecture: str, ds_config: dict[str, Any]) -> dict[str, float | str]:
@@ -96,9 +103,10 @@ def compare(architecture: str, ds_config: dict[str, Any]) -> dict[str, float | s
     repair_tensor_parallel(engine, ROWS)
     differences: dict[str, float | str] = {"loss": 0.0, "norm": 0.0}
     for step in range(STEPS):
-        rows = rows_of(step)[mesh.data_parallel_rank() :: mesh.data_parallel_size()]
-        loss = loss_of(engine, rows) / (ROWS * LENGTH)
-        engine.backward(loss * mesh.data_parallel_size())
+        mine = slice(mesh.data_parallel_rank(), None, mesh.data_parallel_size())
+        rows = {name: tensor[mine] for name, tensor in rows_of(architecture, step).items()}
+        loss = loss_of(engine, part_of_rows(rows)) / (ROWS * LENGTH)
+        engine.backward(loss * mesh.gradient_size())
         engine.step()
         found = {"loss": (float(ranks.all_sum(loss.detach())), losses[step])}
         found["norm"] = float(engine.get_global_grad_norm()), norms[step]
@@ -108,8 +116,9 @@ def compare(architecture: str, ds_config: dict[str, Any]) -> dict[str, float | s
     if ranks.rank() == 0:
         exported = build(architecture)
         exported.load_state_dict(state)
+        ids = rows_of(architecture, 0)["input_ids"]
         with torch.no_grad():
-            differences["export"] = float((exported.eval()(input_ids=rows_of(0)).logits - logits).abs().max())
+            differences["export"] = float((exported.eval()(input_ids=ids).logits - logits).abs().max())
     engine.destroy()
     return differences
 

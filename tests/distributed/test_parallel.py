@@ -1,4 +1,4 @@
-"""Tensor parallelism: the losses, gradient norms and exports of one device, whatever the stage and the architecture."""
+"""Tensor and sequence parallelism: the losses, norms and exports of one device, at any stage, of any architecture."""
 
 import json
 import shutil
@@ -13,51 +13,56 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lib.distributed import loading
 from lib.errors import UserError
 
-REFUSED = {"gpt2", "modernbert"}
-# (ranks, stages): tensor-parallel pairs alone, and two of them side by side
-LAUNCHES = {2: (0, 1, 3), 4: (0, 2, 3)}
+# What each form refuses, and why.
+REFUSED = {
+    "tensor": dict.fromkeys(("gpt2", "mamba", "modernbert"), "has no plan by which to share"),
+    "sequence": dict.fromkeys(("bert", "electra", "modernbert", "roberta"), "is no decoder")
+    | {"mamba": "computes attention by eager"},
+}
+# (form, ranks, stages): one pair of ranks, and two side by side
+LAUNCHES = [("tensor", 2, (0, 1, 3)), ("tensor", 4, (0, 2, 3)), ("sequence", 2, (0, 1, 3)), ("sequence", 4, (2,))]
 
 
-def config(world_size: int, stage: int) -> str:
+def config(form: str, world_size: int, stage: int) -> str:
     zero: dict[str, Any] = {"stage": stage}
     if stage == 3:  # so that small parameters are partitioned too
         zero["stage3_param_persistence_threshold"] = 0
-    section = {"autotp_size": 2, "vocab_parallel_lm_head": False}
+    tensor = {"tensor_parallel": {"autotp_size": 2, "vocab_parallel_lm_head": False}}
+    forms: dict[str, dict[str, Any]] = {"tensor": tensor, "sequence": {"sequence_parallel_size": 2}}
     sizes = {"train_micro_batch_size_per_gpu": ROWS // (world_size // 2), "gradient_accumulation_steps": 1}
-    return json.dumps({**sizes, "gradient_clipping": CLIPPING, "tensor_parallel": section, "zero_optimization": zero})
+    return json.dumps({**sizes, "gradient_clipping": CLIPPING, **forms[form], "zero_optimization": zero})
 
 
-@pytest.fixture(scope="module", params=LAUNCHES)
-def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
-    """{stage: {architecture: what parallel_worker.compare found}}"""
+@pytest.fixture(scope="module", params=LAUNCHES, ids=lambda launch: f"{launch[0]}, {launch[1]} ranks")
+def launch(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[int, Any]]:
+    """(the form, {stage: {architecture: what parallel_worker.compare found}})"""
+    form, world_size, stages = request.param
     file = tmp_path_factory.mktemp("parallel") / "found.json"
-    stages = LAUNCHES[request.param]
-    run_ranks(request.param, "parallel_worker", file, *(config(request.param, stage) for stage in stages))
-    return dict(zip(stages, json.loads(file.read_text()).values(), strict=True))
+    run_ranks(world_size, "parallel_worker", file, *(config(form, world_size, stage) for stage in stages))
+    return form, dict(zip(stages, json.loads(file.read_text()).values(), strict=True))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES.keys() - REFUSED))
-def test_it_trains_and_exports_what_one_device_does(found: dict[int, dict[str, Any]], architecture: str) -> None:
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_it_trains_and_exports_what_one_device_does_or_is_refused(launch: tuple[str, Any], architecture: str) -> None:
+    form, found = launch
     for stage, by_architecture in found.items():
         differences = by_architecture[architecture]
-        assert differences["loss"] < 1e-5 and differences["norm"] < 1e-4, stage
-        assert differences["export"] < 1e-4, stage  # after training; the contract has the export itself
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", sorted(REFUSED))
-def test_what_cannot_be_shared_is_refused(found: dict[int, dict[str, Any]], architecture: str) -> None:
-    for by_architecture in found.values():
-        assert "has no plan by which to share" in by_architecture[architecture]["refused"]
+        if architecture in REFUSED[form]:
+            assert REFUSED[form][architecture] in differences["refused"]
+        else:
+            assert differences["loss"] < 1e-5 and differences["norm"] < 1e-4, stage
+            assert differences["export"] < 1e-4, stage  # after training; the contract has the export itself
 
 
 def test_heads_that_do_not_divide_are_refused() -> None:
     sizes = {"vocab_size": 9, "hidden_size": 24, "intermediate_size": 8, "num_hidden_layers": 1}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=6, num_key_value_heads=3))
-    assert loading._check_tensor_parallel(model, 3) is model
+    loading._check_forms(model, tensor_size=3, sequence_size=3)
     with pytest.raises(UserError, match=r"num_key_value_heads 3 of Llama\w+; sizes that do: 1, 3"):
-        loading._check_tensor_parallel(model, 2)
+        loading._check_forms(model, tensor_size=2, sequence_size=1)
+    with pytest.raises(UserError, match=r"6 attention heads and 3 key-value heads, which 2 .*; sizes that can: 3, 6;"):
+        loading._check_forms(model, tensor_size=1, sequence_size=2)
 
 
 QUICK = ["--quick", "--max_steps", "8", "--log_every", "1", "--samples", "0"]
@@ -73,8 +78,11 @@ def train(folder: Path, config: str, world_size: int, *more: str) -> list[float]
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("writer", "reader"),
-    [(("tp2_zero3", 4), ("zero0", 1)), (("zero2", 2), ("tp2_zero3", 4)), (("tp2_zero1", 2), ("tp2_zero2", 4))],
-)
+    [
+        (("tp2_zero3", 4), ("zero0", 1)), (("zero2", 2), ("tp2_zero3", 4)), (("tp2_zero1", 2), ("tp2_zero2", 4)),
+        (("tp2_zero2", 2), ("sp2_zero3", 2)),
+    ],
+)  # fmt: skip
 def test_checkpoints_go_from_any_form_to_any_form(
     tmp_path: Path, writer: tuple[str, int], reader: tuple[str, int]
 ) -> None:
@@ -94,5 +102,8 @@ def test_the_same_form_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_in_bf16_it_trains_as_the_same_stage_does_alone(tmp_path: Path) -> None:
-    shared, alone = (train(tmp_path / config, config, 2, "--precision", "bf16") for config in ("tp2_zero3", "zero3"))
-    assert shared == pytest.approx(alone, rel=2e-3) and shared != train(tmp_path / "fp32", "tp2_zero3", 2)
+    configs = ("zero3", "tp2_zero3", "sp2_zero3")
+    alone, *shared = (train(tmp_path / config, config, 2, "--precision", "bf16") for config in configs)
+    for losses in shared:
+        assert losses == pytest.approx(alone, rel=2e-3)
+    assert shared[0] != train(tmp_path / "fp32", "tp2_zero3", 2)
