@@ -173,7 +173,7 @@ def memory(figure: Figure, results: Results, palette: Palette) -> None:
 def traffic(figure: Figure, results: Results, palette: Palette) -> None:
     parts = [
         (name, color, [(f"{kind}_bytes", False)])
-        for (kind, name), color in zip(TRAFFIC.items(), ("d", "b", "f", "c", "e"), strict=True)
+        for (kind, name), color in zip(TRAFFIC.items(), ("d", "b", "f", "c", "a", "e"), strict=True)
     ]
     stacked_bars(
         figure,

@@ -141,10 +141,6 @@ def config_files(options: argparse.Namespace) -> dict[str, Path]:
 def configs_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """{name: DeepSpeed config} to compare, with the preset's changes."""
     configs = {name: read_json(file) for name, file in config_files(options).items()}
-    for name, config in configs.items():
-        section = config.get("tensor_parallel")
-        if isinstance(section, dict) and section.get("autotp_size") not in (None, 0, 1, "auto"):
-            raise UserError(f"{name}: compare does not measure tensor parallelism yet; leave this config out")
     return (
         {name: theory.with_paper_preset(config) for name, config in configs.items()}
         if options.preset == "paper"

@@ -10,11 +10,14 @@ its checkpoint and its test; with "times" it ends after STEPS steps.
 
 import contextlib
 import functools
+import inspect
 import itertools
 import json
+import math
 import runpy
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,12 +28,14 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.comm import comm
+from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer
+from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from lib.compare.results import INSPECTED, PHASES
 from lib.data import batches
-from lib.distributed import ranks
-from lib.distributed.zero_state import held_bytes
+from lib.distributed import mesh, ranks
+from lib.distributed.zero_state import held_bytes, layout
 from lib.errors import Stopped
 from lib.run import checkpoint_files, checkpoints, run
 from lib.run.cli import leave
@@ -146,6 +151,83 @@ class Record:
         return note_scores
 
 
+class Sent:
+    """What this rank sends others in the inspected step: collectives as DeepSpeed logs them, and what theory needs."""
+
+    def __init__(self) -> None:
+        self.counts = False  # whether the inspected step is under way
+        # {"logged" | "logged_activations": {ranks of the group: {collective: {bytes of its argument: calls}}}}
+        self.logged: dict[str, dict[int, dict[str, Counter[int]]]] = {"logged": {}, "logged_activations": {}}
+        # Elements that go through the layers that ranks share.
+        self.elements = Counter(
+            dict.fromkeys(("summed_outputs", "summed_gradients", "attention_outputs", "exchanged"), 0)
+        )
+
+    def begin(self) -> None:
+        self.counts = True
+        comm.configure(enabled=True, prof_all=True, verbose=False, debug=False)
+
+    def end(self) -> None:
+        self.counts = False
+        comm.configure(enabled=False)
+
+    def message_size(self, real: Callable[..., int]) -> Callable[..., int]:
+        """DeepSpeed calls it for each collective while these are logged, with all that the collective gets."""
+
+        @functools.wraps(real)
+        def note_collective(function: Any, *arguments: Any, **options: Any) -> int:
+            size, name = real(function, *arguments, **options), function.__name__
+            group = inspect.signature(function).bind_partial(*arguments, **options).arguments.get("group")
+            log = self.logged["logged_activations" if is_of_activations(name, group) else "logged"]
+            log.setdefault(dist.get_world_size(group), {}).setdefault(name, Counter())[size] += 1
+            return size
+
+        return note_collective
+
+    def count(self, name: str, elements: int) -> None:
+        if self.counts:
+            self.elements[name] += elements
+
+    def count_gradient(self, tensor: torch.Tensor, name: str, copies: int = 1) -> None:
+        if self.counts and tensor.requires_grad:
+            tensor.register_hook(  # type: ignore[no-untyped-call]  # torch gives it no types
+                lambda gradient: self.count(name, copies * gradient.numel())
+            )
+
+    def watch(self, model: torch.nn.Module) -> None:
+        """Count what goes through the layers that the ranks of a group share."""
+        for module in model.modules():
+            if isinstance(module, LinearAllreduce):
+                module.register_forward_hook(lambda _, inputs, output: self.count("summed_outputs", output.numel()))
+            elif isinstance(module, LinearLayer):
+                module.register_forward_pre_hook(lambda _, inputs: self.count_gradient(inputs[0], "summed_gradients"))
+
+    def attention(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(real)
+        def counted(attention: Any, module: Any, query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> Any:
+            output, weights = real(attention, module, query, key, value, *rest, **options)
+            copies = max(1, attention.kv_replication_factor)
+            for tensor, times in ((query, 1), (key, copies), (value, copies), (output, 1)):
+                self.count("exchanged", times * tensor.numel())
+                self.count_gradient(tensor, "exchanged", times)
+            self.count("attention_outputs", output.numel())
+            return output, weights
+
+        return counted
+
+
+def is_of_activations(collective: str, group: dist.ProcessGroup | None) -> bool:
+    """Whether ranks that share layers or rows send each other activations by it, or their gradients.
+
+    ZeRO's groups may have the same ranks, but then it uses other collectives.
+    """
+    if mesh.sequence_size() > 1:
+        return collective.startswith("all_to_all")
+    if mesh.tensor_size() == 1 or group is None or collective != "all_reduce":
+        return False
+    return dist.get_process_group_ranks(group) == dist.get_process_group_ranks(mesh.tensor_group())
+
+
 class Meter:
     """What one rank measures of the steps of one run."""
 
@@ -154,7 +236,7 @@ class Meter:
         self.timeline, self.record = Timeline(), Record(folder)
         self.step = 1
         self.held: dict[str, dict[str, int]] = {}  # {kind: {place: bytes}}: the most of each kind in the inspected step
-        self.logging = False  # whether collectives are logged
+        self.sent = Sent()
         self.flops = 0  # floating-point operations of the inspected step's forward passes on this rank
 
     # Each of these methods takes a function and returns a wrapper, which replaces that function.
@@ -168,6 +250,7 @@ class Meter:
             engine.backward = self.backward(engine, engine.backward)
             engine.allreduce_gradients = self.allreduce_gradients(engine, engine.allreduce_gradients)
             engine.step = self.engine_step(engine, engine.step)
+            self.sent.watch(engine.module)
             return everything
 
         return initialize_and_watch
@@ -177,10 +260,8 @@ class Meter:
         def timed_forward(*arguments: Any, **options: Any) -> Any:
             if not engine.training or self.step > self.last_step:
                 return real(*arguments, **options)
-            if self.step == INSPECTED and not self.logging:
-                self.logging = True
-                comm.comms_logger.reset_data()
-                comm.configure(enabled=True, prof_all=True, verbose=False, debug=False)
+            if self.step == INSPECTED and not self.sent.counts:
+                self.sent.begin()
             self.timeline.mark("forward")  # this phase includes the loss, for it lasts until backward begins
             # A pass without gradients is not counted: the same pass with gradients follows.
             if self.step != INSPECTED or not torch.is_grad_enabled():
@@ -253,12 +334,9 @@ class Meter:
 
     def inspect(self, engine: Any) -> None:
         """At the end of the inspected step, collect what was counted in it, and the facts that theory needs."""
-        comm.configure(enabled=False)
-        logged = {
-            op: {int(size): calls[0] for size, calls in sizes.items()}
-            for op, sizes in comm.comms_logger.get_raw_data().items()
-        }
-        self.record.result |= {"held": self.held, "logged": logged, "forward_flops": self.flops, "facts": facts(engine)}
+        self.sent.end()
+        self.record.result |= {"held": self.held, "forward_flops": self.flops, **self.sent.logged}
+        self.record.result["facts"] = facts(engine) | self.sent.elements
         restart_host_peak()
 
     def note_times_and_peaks(self) -> None:
@@ -288,14 +366,19 @@ class Meter:
 def facts(engine: Any) -> dict[str, Any]:
     """What theory needs to know about the model and how this rank trains it.
 
-    Sizes are numbers of elements, where the name does not say bytes.
+    Sizes are numbers of elements, where the name does not say bytes. Of what a tensor-parallel group shares, this rank
+    has a part; "whole" counts all of it.
     """
     zero, stage = engine.optimizer, stage_of(engine.config)
     parameters = {
         parameter: getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters()
     }
-    # Stage 3 keeps small parameters whole on every rank.
-    kept_whole = {parameter for parameter in parameters if getattr(parameter, "ds_persist", False)}
+    # Stage 3 keeps small parameters whole on every rank, beside the shares, where these are not the whole already.
+    kept_whole = {
+        parameter
+        for parameter, count in parameters.items()
+        if getattr(parameter, "ds_persist", False) and parameter.ds_tensor.numel() < count
+    }
     # A tied parameter is listed once for each module that has it, because stage 3 gathers it for each.
     gathered = [
         parameter
@@ -303,10 +386,16 @@ def facts(engine: Any) -> dict[str, Any]:
         for parameter in module.parameters(recurse=False)
         if parameter not in kept_whole
     ]
+    whole = {
+        parameter: math.prod(found.shape) if (found := layout(parameter)) is not None else count
+        for parameter, count in parameters.items()
+    }
     in_partition = getattr(zero, "params_in_partition", None)
     accelerator = get_accelerator()
     return {
         "model": type(engine.module).__name__,
+        "whole_parameters": sum(whole.values()),
+        "whole_trained": sum(count for parameter, count in whole.items() if parameter.requires_grad),
         "parameters": sum(parameters.values()),
         "trained": sum(count for parameter, count in parameters.items() if parameter.requires_grad),
         "kept_whole": sum(parameters[parameter] for parameter in kept_whole),
@@ -321,6 +410,9 @@ def facts(engine: Any) -> dict[str, Any]:
         "accumulation_steps": engine.gradient_accumulation_steps(),
         "micro_batch_size": engine.train_micro_batch_size_per_gpu(),
         "world_size": ranks.world_size(),
+        "zero_ranks": mesh.gradient_size(),
+        "tensor_size": mesh.tensor_size(),
+        "sequence_size": mesh.sequence_size(),
         "device": torch.cuda.get_device_name() if accelerator.device_name() == "cuda" else accelerator.device_name(),
         "device_bytes": accelerator.total_memory() if accelerator.device_name() != "cpu" else None,
         "threads": torch.get_num_threads(),
@@ -333,8 +425,10 @@ def main() -> None:
     sys.argv = [recipe, *settings]
     meter = Meter(Path(folder), int(steps), goes_on=mode == "all")
     deepspeed.initialize = meter.initialize(deepspeed.initialize)
-    batches.training_batches = meter.training_batches(batches.training_batches)
     # These are replaced before the recipe is imported, so that the recipe needs no line of its own to be measured.
+    comm.get_msg_size_from_args = meter.sent.message_size(comm.get_msg_size_from_args)
+    UlyssesSPAttentionHF.forward = meter.sent.attention(UlyssesSPAttentionHF.forward)
+    batches.training_batches = meter.training_batches(batches.training_batches)
     checkpoints.Checkpoints.save = meter.record.save(checkpoints.Checkpoints.save)  # type: ignore[method-assign]
     run.Run.log_scores = meter.record.log_scores(run.Run.log_scores)  # type: ignore[method-assign]
     try:

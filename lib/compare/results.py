@@ -30,6 +30,7 @@ TRAFFIC = {
     "reduce_scatter": "reduce-scatter",
     "reduce": "reduce",
     "all_gather": "all-gather",
+    "activations": "activations",
     "other_traffic": "other",
 }
 BYTE_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
@@ -49,7 +50,7 @@ COLUMNS = [
     Column("failed", "text", "why there are no figures"),
     Column("stage", "count", "ZeRO stage"),
     Column("precision", "text", "of the forward and backward pass"),
-    Column("parameters", "count", "of the model"),
+    Column("parameters", "count", "of the whole model"),
     Column("micro_batch_size", "count", "rows that a rank computes at once"),
     Column("accumulation_steps", "count", "micro-batches an optimizer step"),
     Column("states_bytes", "bytes", "model states on a rank, device and host together"),
@@ -101,10 +102,14 @@ COLUMNS = [
         Column(f"{name}_bytes", "bytes", f"sent by a rank in a step: {what}")
         for name, what in TRAFFIC.items()
     ),
+    Column(
+        "activations_theory_bytes", "bytes",
+        "activations and their gradients, which ranks that share layers or rows send each other, as they should be",
+    ),
     Column("traffic_bytes", "bytes", "sent by a rank in a step, as ring collectives"),
     Column("traffic_theory_bytes", "bytes", "the same, as this config should have it"),
     Column("traffic_paper_bytes", "bytes", "the same, by the ZeRO paper"),
-    Column("traffic_passes", "passes", "traffic in passes over the parameters, where the paper has 2 and 3"),
+    Column("traffic_passes", "passes", "without activations, in passes over the parameters: the paper has 2, 3"),
     Column("loss_first", "score", "training loss at the first step"),
     Column("loss_last", "score", "training loss at the last step"),
     Column(
@@ -251,9 +256,11 @@ def _row(
     if outcomes[0]["failed"]:
         return row | {"failed": outcomes[0]["failed"]}, [], {}
     measured = [json.loads((runs[0][1] / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
+    measured = [_with_what_is_new(rank) for rank in measured]
     facts = measured[0]["facts"]
     results.on_gpu, results.device, results.model = facts["device_bytes"] is not None, facts["device"], facts["model"]
-    row |= {name: facts[name] for name in ("stage", "parameters", "micro_batch_size", "accumulation_steps")}
+    row |= {name: facts[name] for name in ("stage", "micro_batch_size", "accumulation_steps")}
+    row["parameters"] = facts["whole_parameters"]
     ds_config = json.loads((runs[0][1] / "ds_config.json").read_text(encoding="utf-8"))  # each "auto" is filled in
     _add_states(row, ds_config, measured, results)
     _add_traffic(row, ds_config, measured, results)
@@ -288,6 +295,21 @@ def _row(
     return row, losses, totals
 
 
+def _with_what_is_new(measured: dict[str, Any]) -> dict[str, Any]:
+    """What a rank measured, completed where that was before there was tensor and sequence parallelism."""
+    facts = measured["facts"]
+    if "zero_ranks" in facts:
+        return measured
+    sizes = {"zero_ranks": facts["world_size"], "tensor_size": 1, "sequence_size": 1}
+    whole = {"whole_parameters": facts["parameters"], "whole_trained": facts["trained"]}
+    facts = {**facts, **sizes, **whole, "attention_outputs": 0, "exchanged": 0}
+    return measured | {
+        "facts": facts,
+        "logged": {str(facts["world_size"]): measured["logged"]},
+        "logged_activations": {},
+    }
+
+
 def _add_states(row: Row, ds_config: dict[str, Any], measured: list[dict[str, Any]], results: Results) -> None:
     """Add the model states of the rank that has the most."""
     rank = max(measured, key=lambda rank: sum(sum(places.values()) for places in rank["held"].values()))
@@ -318,8 +340,9 @@ def _add_states(row: Row, ds_config: dict[str, Any], measured: list[dict[str, An
 def _add_traffic(row: Row, ds_config: dict[str, Any], measured: list[dict[str, Any]], results: Results) -> None:
     """Add what a rank sends in the inspected step, the mean over ranks."""
     facts = measured[0]["facts"]
-    ranks = facts["world_size"]
-    sent = [theory.wire_bytes(rank["logged"], ranks) for rank in measured]
+    ranks = facts["zero_ranks"]
+    sent = [theory.wire_bytes(rank["logged"]) for rank in measured]
+    activations = [sum(theory.wire_bytes(rank["logged_activations"]).values()) for rank in measured]
     kinds = {
         "all_reduce": "all_reduce",
         "reduce_scatter_tensor": "reduce_scatter",
@@ -331,17 +354,22 @@ def _add_traffic(row: Row, ds_config: dict[str, Any], measured: list[dict[str, A
     for sent_by_rank in sent:
         for op, value in sent_by_rank.items():
             row[f"{kinds.get(op, 'other_traffic')}_bytes"] += value / len(sent)
-    expected = theory.traffic(ds_config, facts)
+    row["activations_bytes"] = statistics.fmean(activations)
+    expected, shared = theory.traffic(ds_config, facts), theory.activation_traffic(facts)
     row["traffic_bytes"] = sum(row[f"{kind}_bytes"] for kind in TRAFFIC)
-    row["traffic_theory_bytes"], row["traffic_paper_bytes"] = expected.total, expected.paper
+    row["activations_theory_bytes"] = shared.total
+    row["traffic_theory_bytes"], row["traffic_paper_bytes"] = (
+        expected.total + shared.total,
+        expected.paper + shared.paper,
+    )
     if ranks > 1:
         one_pass = facts["element_bytes"] * facts["parameters"] * (ranks - 1) / ranks
-        row["traffic_passes"] = row["traffic_bytes"] / one_pass
-        for amount, why in expected.differences:
-            if abs(amount) > NOTED * expected.paper:
-                results.note(row, f"{'more' if amount > 0 else 'less'} traffic", why)
-        if abs(row["traffic_bytes"] - expected.total) > TRAFFIC_OFF * expected.total:
-            results.not_described(row, "traffic")
+        row["traffic_passes"] = (row["traffic_bytes"] - row["activations_bytes"]) / one_pass
+    for amount, why in expected.differences + shared.differences:
+        if abs(amount) > NOTED * row["traffic_paper_bytes"]:
+            results.note(row, f"{'more' if amount > 0 else 'less'} traffic", why)
+    if abs(row["traffic_bytes"] - row["traffic_theory_bytes"]) > TRAFFIC_OFF * row["traffic_theory_bytes"]:
+        results.not_described(row, "traffic")
 
 
 def _compare_with_first(results: Results, timings: dict[tuple[str, int], dict[tuple[int, int], float]]) -> None:

@@ -1,9 +1,10 @@
 """What a ZeRO config should cost a rank: the paper's formulas, and how DeepSpeed 0.19.8 departs from them.
 
 The paper is Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", sections 5
-(states) and 7 (traffic). Psi is the number of parameters, N the number of ranks. The paper counts mixed precision: 2
-bytes for a parameter, 2 for a gradient, 12 for fp32 copy, momentum and variance; in fp32 these are 4, 4 and 8. The
-facts are those of lib/compare/measure.py: numbers of elements. No measured bytes enter the formulas.
+(states) and 7 (traffic). Psi is the number of parameters, N the number of ranks over which ZeRO divides. The paper
+counts mixed precision: 2 bytes for a parameter, 2 for a gradient, 12 for fp32 copy, momentum and variance; in fp32
+these are 4, 4 and 8. The facts are those of lib/compare/measure.py: numbers of elements. No measured bytes enter the
+formulas.
 """
 
 import re
@@ -20,6 +21,10 @@ PAPER_STAGE3 = (
     "stage3_prefetch_bucket_size",
 )
 KINDS = ("parameters", "gradients", "optimizer")
+NOT_SHARED = (
+    "embeddings, norms and the output layer are whole on each rank of a tensor-parallel group, where the paper divides"
+    " the whole model"
+)
 
 # Peak matrix FLOP/s of devices, dense, without sparsity: {part of the name: (16-bit, fp32)}, from the vendors' data
 # sheets; fp32 is without TF32, which PyTorch leaves off. The first part that a device's name contains counts.
@@ -60,18 +65,29 @@ def states(ds_config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Expect
 
     The bytes are the most that a rank has after any backward pass of a step, with AdamW.
     """
-    stage, ranks, size = facts["stage"], facts["world_size"], facts["element_bytes"]
+    stage, ranks, size = facts["stage"], facts["zero_ranks"], facts["element_bytes"]
     psi, trained, accumulates = facts["parameters"], facts["trained"], facts["accumulation_steps"] > 1
+    # What each of a tensor-parallel group's ranks would have if the group shared the whole model.
+    divided, divided_trained = (facts[name] / facts["tensor_size"] for name in ("whole_parameters", "whole_trained"))
+    if stage == 3:  # divides what a group does not share over the group too
+        psi, trained = divided, divided_trained
     offloads, zero = offload_device(ds_config, "optimizer") != "none", ds_config.get("zero_optimization", {})
-    parameters = Expected(size * psi / (ranks if stage == 3 else 1))
-    gradients = Expected(size * trained / (ranks if stage >= 2 else 1))
-    optimizer = Expected((8 if size == 4 else 12) * trained / (ranks if stage >= 1 else 1))
+    bytes_each = {
+        "parameters": size / (ranks if stage == 3 else 1),
+        "gradients": size / (ranks if stage >= 2 else 1),
+        "optimizer": (8 if size == 4 else 12) / (ranks if stage >= 1 else 1),
+    }
+    parameters = Expected(bytes_each["parameters"] * divided)
+    gradients, optimizer = (Expected(bytes_each[kind] * divided_trained) for kind in ("gradients", "optimizer"))
+    parameters.differs(bytes_each["parameters"] * (psi - divided), NOT_SHARED)
+    gradients.differs(bytes_each["gradients"] * (trained - divided_trained), NOT_SHARED)
+    optimizer.differs(bytes_each["optimizer"] * (trained - divided_trained), NOT_SHARED)
     if stage >= 1 and size == 4:
         optimizer.differs(
             4 * trained / ranks,
             "ZeRO keeps a separate fp32 copy of a rank's share even when the model itself is in fp32",
         )
-    if stage == 3 and ranks > 1:  # on one rank the share is the whole
+    if stage == 3:
         parameters.differs(
             size * facts["kept_whole"],
             "parameters of at most stage3_param_persistence_threshold elements are kept whole on every rank,"
@@ -82,7 +98,7 @@ def states(ds_config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Expect
     reduced_in_backward = stage == 2 or (stage == 1 and zero.get("overlap_comm", False) and not accumulates)
     if stage == 1 and reduced_in_backward:
         gradients.differs(
-            share - gradients.paper,
+            share - gradients.total,
             "with overlap_comm and no accumulation, gradients move into the communication buffer during backward,"
             " which is not counted",
         )
@@ -99,10 +115,14 @@ def states(ds_config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Expect
 
 
 def traffic(ds_config: dict[str, Any], facts: dict[str, Any]) -> Expected:
-    """The bytes that a rank sends in an optimizer step, with ring collectives."""
-    stage, ranks, micro_steps = facts["stage"], facts["world_size"], facts["accumulation_steps"]
+    """The bytes of parameters and gradients that a rank sends in an optimizer step, with ring collectives."""
+    stage, ranks, micro_steps = facts["stage"], facts["zero_ranks"], facts["accumulation_steps"]
     zero = ds_config.get("zero_optimization", {})
     ring = facts["element_bytes"] * (ranks - 1) / ranks  # bytes that a rank sends for one element in one pass
+    if stage == 3 and facts["tensor_size"] > 1:  # what the group does not share goes to the group too
+        size, psi, whole = facts["tensor_size"], facts["parameters"], facts["whole_parameters"]
+        not_shared = (size * psi - whole) / (size - 1)
+        ring += facts["element_bytes"] * (1 / ranks - 1 / (ranks * size)) * not_shared / psi
     gradients, parameters = ring * facts["trained"], ring * facts["parameters"]
     volume = Expected(3 * parameters if stage == 3 else 2 * gradients)
     if stage in (1, 2):
@@ -149,25 +169,54 @@ def traffic(ds_config: dict[str, Any], facts: dict[str, Any]) -> Expected:
     return volume
 
 
-def wire_bytes(logged: dict[str, dict[str, int]], ranks: int) -> dict[str, float]:
-    """{collective: bytes that a rank sends} from DeepSpeed's log, {collective: {bytes of its argument: calls}}.
+def activation_traffic(facts: dict[str, Any]) -> Expected:
+    """The bytes that a rank sends in an optimizer step to those that share its layers or its rows.
 
+    Tensor parallel (Shoeybi et al. 2019, "Megatron-LM", section 3): the outputs of each block are summed over the group
+    in the forward pass, and the gradients of its inputs in the backward pass; so each layer has four all-reduces of
+    tokens x hidden size. Sequence parallel (Jacobs et al. 2023, "DeepSpeed Ulysses", section 3.2): each layer has four
+    all-to-alls of this rank's tokens x hidden size (queries, keys, values, outputs) in each of the two passes.
+    """
+    size = facts["element_bytes"]
+    if facts["tensor_size"] > 1:
+        ring = 2 * size * (facts["tensor_size"] - 1) / facts["tensor_size"]
+        sent = Expected(2 * ring * facts["summed_outputs"])
+        sent.differs(
+            ring * (facts["summed_gradients"] - facts["summed_outputs"]),
+            "the gradients of a block's inputs are summed once for each matrix that reads them: queries, keys, values; "
+            "gate, up",
+        )
+        return sent
+    once = size * (facts["sequence_size"] - 1) / facts["sequence_size"]
+    sent = Expected(8 * once * facts["attention_outputs"])
+    sent.differs(
+        once * (facts["exchanged"] - 8 * facts["attention_outputs"]),
+        "keys and values have other numbers of heads than queries, or activations are computed again",
+    )
+    return sent
+
+
+def wire_bytes(logged: dict[str, dict[str, dict[str, int]]]) -> dict[str, float]:
+    """{collective: bytes that a rank sends} from DeepSpeed's log, {N: {collective: {bytes of its argument: calls}}}.
+
+    N: the ranks of the group.
     With rings, a rank sends 2(N-1)/N times the argument of an all-reduce and (N-1)/N times that of a reduce-scatter
     (nccl-tests, PERFORMANCE.md). The argument of an all-gather is a rank's share, and a rank sends N-1 times as many
     bytes. All ranks but one pass on the argument of a reduce or broadcast: (N-1)/N times the argument on average.
     """
-    once = (ranks - 1) / ranks
-    factors = {
-        "all_gather_into_tensor": ranks - 1,
-        "all_gather": ranks - 1,
-        "all_reduce": 2 * once,
-        "all_reduce_coalesced": 2 * once,
-        "barrier": 0,
-    }
-    sent = {
-        op: factors.get(op, once) * sum(int(size) * calls for size, calls in sizes.items())
-        for op, sizes in logged.items()
-    }
+    sent: dict[str, float] = {}
+    for ranks, by_collective in ((int(ranks), by_collective) for ranks, by_collective in logged.items()):
+        once = (ranks - 1) / ranks
+        factors = {
+            "all_gather_into_tensor": ranks - 1,
+            "all_gather": ranks - 1,
+            "all_reduce": 2 * once,
+            "all_reduce_coalesced": 2 * once,
+            "barrier": 0,
+        }
+        for op, sizes in by_collective.items():
+            value = factors.get(op, once) * sum(int(size) * calls for size, calls in sizes.items())
+            sent[op] = sent.get(op, 0.0) + value
     return {op: value for op, value in sent.items() if value}
 
 

@@ -10,7 +10,7 @@ import torch.distributed
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 
 from lib.distributed import mesh
-from lib.distributed.zero_state import layouts
+from lib.distributed.zero_state import layout
 from lib.errors import UserError
 
 
@@ -60,7 +60,7 @@ def repair_tensor_parallel(engine: deepspeed.DeepSpeedEngine, batch_size: int) -
     """
     if mesh.tensor_size() == 1:
         return
-    if not layouts(engine):
+    if all(layout(parameter) is None for parameter in engine.module.parameters()):
         raise UserError("tensor_parallel is in the DeepSpeed JSON, but it shares nothing of this model; leave it out")
     engine._config.train_batch_size = batch_size
     engine.first_dataloader_check.remove()

@@ -15,6 +15,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
+from deepspeed.comm import comm
+from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
 from lib.compare.measure import Meter
 from lib.compare.results import INSPECTED
@@ -54,6 +56,7 @@ def initialize_slowly(*arguments: Any, **options: Any) -> Any:
 def main(where: str, *cases: str) -> None:
     folder = Path(where)
     world_size, real_batches = int(os.environ["WORLD_SIZE"]), batches.training_batches
+    attention, message_size = UlyssesSPAttentionHF.forward, comm.get_msg_size_from_args
     for case in cases:
         name, json_path, settings = case.split(":")
         case_folder = folder / f"{name}-{world_size}"
@@ -68,6 +71,8 @@ def main(where: str, *cases: str) -> None:
         causal_lm.deepspeed = SimpleNamespace(
             initialize=meter.initialize(initialize_slowly if slow else deepspeed.initialize)
         )
+        comm.get_msg_size_from_args = meter.sent.message_size(message_size)
+        UlyssesSPAttentionHF.forward = meter.sent.attention(attention)
         batches.training_batches = meter.training_batches(real_batches)
         causal_lm.collate_blocks = slowly("data", collate_blocks) if slow else collate_blocks
         runs: list[Run] = []

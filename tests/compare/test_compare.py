@@ -37,9 +37,12 @@ def facts(**changes: Any) -> dict[str, Any]:
         "frozen_in_modules": 0,
         "touching_share": None,
         "element_bytes": 2,
-        "world_size": 64,
+        "zero_ranks": 64,
+        "tensor_size": 1,
+        "accumulation_steps": 1,
     }
-    return defaults | {"accumulation_steps": 1} | changes
+    found = defaults | changes
+    return {"whole_parameters": found["parameters"], "whole_trained": found["trained"]} | found
 
 
 def zero(stage: int, **knobs: Any) -> dict[str, Any]:
@@ -99,8 +102,8 @@ def test_wire_bytes_are_those_of_ring_collectives() -> None:
         "reduce_scatter_tensor": {"400": 1},
         "barrier": {"0": 1},
     }
-    assert theory.wire_bytes(logged, 4) == {
-        "all_reduce": 1200,
+    assert theory.wire_bytes({"4": logged, "2": {"all_reduce": {"10": 1}}}) == {
+        "all_reduce": 1210,
         "all_gather_into_tensor": 300,
         "reduce_scatter_tensor": 300,
     }
@@ -119,6 +122,8 @@ if ALL:
     CASES[2] += [("default", 1, "fp32"), ("paper", 1, "fp32")]
     CASES[4] = [("default", 2, "fp32"), ("paper", 1, "bf16")]
 EVERY_CASE = [(ranks, config, *case) for ranks, cases in CASES.items() for case in cases for config in CONFIGS]
+# Configs under which ranks share layers or rows, by the number of ranks.
+SHARING = {2: ("tp2_zero1", "tp2_zero3", "sp2_zero1", "sp2_zero3"), 4: ("tp2_zero0", "tp2_zero3", "sp2_zero3")}
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +165,7 @@ def test_states_and_traffic_are_what_theory_says(
         assert {kind: measured_bytes[kind] for kind in theory.KINDS} == {
             kind: pytest.approx(expected[kind].total, rel=0.01) for kind in theory.KINDS
         }
-        sent += sum(theory.wire_bytes(rank["logged"], ranks).values()) / ranks
+        sent += sum(theory.wire_bytes(rank["logged"]).values()) / ranks
         offloaded = {kind for kind, places in rank["held"].items() if places["host"]}
         assert offloaded == ({"gradients", "optimizer"} if "offload" in config else set()) | (
             {"parameters"} if config == "zero3_offload" else set()
@@ -169,6 +174,46 @@ def test_states_and_traffic_are_what_theory_says(
     assert sent == pytest.approx(traffic.total, rel=0.05, abs=1e-9)
     if ranks > 1 and preset == "paper" and accumulation == 1:
         assert sent == pytest.approx(traffic.paper, rel=0.05)
+
+
+@pytest.fixture(scope="module", params=SHARING)
+def sharing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """A folder as that of `measured`, of the configs of SHARING. DeepSpeed keeps its tensor-parallel groups until a
+    process ends, so these have launches of their own."""
+    folder, ranks = tmp_path_factory.mktemp("sharing"), request.param
+    for form in ("tp2", "sp2"):
+        arguments = []
+        for config in (config for config in SHARING[ranks] if config.startswith(form)):
+            ds_config = json.loads((ROOT / "ds_configs" / "causal_lm" / f"{form}_zero1.json").read_text())
+            ds_config["zero_optimization"]["stage"] = int(config[-1])
+            ds_config["train_micro_batch_size_per_gpu"] = 2
+            path = folder / f"{config}-{ranks}.json"
+            path.write_text(json.dumps(ds_config))
+            arguments.append(f"{config}:{path}:{WIDE},batch_size={BATCH},num_heads=4")
+        run_ranks(ranks, "measure_worker", folder, *arguments)
+    return folder, ranks
+
+
+@pytest.mark.slow
+def test_of_what_ranks_share_too(sharing: tuple[Path, int]) -> None:
+    folder, ranks = sharing
+    for config in SHARING[ranks]:
+        ds_config = json.loads((folder / f"{config}-{ranks}.json").read_text())
+        sent = {"logged": 0.0, "logged_activations": 0.0}
+        for rank in ranks_of(folder, config, ranks):
+            expected = theory.states(ds_config, rank["facts"])
+            assert {kind: sum(rank["held"][kind].values()) for kind in theory.KINDS} == {
+                kind: pytest.approx(expected[kind].total, rel=0.01) for kind in theory.KINDS
+            }, config
+            for name in sent:
+                sent[name] += sum(theory.wire_bytes(rank[name]).values()) / ranks
+        activations = theory.activation_traffic(rank["facts"])
+        assert sent["logged"] == pytest.approx(theory.traffic(ds_config, rank["facts"]).total, rel=0.05), config
+        assert sent["logged_activations"] == pytest.approx(activations.total, rel=0.01) and activations.total > 0
+        # By the papers: tokens x width, in each of 2 layers, and 4 bytes for a number.
+        tokens = BATCH * 64 / (ranks / 2)
+        passes = 4 * 2 * (1 / 2) if config.startswith("tp2") else 8 * (1 / 2) / 2
+        assert activations.paper == pytest.approx(passes * tokens * 384 * 2 * 4)
 
 
 @pytest.mark.slow
