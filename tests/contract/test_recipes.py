@@ -82,7 +82,10 @@ def cases_of(recipe: str, folder: Path) -> dict[str, list[str]]:
         config: case(f"{config}_fp32", config, FP32) + (f",{SAVING}" if config in ("zero2", "zero3") else "")
         for config in configs_of(recipe)
     }
-    shared = [case(f"{config}_fp32", config, FP32) for config in tensor_parallel_configs(recipe)]
+    shared = {
+        form: [case(f"{config}_fp32", config, FP32) for config in sharing_configs(recipe, form)]
+        for form in ("tp", "sp")
+    }
     bf16 = [case(f"{config}_bf16", config, BF16) for config in configs_of_bf16(recipe)]
     plain = case("plain", "zero0", FP32, BATCH)
     # Whole texts, and all tokens scored: the scores are computed once more from the export (test_exports.py).
@@ -107,7 +110,8 @@ def cases_of(recipe: str, folder: Path) -> dict[str, list[str]]:
         config, world_size = name.split("_fp32-")
         cases[int(world_size)].append(fp32[config])
     by_ranks = {str(world_size): [*cases[world_size], *go_on[world_size]] for world_size in cases}
-    return by_ranks | {"2, tensor parallel": shared}
+    by_ranks["2"] += shared["sp"]
+    return by_ranks | {"2, tensor parallel": shared["tp"]}
 
 
 def variants_of(recipe: str) -> list[str]:
@@ -124,9 +128,9 @@ def configs_of(recipe: str) -> list[str]:
     return CONFIGS if is_whole(recipe) else ["zero2", "zero3"]
 
 
-def tensor_parallel_configs(recipe: str) -> list[str]:
-    """On 2 ranks, which share the matrices."""
-    known = sorted(path.stem for path in (ROOT / "ds_configs" / recipe).glob("tp2_*.json"))
+def sharing_configs(recipe: str, form: str) -> list[str]:
+    """Those under which 2 ranks share the matrices (tp) or the rows (sp)."""
+    known = sorted(path.stem for path in (ROOT / "ds_configs" / recipe).glob(f"{form}2_*.json"))
     return known if ALL else known[-1:]
 
 
@@ -181,10 +185,10 @@ def test_every_variant_trains_as_plain_torch_does(runs: tuple[str, Path]) -> Non
         assert difference(runs, f"{name}-2", f"plain_{name}-1") < 1e-5
 
 
-def test_tensor_parallel_ranks_train_score_and_export_as_one_device_does(runs: tuple[str, Path]) -> None:
+def test_ranks_that_share_train_score_and_export_as_one_device_does(runs: tuple[str, Path]) -> None:
     recipe, folder = runs
     plain = folder / "plain-1"
-    for config in tensor_parallel_configs(recipe):
+    for config in [*sharing_configs(recipe, "tp"), *sharing_configs(recipe, "sp")]:
         run = folder / f"{config}_fp32-2"
         assert difference(runs, run.name, plain.name) < 1e-5
         norms = [
