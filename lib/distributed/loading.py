@@ -7,12 +7,13 @@ import deepspeed
 import torch
 from deepspeed.module_inject.tp_plan_converter import TPPlanConverter
 from deepspeed.runtime.tensor_parallel.config import _get_hf_tp_plan
+from torch import nn
 from transformers import EncoderDecoderModel, PreTrainedModel, initialization, set_seed
 
 from lib.distributed import ranks, sequence_parallel
 from lib.errors import UserError
 from lib.progress import progress
-from lib.settings.ds_config import sequence_parallel_size, stage_of, tensor_parallel_size
+from lib.settings.ds_config import sequence_parallel_size, shares_vocabulary, stage_of, tensor_parallel_size
 
 # Architectures that DeepSpeed's own rules share rightly, though transformers has no plan for them (test_parallel.py).
 SHARED_WITHOUT_PLAN = {"bert", "electra", "roberta"}
@@ -33,7 +34,8 @@ def load_model(build: Callable[[], torch.nn.Module], ds_config: dict[str, Any], 
     rows_shared_by = sequence_parallel_size(ds_config)
 
     def build_and_check() -> Any:
-        return _check_forms(build(), tensor_parallel_size(ds_config), rows_shared_by)
+        model = _check_forms(build(), tensor_parallel_size(ds_config), rows_shared_by)
+        return _check_output_layer(model) if shares_vocabulary(ds_config) else model
 
     if stage_of(ds_config) < 3:
         model = ranks.rank0_first(build_and_check)()
@@ -111,6 +113,18 @@ def _check_tensor_parallel(model: Any, size: int) -> None:
                     f"tensor_parallel.autotp_size is {size}, which does not divide {name} {heads} of "
                     f"{type(part).__name__}; sizes that do: {fitting}"
                 )
+
+
+def _check_output_layer(model: Any) -> Any:
+    """The model. Raises UserError where it has no output layer whose vocabulary ranks could share."""
+    layer = model.get_output_embeddings()
+    name = next((name for name, module in model.named_modules() if module is layer), "none")
+    if isinstance(model, EncoderDecoderModel) or name not in ("lm_head", "embed_out") or type(layer) is not nn.Linear:
+        raise UserError(
+            f"tensor_parallel.vocab_parallel_lm_head is true, but the output layer of {type(model).__name__} "
+            f"({name}) is none that DeepSpeed can share over the vocabulary; set it to false"
+        )
+    return model
 
 
 def _is_shared_rightly(model: PreTrainedModel) -> bool:

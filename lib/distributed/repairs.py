@@ -9,7 +9,7 @@ import torch
 import torch.distributed
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 
-from lib.distributed import mesh
+from lib.distributed import mesh, vocabulary
 from lib.distributed.zero_state import layout
 from lib.errors import UserError
 
@@ -62,6 +62,7 @@ def repair_tensor_parallel(engine: deepspeed.DeepSpeedEngine, batch_size: int) -
         return
     if all(layout(parameter) is None for parameter in engine.module.parameters()):
         raise UserError("tensor_parallel is in the DeepSpeed JSON, but it shares nothing of this model; leave it out")
+    vocabulary.share_logits(engine.module)
     engine._config.train_batch_size = batch_size
     engine.first_dataloader_check.remove()
 

@@ -234,6 +234,11 @@ def tensor_parallel_size(ds_config: dict[str, Any]) -> int:
     return int(ds_config.get("tensor_parallel", {}).get("autotp_size") or 1)
 
 
+def shares_vocabulary(ds_config: dict[str, Any]) -> bool:
+    """Whether each rank of a tensor-parallel group has the logits of a part of the vocabulary only."""
+    return bool(ds_config.get("tensor_parallel", {}).get("vocab_parallel_lm_head"))
+
+
 def sequence_parallel_size(ds_config: dict[str, Any]) -> int:
     """How many ranks share the tokens of each row; 1: none does."""
     return int(ds_config.get("sequence_parallel_size", 1))
@@ -406,13 +411,8 @@ def _check_tensor_parallel(config: dict[str, Any], found: Findings, world_size: 
     if size <= 1:
         return world_size
     _check_divides("tensor_parallel.autotp_size", size, world_size, found)
-    if parsed.vocab_parallel_lm_head:
-        found.problems.append(
-            "tensor_parallel.vocab_parallel_lm_head shards the logits, which the recipes' losses need whole; "
-            "leave it out"
-        )
-    # Left to itself, DeepSpeed shards a tied output layer over the vocabulary, and expects the model's own loss.
-    config["tensor_parallel"] = {**section, "vocab_parallel_lm_head": False}
+    # Left to itself, DeepSpeed decides by whether the output layer is tied.
+    config["tensor_parallel"] = {"vocab_parallel_lm_head": False} | section
     return max(1, world_size // size)
 
 

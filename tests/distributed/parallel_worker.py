@@ -23,6 +23,7 @@ from lib.distributed.loading import load_model
 from lib.distributed.optimizer import make_adamw
 from lib.distributed.repairs import repair_stage0, repair_tensor_parallel
 from lib.errors import UserError
+from lib.models.losses import token_losses
 
 ROWS, LENGTH, TOKENS, STEPS = 8, 12, 97, 4
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
@@ -59,8 +60,7 @@ def build(architecture: str) -> Any:
 
 def loss_of(model: Any, batch: Batch) -> torch.Tensor:
     inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
-    logits = model(**inputs).logits.float()
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
+    return token_losses(model(**inputs).logits.float(), batch["labels"]).sum()
 
 
 def rows_of(architecture: str, step: int) -> Batch:

@@ -18,17 +18,22 @@ REFUSED = {
     "tensor": dict.fromkeys(("gpt2", "mamba", "modernbert"), "has no plan by which to share"),
     "sequence": dict.fromkeys(("bert", "electra", "modernbert", "roberta"), "is no decoder")
     | {"mamba": "computes attention by eager"},
+    "vocabulary": dict.fromkeys(("gpt2", "mamba", "modernbert"), "has no plan by which to share")
+    | dict.fromkeys(("bert", "electra", "roberta"), "is none that DeepSpeed can share over the vocabulary"),
 }
 # (form, ranks, stages): one pair of ranks, and two side by side
-LAUNCHES = [("tensor", 2, (0, 1, 3)), ("tensor", 4, (0, 2, 3)), ("sequence", 2, (0, 1, 3)), ("sequence", 4, (2,))]
+LAUNCHES = [("tensor", 2, (0, 1, 3)), ("vocabulary", 4, (0, 2, 3)), ("sequence", 2, (0, 1, 3)), ("sequence", 4, (2,))]
 
 
 def config(form: str, world_size: int, stage: int) -> str:
     zero: dict[str, Any] = {"stage": stage}
     if stage == 3:  # so that small parameters are partitioned too
         zero["stage3_param_persistence_threshold"] = 0
-    tensor = {"tensor_parallel": {"autotp_size": 2, "vocab_parallel_lm_head": False}}
-    forms: dict[str, dict[str, Any]] = {"tensor": tensor, "sequence": {"sequence_parallel_size": 2}}
+    forms: dict[str, dict[str, Any]] = {
+        "tensor": {"tensor_parallel": {"autotp_size": 2, "vocab_parallel_lm_head": False}},
+        "vocabulary": {"tensor_parallel": {"autotp_size": 2, "vocab_parallel_lm_head": True}},
+        "sequence": {"sequence_parallel_size": 2},
+    }
     sizes = {"train_micro_batch_size_per_gpu": ROWS // (world_size // 2), "gradient_accumulation_steps": 1}
     return json.dumps({**sizes, "gradient_clipping": CLIPPING, **forms[form], "zero_optimization": zero})
 
