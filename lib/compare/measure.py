@@ -18,7 +18,7 @@ import runpy
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.comm import comm
-from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer
+from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, VocabParallelEmbedding
 from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
@@ -197,7 +197,7 @@ class Sent:
     def watch(self, model: torch.nn.Module) -> None:
         """Count what goes through the layers that the ranks of a group share."""
         for module in model.modules():
-            if isinstance(module, LinearAllreduce):
+            if isinstance(module, LinearAllreduce | VocabParallelEmbedding):
                 module.register_forward_hook(lambda _, inputs, output: self.count("summed_outputs", output.numel()))
             elif isinstance(module, LinearLayer):
                 module.register_forward_pre_hook(lambda _, inputs: self.count_gradient(inputs[0], "summed_gradients"))
@@ -386,6 +386,18 @@ def facts(engine: Any) -> dict[str, Any]:
         for parameter in module.parameters(recurse=False)
         if parameter not in kept_whole
     ]
+
+    def counts(counted: Collection[Any]) -> dict[str, int]:
+        in_modules = [parameter for parameter in gathered if parameter in counted]
+        kinds = {
+            "parameters": counted,
+            "trained": [parameter for parameter in counted if parameter.requires_grad],
+            "kept_whole": [parameter for parameter in counted if parameter in kept_whole],
+            "in_modules": in_modules,
+            "frozen_in_modules": [parameter for parameter in in_modules if not parameter.requires_grad],
+        }
+        return {kind: sum(parameters[parameter] for parameter in found) for kind, found in kinds.items()}
+
     whole = {
         parameter: math.prod(found.shape) if (found := layout(parameter)) is not None else count
         for parameter, count in parameters.items()
@@ -396,11 +408,8 @@ def facts(engine: Any) -> dict[str, Any]:
         "model": type(engine.module).__name__,
         "whole_parameters": sum(whole.values()),
         "whole_trained": sum(count for parameter, count in whole.items() if parameter.requires_grad),
-        "parameters": sum(parameters.values()),
-        "trained": sum(count for parameter, count in parameters.items() if parameter.requires_grad),
-        "kept_whole": sum(parameters[parameter] for parameter in kept_whole),
-        "in_modules": sum(parameters[parameter] for parameter in gathered),
-        "frozen_in_modules": sum(parameters[parameter] for parameter in gathered if not parameter.requires_grad),
+        **counts(parameters),
+        "not_shared": counts({parameter for parameter in parameters if layout(parameter) is None}),
         # At stages 1 and 2, all of the parameters that lie in this rank's share, be it only in part.
         "touching_share": sum(parameter.numel() for group in in_partition for parameter in group)
         if in_partition is not None

@@ -116,13 +116,20 @@ def states(ds_config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Expect
 
 def traffic(ds_config: dict[str, Any], facts: dict[str, Any]) -> Expected:
     """The bytes of parameters and gradients that a rank sends in an optimizer step, with ring collectives."""
-    stage, ranks, micro_steps = facts["stage"], facts["zero_ranks"], facts["accumulation_steps"]
+    ranks, size = facts["zero_ranks"], facts["tensor_size"]
+    if facts["stage"] < 3 or size == 1:
+        return _traffic(ds_config, facts, ranks)
+    # Stage 3 divides what a tensor-parallel group does not share over the group too.
+    not_shared = facts["not_shared"]
+    shared = {kind: facts[kind] - count for kind, count in not_shared.items()}
+    parts = [_traffic(ds_config, facts | shared, ranks), _traffic(ds_config, facts | not_shared, ranks * size)]
+    return Expected(sum(part.paper for part in parts), [pair for part in parts for pair in part.differences])
+
+
+def _traffic(ds_config: dict[str, Any], facts: dict[str, Any], ranks: int) -> Expected:
+    stage, micro_steps = facts["stage"], facts["accumulation_steps"]
     zero = ds_config.get("zero_optimization", {})
     ring = facts["element_bytes"] * (ranks - 1) / ranks  # bytes that a rank sends for one element in one pass
-    if stage == 3 and facts["tensor_size"] > 1:  # what the group does not share goes to the group too
-        size, psi, whole = facts["tensor_size"], facts["parameters"], facts["whole_parameters"]
-        not_shared = (size * psi - whole) / (size - 1)
-        ring += facts["element_bytes"] * (1 / ranks - 1 / (ranks * size)) * not_shared / psi
     gradients, parameters = ring * facts["trained"], ring * facts["parameters"]
     volume = Expected(3 * parameters if stage == 3 else 2 * gradients)
     if stage in (1, 2):
@@ -174,8 +181,9 @@ def activation_traffic(facts: dict[str, Any]) -> Expected:
 
     Tensor parallel (Shoeybi et al. 2019, "Megatron-LM", section 3): the outputs of each block are summed over the group
     in the forward pass, and the gradients of its inputs in the backward pass; so each layer has four all-reduces of
-    tokens x hidden size. Sequence parallel (Jacobs et al. 2023, "DeepSpeed Ulysses", section 3.2): each layer has four
-    all-to-alls of this rank's tokens x hidden size (queries, keys, values, outputs) in each of the two passes.
+    tokens x hidden size, and a shared vocabulary two. Sequence parallel (Jacobs et al. 2023, "DeepSpeed Ulysses",
+    section 3.2): each layer has four all-to-alls of this rank's tokens x hidden size (queries, keys, values, outputs)
+    in each of the two passes.
     """
     size = facts["element_bytes"]
     if facts["tensor_size"] > 1:
