@@ -217,8 +217,29 @@ MUTATIONS = [
     Mutation(
         "give the ranks of a tensor-parallel group rows of their own",
         "lib/distributed/mesh.py",
-        "    return dist.get_rank() // _mesh.tensor_parallel_size\n",
+        "    return dist.get_rank() // (_mesh.tensor_size * _mesh.sequence_size)\n",
         "    return dist.get_rank() % data_parallel_size()\n",
+        "tests/distributed/test_parallel.py -k trains",
+    ),
+    Mutation(
+        "divide gradients by the groups that share rows, and not by the ranks that sum gradients",
+        "lib/run/run.py",
+        "accumulation_steps * mesh.gradient_size()\n",
+        "accumulation_steps * mesh.data_parallel_size()\n",
+        "tests/contract -k causal_lm",
+    ),
+    Mutation(
+        "give every rank of a sequence-parallel group the first part of the rows",
+        "lib/data/batches.py",
+        "    begin, end = length * mesh.sequence_rank() // size, length * (mesh.sequence_rank() + 1) // size\n",
+        "    begin, end = 0, length // size\n",
+        "tests/distributed/test_parallel.py -k trains",
+    ),
+    Mutation(
+        "take this rank's part of the vocabulary for the first part",
+        "lib/distributed/vocabulary.py",
+        "        vocab_start_index=_part.vocab_start_index, vocab_end_index=_part.vocab_end_index,\n",
+        "        vocab_start_index=0, vocab_end_index=logits.shape[-1],\n",
         "tests/distributed/test_parallel.py -k trains",
     ),
 ]

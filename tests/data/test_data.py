@@ -214,8 +214,8 @@ def test_evaluation_sees_every_row_once_in_equally_many_batches(
     seen: list[int] = []
     counts = set()
     for rank in range(world_size):
-        monkeypatch.setattr(mesh, "data_parallel_rank", lambda rank=rank: rank)
-        monkeypatch.setattr(mesh, "data_parallel_size", lambda: world_size)
+        monkeypatch.setattr(mesh, "gradient_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(mesh, "gradient_size", lambda: world_size)
         batches = list(evaluation_batches(rows, collate, 4, torch.device("cpu"), lengths=list(range(total))))
         counts.add(len(batches))
         for batch, numbers in batches:

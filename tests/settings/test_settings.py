@@ -11,7 +11,7 @@ from conftest import RECIPES, ROOT
 
 from lib.errors import UserError
 from lib.settings import config
-from lib.settings.ds_config import load_ds_config, tensor_parallel_size
+from lib.settings.ds_config import load_ds_config, sequence_parallel_size, tensor_parallel_size
 
 # The JSON for ZeRO-3 in the HF Trainer's documentation.
 HF_TRAINER = {
@@ -82,7 +82,8 @@ def one_line(error: pytest.ExceptionInfo[UserError], *words: str) -> None:
 def test_every_config_in_the_tree_is_accepted(recipe: str, world_size: int) -> None:
     cfg = config.load(importlib.import_module(f"recipes.{recipe}").Config, ROOT / "recipes" / f"{recipe}.yaml", {})
     for path in sorted((ROOT / "ds_configs" / recipe).glob("*.json")):
-        size = tensor_parallel_size(json.loads(path.read_text()))
+        ds_config = json.loads(path.read_text())
+        size = tensor_parallel_size(ds_config) * sequence_parallel_size(ds_config)
         if world_size % size:
             with pytest.raises(UserError, match="does not divide 1 rank; nearest: --ranks 2"):
                 load_ds_config(path, cfg, world_size)
