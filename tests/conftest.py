@@ -73,7 +73,7 @@ def one_rank() -> Iterator[None]:
     ranks.init(timeout_minutes=10)
     yield
     torch.distributed.destroy_process_group()
-    ranks._cpu_group.cache_clear()
+    ranks.cpu_group.cache_clear()
 
 
 def execute(

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.distributed import mesh, ranks
+from lib.distributed.pipeline import model_of
 from lib.distributed.zero_state import layout
 from lib.progress import progress
 from lib.settings.ds_config import stage_of
@@ -21,15 +22,30 @@ def full_state_dict(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor
     At stage 3 the parameters are gathered one at a time.
     """
     partitioned = stage_of(engine.config) == 3
-    parameters = dict(engine.module.named_parameters(remove_duplicate=False))
+    model = model_of(engine)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     state: dict[str, torch.Tensor] = {}
-    for name, tensor in engine.module.state_dict(keep_vars=True).items():
+    for name, tensor in model.state_dict(keep_vars=True).items():
         to_gather = [parameters[name]] if partitioned and name in parameters else []
         with deepspeed.zero.GatheredParameters(to_gather, enabled=partitioned):
             whole = gather_shards(tensor)
             if ranks.rank() == 0:
                 state[name] = whole.detach().cpu().clone()
+    if mesh.pipeline_size() > 1:
+        _take_other_stages(state, model)
     return state
+
+
+def _take_other_stages(state: dict[str, torch.Tensor], model: torch.nn.Module) -> None:
+    """Add to rank 0's state_dict, of the first stage, those of the others. Every rank must call it."""
+    mine = model.state_dict() if mesh.gradient_rank() == 0 and mesh.pipeline_stage() > 0 else {}
+    kinds = {name: (tensor.shape, tensor.dtype) for name, tensor in mine.items()}
+    for sender, names in enumerate(ranks.gather_on_rank0(kinds)):
+        for name, (shape, dtype) in names.items():
+            state[name] = torch.empty(shape, dtype=dtype)
+            torch.distributed.recv(state[name], sender, group=ranks.cpu_group())
+    for tensor in mine.values():
+        torch.distributed.send(tensor.cpu().contiguous(), 0, group=ranks.cpu_group())
 
 
 def gather_shards(tensor: torch.Tensor) -> torch.Tensor:
@@ -62,14 +78,14 @@ def export(
     weights stay tied. Of a model that is not one of transformers', model.safetensors has the state_dict and config.json
     its `config`.
     """
-    state_dict = full_state_dict(engine)
+    model, state_dict = model_of(engine), full_state_dict(engine)
 
     def write() -> None:
-        if isinstance(engine.module, PreTrainedModel):
-            engine.module.save_pretrained(folder, state_dict=state_dict)
+        if isinstance(model, PreTrainedModel):
+            model.save_pretrained(folder, state_dict=state_dict)
         else:
             folder.mkdir(exist_ok=True)
-            (folder / "config.json").write_text(json.dumps(engine.module.config, indent=2) + "\n", encoding="utf-8")
+            (folder / "config.json").write_text(json.dumps(model.config, indent=2) + "\n", encoding="utf-8")
             save_file(state_dict, folder / "model.safetensors")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

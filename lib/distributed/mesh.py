@@ -5,8 +5,11 @@ sequence-parallel group have the same rows too, the whole model, and a part of e
 neighbours, as DeepSpeed has them: of 4 ranks with a size of 2, 0 and 1 are a group, and 2 and 3. Groups are data
 parallel to each other: each has rows of its own.
 
+The ranks of a pipeline have the same rows, and some of the layers each. Here neighbours have the same layers, as
+DeepSpeed has them: of 4 ranks in 2 stages, 0 and 1 are the first stage, 2 and 3 the second, and 0 and 2 a pipeline.
+
 Gradients are summed over the gradient ranks, the ranks that compute with the same matrices: 0 and 2, and 1 and 3, under
-tensor parallelism; else all of them. ZeRO divides its states over these.
+tensor parallelism; 0 and 1, and 2 and 3, in a pipeline; else all of them. ZeRO divides its states over these.
 """
 
 from dataclasses import dataclass
@@ -14,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lib.settings.ds_config import sequence_parallel_size, tensor_parallel_size
+from lib.settings.ds_config import pipeline_stages, sequence_parallel_size, tensor_parallel_size
 
 
 @dataclass(frozen=True)
@@ -23,18 +26,21 @@ class Mesh:
 
     tensor_size: int
     sequence_size: int
-    row_group: dist.ProcessGroup | None  # neighbours, which have the same rows
+    pipeline_size: int
+    row_group: dist.ProcessGroup | None  # those that have the same rows
     gradient_group: dist.ProcessGroup | None
 
 
-_mesh = Mesh(1, 1, None, None)
+_mesh = Mesh(1, 1, 1, None, None)
 
 
 def form(ds_config: dict[str, Any]) -> None:
     """Make the groups that a config asks for. Every rank must call it, after the ranks have joined."""
     global _mesh
-    tensor, sequence = tensor_parallel_size(ds_config), sequence_parallel_size(ds_config)
-    if (tensor, sequence) == (_mesh.tensor_size, _mesh.sequence_size):
+    tensor, sequence, stages = (
+        size(ds_config) for size in (tensor_parallel_size, sequence_parallel_size, pipeline_stages)
+    )
+    if (tensor, sequence, stages) == (_mesh.tensor_size, _mesh.sequence_size, _mesh.pipeline_size):
         return
     row_group = gradient_group = None
     world_size = dist.get_world_size()
@@ -43,7 +49,11 @@ def form(ds_config: dict[str, Any]) -> None:
         row_group = _group_of([list(range(first, first + size)) for first in range(0, world_size, size)])
     if tensor > 1:
         gradient_group = _group_of([list(range(place, world_size, tensor)) for place in range(tensor)])
-    _mesh = Mesh(tensor, sequence, row_group, gradient_group)
+    if stages > 1:
+        size = world_size // stages
+        row_group = _group_of([list(range(place, world_size, size)) for place in range(size)])
+        gradient_group = _group_of([list(range(first, first + size)) for first in range(0, world_size, size)])
+    _mesh = Mesh(tensor, sequence, stages, row_group, gradient_group)
 
 
 def _group_of(groups: list[list[int]]) -> dist.ProcessGroup | None:
@@ -54,21 +64,21 @@ def _group_of(groups: list[list[int]]) -> dist.ProcessGroup | None:
 
 def data_parallel_size() -> int:
     """How many groups, or single ranks, have training rows of their own."""
-    return dist.get_world_size() // (_mesh.tensor_size * _mesh.sequence_size)
+    return dist.get_world_size() // (_mesh.tensor_size * _mesh.sequence_size * _mesh.pipeline_size)
 
 
 def data_parallel_rank() -> int:
     """Which of the data_parallel_size() parts of a step's rows this rank has."""
-    return dist.get_rank() // (_mesh.tensor_size * _mesh.sequence_size)
+    return _rank_in_stage() // (_mesh.tensor_size * _mesh.sequence_size)
 
 
 def gradient_size() -> int:
     """How many ranks have different rows, or different parts of them, and sum their gradients."""
-    return dist.get_world_size() // _mesh.tensor_size
+    return dist.get_world_size() // (_mesh.tensor_size * _mesh.pipeline_size)
 
 
 def gradient_rank() -> int:
-    return dist.get_rank() // _mesh.tensor_size
+    return _rank_in_stage() // _mesh.tensor_size
 
 
 def gradient_group() -> dist.ProcessGroup | None:
@@ -101,3 +111,22 @@ def sequence_rank() -> int:
 def sequence_group() -> dist.ProcessGroup | None:
     assert _mesh.sequence_size > 1
     return _mesh.row_group
+
+
+def pipeline_size() -> int:
+    """How many stages there are."""
+    return _mesh.pipeline_size
+
+
+def pipeline_stage() -> int:
+    """Which part of the layers this rank has."""
+    return dist.get_rank() // (dist.get_world_size() // _mesh.pipeline_size)
+
+
+def pipeline_group() -> dist.ProcessGroup | None:
+    assert _mesh.pipeline_size > 1
+    return _mesh.row_group
+
+
+def _rank_in_stage() -> int:
+    return dist.get_rank() % (dist.get_world_size() // _mesh.pipeline_size)

@@ -59,7 +59,7 @@ def init(timeout_minutes: float) -> torch.device:
         # This timeout holds until all ranks have started.
         deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(minutes=max(timeout_minutes, 10)))
         threading.Thread(target=_leave_with_the_launcher, daemon=True).start()
-    _cpu_group()
+    cpu_group()
     set_timeout(timeout_minutes)
     return device()
 
@@ -159,7 +159,7 @@ def sum_over_ranks(counts: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 @functools.lru_cache(1)
-def _cpu_group() -> dist.ProcessGroup:
+def cpu_group() -> dist.ProcessGroup:
     """For what ranks tell each other beside training, so that no device has to be waited for."""
     return dist.new_group(backend="gloo")
 
@@ -170,7 +170,7 @@ def largest(values: list[float]) -> list[float]:
     It waits for the ranks, but not for their devices.
     """
     tensor = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_cpu_group())
+    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=cpu_group())
     return tensor.tolist()
 
 
@@ -220,7 +220,7 @@ def on_rank0(do: Callable[[], T]) -> T:
             outcome[1] = str(error)
 
     together(attempt if rank() == 0 else lambda: None)
-    dist.broadcast_object_list(outcome, src=0, group=_cpu_group())
+    dist.broadcast_object_list(outcome, src=0, group=cpu_group())
     if outcome[1] is not None:
         raise UserError(outcome[1])
     return outcome[0]
@@ -229,7 +229,7 @@ def on_rank0(do: Callable[[], T]) -> T:
 def first_problem(problem: str | None) -> str | None:
     """What the first rank that has a problem says, the same on every rank; None where no rank has one."""
     problems: list[str | None] = [None] * world_size()
-    dist.all_gather_object(problems, problem, group=_cpu_group())
+    dist.all_gather_object(problems, problem, group=cpu_group())
     return next((f"rank {at}: {found}" for at, found in enumerate(problems) if found is not None), None)
 
 
@@ -241,7 +241,7 @@ def first_problem_of(do: Callable[[], str | None]) -> str | None:
 def gather_on_rank0(value: T) -> list[T]:
     """The value (pickled) of each rank on rank 0, and an empty list elsewhere."""
     values: list[Any] = [None] * world_size() if rank() == 0 else []
-    dist.gather_object(value, values or None, dst=0, group=_cpu_group())
+    dist.gather_object(value, values or None, dst=0, group=cpu_group())
     return values
 
 

@@ -10,6 +10,7 @@ import torch.distributed
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 
 from lib.distributed import mesh, vocabulary
+from lib.distributed.pipeline import is_copy, model_of
 from lib.distributed.zero_state import layout
 from lib.errors import UserError
 
@@ -42,7 +43,7 @@ def repair_stage0(engine: deepspeed.DeepSpeedEngine) -> None:
     @functools.wraps(step)  # by which the learning-rate schedule recognises it
     def clip_and_step() -> None:
         optimizer._global_grad_norm = clip_gradients(
-            list(engine.module.parameters()), engine.gradient_clipping() or math.inf
+            list(model_of(engine).parameters()), engine.gradient_clipping() or math.inf
         )
         optimizer.overflow = not math.isfinite(optimizer._global_grad_norm)
         if not optimizer.overflow:
@@ -70,20 +71,22 @@ def repair_tensor_parallel(engine: deepspeed.DeepSpeedEngine, batch_size: int) -
 def clip_gradients(parameters: list[torch.nn.Parameter], highest: float) -> torch.Tensor:
     """Scale the gradients so that the norm of the whole model's is at most `highest`. Returns the norm before.
 
-    Of a parameter that a tensor-parallel group shares, each rank has a part of the gradient. Large gradients are summed
-    in pieces: in one piece and fp32, the norm of a large embedding's is off by 1e-5.
+    Of a parameter that a tensor-parallel group shares, each rank has a part of the gradient; the ranks of a pipeline
+    have other parameters each, but for copies. Large gradients are summed in pieces: in one piece and fp32, the norm of
+    a large embedding's is off by 1e-5.
     """
     pieces: list[list[torch.Tensor]] = [[], []]  # of whole gradients, of parts
     for parameter in parameters:
-        if parameter.grad is not None:
-            is_part = getattr(parameter, "tensor_model_parallel", False)
+        if parameter.grad is not None and not is_copy(parameter):
+            is_part = mesh.pipeline_size() > 1 or getattr(parameter, "tensor_model_parallel", False)
             pieces[int(is_part)] += torch.split(parameter.grad.detach().flatten(), 2**20)
     squares = torch.zeros(2, dtype=torch.float64, device=parameters[0].device)
     for kind, gradients in enumerate(pieces):
         if gradients:
             squares[kind] = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
-    if mesh.tensor_size() > 1:
-        torch.distributed.all_reduce(squares[1:], group=mesh.tensor_group())
+    if mesh.tensor_size() > 1 or mesh.pipeline_size() > 1:
+        group = mesh.tensor_group() if mesh.tensor_size() > 1 else mesh.pipeline_group()
+        torch.distributed.all_reduce(squares[1:], group=group)
     norm = squares.sum().sqrt().float()
     torch.nn.utils.clip_grads_with_norm_(parameters, highest, norm)
     return norm

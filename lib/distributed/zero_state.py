@@ -9,6 +9,8 @@ changes what DeepSpeed trains.
   stage 1, 2  the parameters of an optimizer group, one after the other, are cut into one range a rank
   stage 3     each parameter is cut into one range a rank
 
+The ranks of a pipeline have other parameters each; all of them together have the whole model's.
+
 Ranks of a tensor-parallel group have shards of most matrices (`Layout`). A shard is to ZeRO, and to a checkpoint, what
 a parameter is: it has the name name#rank, and ZeRO cuts it over the data-parallel ranks.
 """
@@ -22,6 +24,7 @@ import torch.distributed as dist
 from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META
 
 from lib.distributed import mesh
+from lib.distributed.pipeline import is_copy, model_of, shapes_of_all_stages
 from lib.errors import UserError
 from lib.settings.ds_config import offload_device, stage_of
 
@@ -73,7 +76,7 @@ def shard_name(name: str, rank: int) -> str:
 
 def layouts(engine: Any) -> dict[str, Layout]:
     """Name -> layout of each trained parameter that a tensor-parallel group shares."""
-    named = {name: parameter for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+    named = {name: parameter for name, parameter in model_of(engine).named_parameters() if parameter.requires_grad}
     return {name: found for name, parameter in named.items() if (found := layout(parameter)) is not None}
 
 
@@ -107,7 +110,7 @@ def pieces(engine: Any) -> list[Piece]:
         for parameters, copies in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
             masters |= {id(parameter): copy for parameter, copy in zip(parameters, copies, strict=True)}
     ranges, shared = _ranges(engine.optimizer), layouts(engine)
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in model_of(engine).named_parameters():
         if not parameter.requires_grad:
             continue
         if name in shared:
@@ -159,11 +162,11 @@ def _ranges(zero: Any) -> dict[int, tuple[torch.Tensor, int, int]]:
 
 def owned_pieces(engine: Any) -> list[Piece]:
     """The pieces that this rank answers for: every element of every trained parameter is in one piece of one rank."""
-    local = pieces(engine)
+    named = dict(model_of(engine).named_parameters())
+    local = [piece for piece in pieces(engine) if piece.name not in named or not is_copy(named[piece.name])]
     if stage_of(engine.config) == 0:
         local = [piece.share(mesh.gradient_rank(), mesh.gradient_size()) for piece in local]
     if mesh.tensor_rank() > 0:  # of what is not shared, the first rank of the tensor-parallel group has the same piece
-        named = dict(engine.module.named_parameters())
         local = [piece for piece in local if piece.name not in named or _is_cut_over_all_ranks(named[piece.name])]
     return [piece for piece in local if piece.size > 0]
 
@@ -175,10 +178,14 @@ def _is_cut_over_all_ranks(parameter: torch.nn.Parameter) -> bool:
 
 
 def shapes(engine: Any) -> dict[str, list[int]]:
-    """Name -> shape of each trained parameter, or of each of its shards, before ZeRO's partitioning."""
+    """Name -> shape of each trained parameter of the whole model, or of each of its shards, before ZeRO's
+    partitioning.
+    """
+    if mesh.pipeline_size() > 1:
+        return shapes_of_all_stages(engine)
     found: dict[str, list[int]] = {}
     shared = layouts(engine)
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in model_of(engine).named_parameters():
         if name in shared:
             sizes = range(len(shared[name].sizes))
             found |= {shard_name(name, rank): shared[name].shard_shape(rank) for rank in sizes}
@@ -189,8 +196,8 @@ def shapes(engine: Any) -> dict[str, list[int]]:
 
 def buffers(engine: Any) -> dict[str, torch.Tensor]:
     """The buffers that belong to the model's state, such as running means; the same on every rank."""
-    persistent = engine.module.state_dict()
-    return {name: buffer for name, buffer in engine.module.named_buffers() if name in persistent}
+    persistent = model_of(engine).state_dict()
+    return {name: buffer for name, buffer in model_of(engine).named_buffers() if name in persistent}
 
 
 def _flats(engine: Any) -> Iterator[torch.Tensor]:
@@ -257,7 +264,7 @@ def held_bytes(engine: Any) -> dict[str, dict[str, int]]:
     config offloads counts as host. Communication buffers are not counted, nor gradients that lie in them.
     """
     zero, optimizer = engine.optimizer, engine.basic_optimizer
-    model = list(engine.module.parameters())
+    model = list(model_of(engine).parameters())
     flats = list(_flats(engine)) + [copy for group in getattr(zero, "fp32_groups", []) for copy in group]
     buckets = [getattr(bucket, "buffer", None) for bucket in getattr(zero, "ipg_buckets", {}).values()]
     lists = [
@@ -307,12 +314,12 @@ def _on_host(engine: Any, kind: str, tensor: torch.Tensor) -> bool:
         return tensor.device.type == "cpu"
     if kind == "parameters":  # what is gathered is on the device
         return offload_device(engine.config, "param") != "none" and any(
-            tensor is getattr(p, "ds_tensor", None) for p in engine.module.parameters()
+            tensor is getattr(p, "ds_tensor", None) for p in model_of(engine).parameters()
         )
     if (
         kind == "gradients"
         and tensor.dim()
-        and any(tensor is parameter.grad for parameter in engine.module.parameters())
+        and any(tensor is parameter.grad for parameter in model_of(engine).parameters())
     ):
         return False
     return offload_device(engine.config, "optimizer") != "none"

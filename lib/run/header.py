@@ -8,6 +8,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from lib.distributed import mesh, ranks
+from lib.distributed.pipeline import model_of, shapes_of_all_stages
 from lib.distributed.zero_state import layout
 from lib.errors import display_path
 from lib.settings.ds_config import offload_device, stage_of
@@ -15,10 +16,12 @@ from lib.settings.ds_config import offload_device, stage_of
 
 def header_lines(run: Any, rows: dict[str, int], notes: Sequence[str]) -> list[str]:
     """run: a lib.run.run.Run with its engine. rows: their number by split."""
-    cfg, ds_config, model, splits = run.cfg, run.ds_config, run.engine.module, run.splits
+    cfg, ds_config, model, splits = run.cfg, run.ds_config, model_of(run.engine), run.splits
     sizes = {parameter: _size(parameter) for parameter in model.parameters()}
     total = sum(sizes.values())
     trained = sum(size for parameter, size in sizes.items() if parameter.requires_grad)
+    if mesh.pipeline_size() > 1:  # here is one stage, and all of it is trained
+        total = trained = sum(math.prod(shape) for shape in shapes_of_all_stages(run.engine).values())
     of_them = f", {trained / 1e6:.1f} M of them trained" if trained < total else ""
     counts = ", ".join(f"{count:,} {split}" for split, count in rows.items())
     world_size = ranks.world_size()
@@ -31,9 +34,9 @@ def header_lines(run: Any, rows: dict[str, int], notes: Sequence[str]) -> list[s
         "data": f"{cfg.dataset}: {counts}",
         **(splits.header if splits is not None else {}),
         "device": f"{_ranks(world_size)} x {device}",
-        "memory": f"ZeRO stage {stage_of(ds_config)}{_offloaded(ds_config)}{_shared()}, {cfg.precision}",
+        "memory": f"ZeRO stage {stage_of(ds_config)}{_offloaded(ds_config)}{_shared(accumulation)}, {cfg.precision}",
         "batch": f"{cfg.batch_size} = {micro} rows x {accumulation} accumulation steps x "
-        f"{_ranks(mesh.data_parallel_size(), mesh.tensor_size() * mesh.sequence_size())}; "
+        f"{_ranks(mesh.data_parallel_size(), world_size // mesh.data_parallel_size())}; "
         f"{run.total_steps} steps",
         "run": display_path(run.folder),
     }
@@ -58,11 +61,14 @@ def _size(parameter: torch.nn.Parameter) -> int:
     return math.prod(shared.shape) if shared is not None else int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def _shared() -> str:
+def _shared(micro_batches: int) -> str:
     if mesh.tensor_size() > 1:
         return f", layers shared by {mesh.tensor_size()} ranks (tensor parallel)"
     if mesh.sequence_size() > 1:
         return f", rows shared by {mesh.sequence_size()} ranks (sequence parallel)"
+    if mesh.pipeline_size() > 1:
+        idle = (mesh.pipeline_size() - 1) / (micro_batches + mesh.pipeline_size() - 1)
+        return f", {mesh.pipeline_size()} stages of a pipeline, each idle for {idle:.1%} of a step (the bubble)"
     return ""
 
 

@@ -22,7 +22,7 @@ from lib.settings.config import check_value
 MEMORY_AND_SPEED = {
     "zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "disable_allgather",
     "data_types", "communication_data_type", "activation_checkpointing", "aio", "compile", "disable_python_gc",
-    "tensor_parallel", "sequence_parallel_size",
+    "tensor_parallel", "sequence_parallel_size", "pipeline",
     "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger", "flops_profiler",
     "tensorboard", "wandb", "csv_monitor", "comet", "log_level", "timers",
 }  # fmt: skip
@@ -43,7 +43,6 @@ WITHOUT_EFFECT = {
 NOT_ENABLED = {"enabled": (False,)}
 REFUSED: dict[str, tuple[Any, str]] = {
     "torch_autocast": (NOT_ENABLED, "it is a second place for the precision; set 'precision' in the YAML"),
-    "pipeline": ({}, "recipes are not pipelines"),
     "expert_parallel": (NOT_ENABLED, "expert parallelism is not supported yet"),
     "data_efficiency": (NOT_ENABLED, "it would change the data; the recipe decides what a batch holds"),
     "gradient_allreduce_op": (("mean",), "the recipe's loss counts on the mean over ranks, which is the default"),
@@ -90,6 +89,7 @@ SECTIONS = {
     "comms_logger",
     "compile",
     "tensor_parallel",
+    "pipeline",
     "timers",
     *LOOSE_SECTIONS,
 }
@@ -204,6 +204,7 @@ def load_ds_config(path: Path, cfg: Any, world_size: int) -> dict[str, Any]:
     """
     config, found = read_json(path), Findings(display_path(path), cfg)
     _check_keys(config, found)
+    world_size = _check_pipeline(config, found, world_size, needed=cfg.is_pipeline)
     world_size = _check_tensor_parallel(config, found, world_size)  # from here on, ranks with the same matrices
     _check_batch(config, found, _check_sequence_parallel(config, found, world_size))
     found.agree(config, "gradient_clipping", "gradient_clipping")
@@ -242,6 +243,11 @@ def shares_vocabulary(ds_config: dict[str, Any]) -> bool:
 def sequence_parallel_size(ds_config: dict[str, Any]) -> int:
     """How many ranks share the tokens of each row; 1: none does."""
     return int(ds_config.get("sequence_parallel_size", 1))
+
+
+def pipeline_stages(ds_config: dict[str, Any]) -> int:
+    """How many ranks have a part of the layers each; 1: each rank has all of them."""
+    return int(ds_config.get("pipeline", {}).get("stages", 1))
 
 
 def offload_device(ds_config: dict[str, Any], what: str) -> str:
@@ -388,6 +394,31 @@ def _check_model(model: type[BaseModel], section: dict[str, Any], found: Finding
     return None
 
 
+def _check_pipeline(config: dict[str, Any], found: Findings, world_size: int, *, needed: bool) -> int:
+    """Returns how many ranks have the same layers.
+
+    needed: whether the recipe trains a pipeline, as others cannot.
+    """
+    section = config.pop("pipeline", {})
+    found.problems += [f"pipeline.{key} is not used here; leave it out" for key in section if key != "stages"]
+    stages = section.get("stages", 1)
+    if not isinstance(stages, int) or isinstance(stages, bool) or stages < 1:
+        found.problems.append(f"pipeline.stages is {stages!r}; write how many ranks have a part of the layers each")
+        return world_size
+    if (stages > 1) != needed:
+        found.problems.append(
+            'this recipe trains a pipeline, and the JSON has none; add "pipeline": {"stages": 2}'
+            if needed
+            else f"pipeline.stages is {stages}, but this recipe trains no pipeline; take pipeline_lm"
+        )
+        return world_size
+    if stages == 1:
+        return world_size
+    _check_divides("pipeline.stages", stages, world_size, found)
+    config["pipeline"] = {"stages": stages}
+    return max(1, world_size // stages)
+
+
 TENSOR_PARALLEL_KEYS = {"autotp_size", "vocab_parallel_lm_head", "tp_overlap_comm"}
 
 
@@ -447,7 +478,9 @@ def _check_divides(path: str, size: int, world_size: int, found: Findings) -> No
 
 
 def _check_mixtures(config: dict[str, Any], found: Findings) -> None:
-    """What tensor parallelism cannot be mixed with."""
+    """What pipelines and tensor parallelism cannot be mixed with."""
+    if pipeline_stages(config) > 1:
+        _check_mixtures_of_pipeline(config, found)
     if tensor_parallel_size(config) == 1:
         return
     if sequence_parallel_size(config) > 1:
@@ -466,6 +499,18 @@ def _check_mixtures(config: dict[str, Any], found: Findings) -> None:
         )
 
 
+def _check_mixtures_of_pipeline(config: dict[str, Any], found: Findings) -> None:
+    precision, stage = found.settings["precision"], stage_of(config)
+    if stage > 1:
+        found.problems.append(
+            f"zero_optimization.stage is {stage}, but a pipeline works with stages 0 and 1 (DeepSpeed 0.19.8)"
+        )
+    if tensor_parallel_size(config) * sequence_parallel_size(config) > 1:
+        found.problems.append("a pipeline is not tested with tensor or sequence parallelism here; leave one out")
+    if precision == "fp16":
+        found.problems.append("a pipeline is not tested in fp16 here; set precision to bf16 or fp32")
+
+
 def _check_batch(config: dict[str, Any], found: Findings, world_size: int) -> None:
     """batch_size = micro-batch x accumulation steps x ranks. The JSON gives the micro-batch; the steps are computed."""
     keys = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -474,7 +519,7 @@ def _check_batch(config: dict[str, Any], found: Findings, world_size: int) -> No
         if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             found.problems.append(f"{key} is {value!r}; write a whole number from 1 up")
             return
-    is_shared = tensor_parallel_size(config) * sequence_parallel_size(config) > 1
+    is_shared = tensor_parallel_size(config) * sequence_parallel_size(config) * pipeline_stages(config) > 1
     kind = "data-parallel rank" if is_shared else "rank"
     ranks = f"{world_size} {kind}{'s' if world_size > 1 else ''}"
     known = (micro if micro != "auto" else 1) * (accumulation if accumulation != "auto" else 1) * world_size

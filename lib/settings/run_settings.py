@@ -12,6 +12,8 @@ from lib.settings.config import Minutes
 class RunSettings:
     """How a run is kept: the same in every recipe, and no part of what it trains. A recipe's Config adds the rest."""
 
+    is_pipeline = False  # no setting: whether the recipe trains a pipeline, so that its JSONs have the section
+
     run_dir: str | None = None  # where the run is written; null: runs/<recipe>-<config>-<time>
     resume: bool = False  # whether to go on with the run in run_dir, from its newest checkpoint
     overwrite: bool = False  # whether a run that is there already is deleted, once this one begins to train
