@@ -24,7 +24,8 @@ usage() {
 ./launch.sh --help                                 this text
 
 options:
-  --stage 0|1|2|3    ZeRO stage: takes ds_configs/<recipe>/zero<stage>.json (default: 2)
+  --stage 0|1|2|3    ZeRO stage: takes ds_configs/<recipe>/zero<stage>.json (default: 2,
+                     or 1 where the recipe has no 2)
   --ds_config FILE   any DeepSpeed JSON instead; also a name from ds_configs/<recipe>, such as zero3_offload
   --ranks N          processes, one a GPU (default: all GPUs, or 2 on a CPU)
   --restarts N       after a fault (a killed rank, say), start again from the newest checkpoint, up to N times
@@ -162,6 +163,9 @@ main() {
     fail "--stage $stage and --ds_config $ds_config both choose a DeepSpeed config; give one of them"
   elif [ -z "$ds_config" ]; then
     case "${stage:-2}" in 0 | 1 | 2 | 3) ;; *) fail "--stage is $stage; it must be 0, 1, 2 or 3" ;; esac
+    if [ -z "$stage" ] && [ ! -f "$folder/zero2.json" ] && [ -f "$folder/zero1.json" ]; then
+      stage=1
+    fi
     ds_config=$folder/zero${stage:-2}.json
   elif [ ! -f "$ds_config" ] && [ -f "$folder/${ds_config%.json}.json" ]; then
     ds_config=$folder/${ds_config%.json}.json

@@ -26,10 +26,16 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # these tests run on the CPU, wi
 os.environ["HF_HUB_OFFLINE"] = "1"  # these tests need no network
 # A process that a shell runs in the background ignores Ctrl-C, and so would the runs that the tests start and stop.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores, and then a run does too
 
 ALL = "TEST_ALL" in os.environ  # ./launch.sh test --all
 CONFIGS = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]  # every recipe has these
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
+PIPELINES = [
+    recipe
+    for recipe in RECIPES
+    if any("pipeline" in json.loads(path.read_text()) for path in (ROOT / "ds_configs" / recipe).glob("*.json"))
+]
 SCRIPTS = Path(sys.executable).parent
 MEASURED: list[str] = []  # figures that tests found, shown at the end
 
@@ -42,7 +48,8 @@ BUDGETS = {
     "test_compare.py": 180,
     "test_checkpoints.py": 100,
     "test_generation.py": 40,
-    "test_parallel.py": 110,
+    "test_parallel.py": 130,
+    "test_pipelines.py": 60,
 }
 BUDGET = 30  # seconds of each other file
 SECONDS: dict[str, float] = {}  # {file: seconds of its tests}

@@ -56,17 +56,17 @@ def join_stages(model: PreTrainedModel, make_stage: MakeStage, loss_of: Callable
     tied = _tied_weight(model)
     _keep_stage(model, stage, stages)
     module = make_stage(model, stage == 0, stage == stages - 1)
-    module.whole_shapes = whole_shapes
     layers: list[Any] = [module] * stages  # of which PipelineModule takes this rank's
     if tied is not None:
         [prefix] = [name for name, part in module.named_modules() if part is model]
         layers[0] = layers[-1] = _TiedStage(module, f"{prefix}.{tied}")
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its plan
         joined = PipelineModule(layers, num_stages=stages, loss_fn=loss_of, partition_method="uniform")
+    joined.whole_shapes = whole_shapes
     # DeepSpeed 0.19.8 takes all parameters of the last stage for copies of the first one's, and leaves them out of the
     # gradient norm.
     for name, parameter in model.named_parameters():
-        parameter.ds_pipe_replicated = stage > 0 and name == tied  # type: ignore[attr-defined]
+        parameter.ds_pipe_replicated = stage > 0 and name == tied
     return joined
 
 
@@ -84,8 +84,7 @@ def model_of(engine: Any) -> Any:
 
 def shapes_of_all_stages(engine: Any) -> dict[str, list[int]]:
     """Name -> shape of each parameter of the whole model that a pipeline trains."""
-    [shapes] = [module.whole_shapes for module in engine.module.modules() if hasattr(module, "whole_shapes")]
-    return dict(shapes)
+    return dict(engine.module.whole_shapes)
 
 
 def check_stages(model: Any, stages: int, make_stage: MakeStage) -> Any:
@@ -93,14 +92,14 @@ def check_stages(model: Any, stages: int, make_stage: MakeStage) -> Any:
 
     It tries whether the stages, one after the other, compute what the whole model does.
     """
-    if not isinstance(model, PreTrainedModel) or "layers" not in _plan(model):
+    if not isinstance(model, PreTrainedModel) or not _plan(model):
         raise UserError(
             f"pipeline.stages is {stages}, but transformers has no plan by which to divide {type(model).__name__}; "
             "take an architecture such as llama, qwen3 or mistral, or another recipe and ZeRO"
         )
     layers = len(model.base_model.layers)
     if layers < stages:
-        raise UserError(f"pipeline.stages is {stages}, but the model has {layers} layers; take at most {layers} stages")
+        raise UserError(f"pipeline.stages is {stages}, but the model has {layers} layers; take fewer stages")
     ids = torch.arange(1, 9)[None]
     training = model.training
     model.eval()
@@ -127,8 +126,10 @@ def check_stages(model: Any, stages: int, make_stage: MakeStage) -> Any:
 
 
 def _plan(model: PreTrainedModel) -> list[str]:
-    """The names of the base model's modules, in the order in which they compute."""
-    return list(getattr(model.base_model.config, "base_model_pp_plan", None) or {})
+    """The names of the base model's modules, in the order in which they compute; empty where transformers has none."""
+    plan = list(getattr(model.base_model.config, "base_model_pp_plan", None) or {})
+    is_there = "layers" in plan and all(isinstance(getattr(model.base_model, name, None), nn.Module) for name in plan)
+    return plan if is_there else []
 
 
 def _tied_weight(model: PreTrainedModel) -> str | None:

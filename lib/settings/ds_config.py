@@ -509,6 +509,10 @@ def _check_mixtures_of_pipeline(config: dict[str, Any], found: Findings) -> None
         found.problems.append("a pipeline is not tested with tensor or sequence parallelism here; leave one out")
     if precision == "fp16":
         found.problems.append("a pipeline is not tested in fp16 here; set precision to bf16 or fp32")
+    elif precision == "bf16" and stage == 0:
+        found.problems.append(
+            "a pipeline in bf16 is not stage 0 in DeepSpeed 0.19.8, whatever it is called; take stage 1"
+        )
 
 
 def _check_batch(config: dict[str, Any], found: Findings, world_size: int) -> None:

@@ -1,4 +1,5 @@
-"""The contract: what every recipe in recipes/ must do, a user's copy included. Real ranks, the real library.
+"""The contract: what every recipe in recipes/ must do, a user's copy included. Real ranks, the real library. That of
+pipelines is in test_pipelines.py.
 
 One recipe runs under every config and number of ranks, the others under half of them, as stages are lib's work and not
 a recipe's; with --all every recipe runs under all. All cases of one number of ranks share one launch.
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import ALL, CONFIGS, MEASURED, RECIPES, ROOT, execute, read_losses
+from conftest import ALL, CONFIGS, MEASURED, PIPELINES, RECIPES, ROOT, execute, read_losses
 from contract_worker import tensors_of
 from safetensors.torch import load_file
 
@@ -42,7 +43,7 @@ SAVING = "save_every=10,keep_checkpoints=9"
 FP32, BF16 = f"precision=fp32,batch_size={BATCH}", f"precision=bf16,batch_size={BATCH}"
 
 
-@pytest.fixture(params=RECIPES)
+@pytest.fixture(params=[recipe for recipe in RECIPES if recipe not in PIPELINES])
 def runs(request: pytest.FixtureRequest, launched: Path) -> tuple[str, Path]:
     """(recipe, folder): the folder holds a run for each case, named <config>_<precision>-<ranks>."""
     return request.param, launched / request.param

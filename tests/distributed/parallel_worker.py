@@ -6,6 +6,7 @@ difference of the export's logits, or the error that refused the model.
 """
 
 import functools
+import importlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,10 +22,12 @@ from lib.distributed import mesh, ranks
 from lib.distributed.export import full_state_dict
 from lib.distributed.loading import load_model
 from lib.distributed.optimizer import make_adamw
+from lib.distributed.pipeline import check_stages, join_stages
 from lib.distributed.repairs import repair_stage0, repair_tensor_parallel
 from lib.errors import UserError
 from lib.models.losses import token_losses
 
+Stage = importlib.import_module("recipes.pipeline_lm").Stage
 ROWS, LENGTH, TOKENS, STEPS = 8, 12, 97, 4
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -92,12 +95,23 @@ def by_plain_torch(architecture: str) -> tuple[list[float], list[float], torch.T
         return losses, norms, model(input_ids=rows_of(architecture, 0)["input_ids"]).logits
 
 
+def check(model: Any) -> Any:
+    return check_stages(model, mesh.pipeline_size(), Stage) if mesh.pipeline_size() > 1 else model
+
+
 def compare(architecture: str, ds_config: dict[str, Any]) -> dict[str, float | str]:
     losses, norms, logits = by_plain_torch(architecture)
     try:
-        model = load_model(functools.partial(build, architecture), ds_config, seed=0)
+        model = load_model(lambda: check(build(architecture)), ds_config, seed=0)
     except UserError as error:
         return {"refused": str(error)}
+    accumulation_steps = ds_config["gradient_accumulation_steps"]
+    if mesh.pipeline_size() > 1:
+
+        def share_of_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return token_losses(logits, labels).sum() / (ROWS * LENGTH) * accumulation_steps * mesh.gradient_size()
+
+        model = join_stages(model, Stage, share_of_loss)
     engine, *_ = deepspeed.initialize(model=model, optimizer=make_adamw(SETTINGS, model, ds_config), config=ds_config)
     repair_stage0(engine)
     repair_tensor_parallel(engine, ROWS)
@@ -105,9 +119,13 @@ def compare(architecture: str, ds_config: dict[str, Any]) -> dict[str, float | s
     for step in range(STEPS):
         mine = slice(mesh.data_parallel_rank(), None, mesh.data_parallel_size())
         rows = {name: tensor[mine] for name, tensor in rows_of(architecture, step).items()}
-        loss = loss_of(engine, part_of_rows(rows)) / (ROWS * LENGTH)
-        engine.backward(loss * mesh.gradient_size())
-        engine.step()
+        if mesh.pipeline_size() > 1:
+            parts = [tensor.chunk(accumulation_steps) for tensor in (rows["input_ids"], rows["labels"])]
+            loss = engine.train_batch(zip(*parts, strict=True)) / mesh.gradient_size()
+        else:
+            loss = loss_of(engine, part_of_rows(rows)) / (ROWS * LENGTH)
+            engine.backward(loss * mesh.gradient_size())
+            engine.step()
         found = {"loss": (float(ranks.all_sum(loss.detach())), losses[step])}
         found["norm"] = float(engine.get_global_grad_norm()), norms[step]
         for name, (here, there) in found.items():

@@ -1,4 +1,6 @@
-"""Tensor and sequence parallelism: the losses, norms and exports of one device, at any stage, of any architecture."""
+"""Tensor and sequence parallelism, and pipelines: the losses, norms and exports of one device, at any stage, of any
+architecture.
+"""
 
 import json
 import shutil
@@ -20,9 +22,13 @@ REFUSED = {
     | {"mamba": "computes attention by eager"},
     "vocabulary": dict.fromkeys(("gpt2", "mamba", "modernbert"), "has no plan by which to share")
     | dict.fromkeys(("bert", "electra", "roberta"), "is none that DeepSpeed can share over the vocabulary"),
+    "pipeline": dict.fromkeys(
+        ("bert", "electra", "gpt2", "mamba", "modernbert", "roberta"), "has no plan by which to divide"
+    ),
 }
 # (form, ranks, stages): one pair of ranks, and two side by side
 LAUNCHES = [("tensor", 2, (0, 1, 3)), ("vocabulary", 4, (0, 2, 3)), ("sequence", 2, (0, 1, 3)), ("sequence", 4, (2,))]
+LAUNCHES += [("pipeline", 2, (0, 1)), ("pipeline", 4, (1,))]
 
 
 def config(form: str, world_size: int, stage: int) -> str:
@@ -33,8 +39,13 @@ def config(form: str, world_size: int, stage: int) -> str:
         "tensor": {"tensor_parallel": {"autotp_size": 2, "vocab_parallel_lm_head": False}},
         "vocabulary": {"tensor_parallel": {"autotp_size": 2, "vocab_parallel_lm_head": True}},
         "sequence": {"sequence_parallel_size": 2},
+        "pipeline": {"pipeline": {"stages": 2}},
     }
-    sizes = {"train_micro_batch_size_per_gpu": ROWS // (world_size // 2), "gradient_accumulation_steps": 1}
+    rows, accumulation_steps = ROWS // (world_size // 2), 2 if form == "pipeline" else 1
+    sizes = {
+        "train_micro_batch_size_per_gpu": rows // accumulation_steps,
+        "gradient_accumulation_steps": accumulation_steps,
+    }
     return json.dumps({**sizes, "gradient_clipping": CLIPPING, **forms[form], "zero_optimization": zero})
 
 
