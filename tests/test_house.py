@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import RECIPES, ROOT
+from conftest import PIPELINES, RECIPES, ROOT
 
 # From the ground up: a module imports its own level and lower ones.
 LEVELS = ["errors", "progress", "settings", "distributed", "data", "models", "run", "scores"]
@@ -88,10 +88,11 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 WRAPPERS = {  # functions that take the place of the engine's, and call those
     "lib.compare.measure": {"meter.initialize", "self.backward"},
+    "lib.distributed.pipeline": {"model"},  # without gradients, to check its stages
     "lib.distributed.repairs": {"backward", "step"},
     "lib.settings.ds_config": {"model"},  # pydantic's
 }
-STEP = re.compile(r"(^|\.)(\w*engine|engine\.module|model|backward|initialize)$|(^|\.)step$")
+STEP = re.compile(r"(^|\.)(\w*engine|engine\.module|model|backward|initialize)$|(^|\.)(step|train_batch)$")
 
 
 def calls_of_a_step(tree: ast.AST) -> set[str]:
@@ -108,7 +109,8 @@ def test_the_training_step_is_in_the_recipe(module: Path) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_has_the_step_in_plain_sight(recipe: str) -> None:
     tree = ast.parse((ROOT / "recipes" / f"{recipe}.py").read_text())
-    assert {"deepspeed.initialize", "engine", "engine.backward", "engine.step"} <= set(calls_of_a_step(tree))
+    step = {"engine.train_batch"} if recipe in PIPELINES else {"engine", "engine.backward", "engine.step"}
+    assert {"deepspeed.initialize", *step} <= set(calls_of_a_step(tree))
     imports = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert not any("recipes" in line for line in imports)
 

@@ -85,6 +85,11 @@ def gradient_group() -> dist.ProcessGroup | None:
     return _mesh.gradient_group
 
 
+def dropout_rank() -> int:
+    """The same on ranks that compute the same activations, and so must drop the same of them."""
+    return dist.get_rank() // _mesh.tensor_size
+
+
 def tensor_size() -> int:
     return _mesh.tensor_size
 

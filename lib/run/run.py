@@ -103,8 +103,7 @@ class Run:
         """(step, this rank's micro-batches) for each optimizer step still to do. Arguments: see training_batches.
 
         Before the first step the run resumes, or begins anew. Before each step the random generators are seeded by the
-        seed, the step and the rank (the same on ranks that share layers), so that dropout does not depend on what ran
-        before. After each step
+        seed, the step and the dropout rank, so that dropout does not depend on what ran before. After each step
         StepEnd saves when that is due, and stops when asked. After the last step, with keep_best, the engine gets the
         best weights. A `break` in the loop leaves out what comes after it.
         """
@@ -117,8 +116,7 @@ class Run:
         self.output.begin_steps(self.resumed_at, self.total_steps)
         self.metrics.restart_clock()
         for step in range(self.resumed_at + 1, self.total_steps + 1):
-            at = (cfg.seed, step, ranks.rank() // mesh.tensor_size())
-            set_seed(int(np.random.SeedSequence(at).generate_state(1)[0]))
+            set_seed(int(np.random.SeedSequence((cfg.seed, step, mesh.dropout_rank())).generate_state(1)[0]))
             self._learning_rate = self.engine.lr_scheduler.get_last_lr()[0]
             micro_batches = next(step_batches)
             yield step, micro_batches

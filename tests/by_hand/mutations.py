@@ -140,7 +140,7 @@ MUTATIONS = [
     Mutation(
         "draw dropout by what ran before",
         "lib/run/run.py",
-        "set_seed(int(np.random.SeedSequence((cfg.seed, step, mesh.gradient_rank())).generate_state(1)[0]))",
+        "set_seed(int(np.random.SeedSequence((cfg.seed, step, mesh.dropout_rank())).generate_state(1)[0]))",
         "pass",
         "tests/contract/test_recipes.py -k 'text_classification and interrupted'",
     ),
@@ -210,14 +210,14 @@ MUTATIONS = [
     Mutation(
         "clip by the norm of one rank's part of the gradients",
         "lib/distributed/repairs.py",
-        "    if mesh.tensor_size() > 1:\n",
+        "    if mesh.tensor_size() > 1 or mesh.pipeline_size() > 1:\n",
         "    if mesh.tensor_size() > 9:\n",
         "tests/distributed/test_parallel.py -k trains",
     ),
     Mutation(
         "give the ranks of a tensor-parallel group rows of their own",
         "lib/distributed/mesh.py",
-        "    return dist.get_rank() // (_mesh.tensor_size * _mesh.sequence_size)\n",
+        "    return _rank_in_stage() // (_mesh.tensor_size * _mesh.sequence_size)\n",
         "    return dist.get_rank() % data_parallel_size()\n",
         "tests/distributed/test_parallel.py -k trains",
     ),
@@ -240,6 +240,13 @@ MUTATIONS = [
         "lib/distributed/vocabulary.py",
         "        vocab_start_index=_part.vocab_start_index, vocab_end_index=_part.vocab_end_index,\n",
         "        vocab_start_index=0, vocab_end_index=logits.shape[-1],\n",
+        "tests/distributed/test_parallel.py -k trains",
+    ),
+    Mutation(
+        "count a weight that two stages of a pipeline have twice in the gradient norm",
+        "lib/distributed/pipeline.py",
+        "ds_pipe_replicated = stage > 0 and name == tied\n",
+        "ds_pipe_replicated = False\n",
         "tests/distributed/test_parallel.py -k trains",
     ),
 ]

@@ -11,7 +11,7 @@ from conftest import RECIPES, ROOT
 
 from lib.errors import UserError
 from lib.settings import config
-from lib.settings.ds_config import load_ds_config, sequence_parallel_size, tensor_parallel_size
+from lib.settings.ds_config import load_ds_config, pipeline_stages, sequence_parallel_size, tensor_parallel_size
 
 # The JSON for ZeRO-3 in the HF Trainer's documentation.
 HF_TRAINER = {
@@ -83,9 +83,9 @@ def test_every_config_in_the_tree_is_accepted(recipe: str, world_size: int) -> N
     cfg = config.load(importlib.import_module(f"recipes.{recipe}").Config, ROOT / "recipes" / f"{recipe}.yaml", {})
     for path in sorted((ROOT / "ds_configs" / recipe).glob("*.json")):
         ds_config = json.loads(path.read_text())
-        size = tensor_parallel_size(ds_config) * sequence_parallel_size(ds_config)
+        size = tensor_parallel_size(ds_config) * sequence_parallel_size(ds_config) * pipeline_stages(ds_config)
         if world_size % size:
-            with pytest.raises(UserError, match="does not divide 1 rank; nearest: --ranks 2"):
+            with pytest.raises(UserError, match=f"does not divide {world_size} ranks?; nearest: --ranks {size}"):
                 load_ds_config(path, cfg, world_size)
             continue
         filled = load_ds_config(path, cfg, world_size)
