@@ -28,7 +28,7 @@ REFUSED = {
 }
 # (form, ranks, stages): one pair of ranks, and two side by side
 LAUNCHES = [("tensor", 2, (0, 1, 3)), ("vocabulary", 4, (0, 2, 3)), ("sequence", 2, (0, 1, 3)), ("sequence", 4, (2,))]
-LAUNCHES += [("pipeline", 2, (0, 1)), ("pipeline", 4, (1,))]
+LAUNCHES += [("pipeline", 2, (0, 1)), ("pipeline", 4, (0, 1))]
 
 
 def config(form: str, world_size: int, stage: int) -> str:
