@@ -12,6 +12,7 @@ tensor parallelism; else all of them. ZeRO divides its states over these.
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from lib.settings.ds_config import sequence_parallel_size, tensor_parallel_size
@@ -101,3 +102,11 @@ def sequence_rank() -> int:
 def sequence_group() -> dist.ProcessGroup | None:
     assert _mesh.sequence_size > 1
     return _mesh.row_group
+
+
+def sum_over_sequence(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over the ranks that share this rank's training rows, without a gradient."""
+    total = tensor.detach().clone()
+    if _mesh.sequence_size > 1:
+        dist.all_reduce(total, group=_mesh.row_group)
+    return total
