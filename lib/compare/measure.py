@@ -41,13 +41,22 @@ from lib.run import checkpoint_files, checkpoints, run
 from lib.run.cli import leave
 from lib.settings.ds_config import stage_of
 
-# torch 2.13 does not count the operations of this kernel by itself.
-ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
 
 def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     """The floating-point operations of an attention, from the shapes of its inputs."""
     return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]  # torch gives it no types
+
+
+def experts_flops(rows: Any, matrices: Any, *_: Any, **__: Any) -> int:
+    """Those of a mixture's experts, from the shapes [tokens x experts of each, width] and [experts, width, ...]."""
+    return int(2 * math.prod(rows) * matrices[2])
+
+
+# torch 2.13 does not count the operations of these kernels by itself.
+NOT_COUNTED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    torch.ops.aten._grouped_mm: experts_flops,
+}
 
 
 class Timeline:
@@ -266,7 +275,7 @@ class Meter:
             # A pass without gradients is not counted: the same pass with gradients follows.
             if self.step != INSPECTED or not torch.is_grad_enabled():
                 return real(*arguments, **options)
-            with FlopCounterMode(display=False, custom_mapping={ATTENTION_ON_CPU: attention_flops}) as counter:
+            with FlopCounterMode(display=False, custom_mapping=NOT_COUNTED) as counter:
                 output = real(*arguments, **options)
             self.flops += counter.get_total_flops()
             return output

@@ -102,16 +102,15 @@ class Routers:
         self._step: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each micro-batch: balance, tokens of each expert
         if self.modules:
             model.register_forward_pre_hook(self._begin)
-        for module in self.modules:
-            module.register_forward_hook(self._note)
+        for router in self.modules:
+            router.register_forward_hook(self._note)
 
     def _begin(self, model: nn.Module, _: Any) -> None:
         self._found, self._records = [], model.training
 
     def _note(self, _: nn.Module, __: Any, output: tuple[torch.Tensor, ...]) -> None:
         if self._records:
-            logits, _, chosen = output  # [tokens, experts], weights, [tokens, experts of each token]
-            self._found.append((logits, chosen))
+            self._found.append((output[0], output[2]))  # [tokens, experts], [tokens, experts of each token]
 
     def balance(self, rows: torch.Tensor) -> torch.Tensor:
         """The balance loss of this rank's rows of the last forward pass, summed over rows; 0 for a dense model.
@@ -123,20 +122,19 @@ class Routers:
         if not self.modules:
             return torch.zeros((), device=rows.device)
         assert len(self._found) == len(self.modules), "no forward pass in training since the last call"
-        losses, counts = [], []
-        for logits, chosen in self._found:
-            scores = logits.float().sigmoid() if self.is_sigmoid else logits.float().softmax(-1)
-            scores = (scores / scores.sum(-1, keepdim=True)).view(len(rows), -1, scores.shape[-1])
-            chosen = chosen.view(len(rows), -1)
-            ones = torch.ones_like(chosen, dtype=scores.dtype)
-            tokens = scores.new_zeros(len(rows), scores.shape[-1]).scatter_add_(1, chosen, ones)
-            counts.append(tokens.sum(0).long())
-            row_tokens = mesh.sum_over_sequence(tokens)  # of whole rows, by all ranks that share them
-            share = row_tokens / row_tokens.sum(1, keepdim=True) * scores.shape[-1]
-            losses.append((share * scores.sum(1)).sum() / (scores.shape[1] * mesh.sequence_size()))
+        logits, chosen = (torch.stack(layers) for layers in zip(*self._found, strict=True))
         self._found = []
-        balance = torch.stack(losses).mean()
-        self._step.append((balance.detach(), torch.stack(counts)))
+        layers, _, experts = logits.shape
+        scores = logits.float().sigmoid() if self.is_sigmoid else logits.float().softmax(-1)
+        scores = (scores / scores.sum(-1, keepdim=True)).view(layers, len(rows), -1, experts)
+        chosen = chosen.view(layers, len(rows), -1)
+        ones = torch.ones_like(chosen, dtype=scores.dtype)
+        tokens = scores.new_zeros(layers, len(rows), experts).scatter_add_(2, chosen, ones)
+        row_tokens = mesh.sum_over_sequence(tokens)  # of whole rows, by all ranks that share them
+        share = row_tokens / row_tokens.sum(-1, keepdim=True) * experts
+        length = scores.shape[2] * mesh.sequence_size()
+        balance = (share * scores.sum(2)).sum() / (length * layers)
+        self._step.append((balance.detach(), tokens.sum(1).long()))
         return balance
 
     def figures(self, rows: int) -> dict[str, torch.Tensor]:

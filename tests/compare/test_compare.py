@@ -243,6 +243,10 @@ def test_a_pass_that_is_done_again_counts_once(tmp_path: Path) -> None:
     assert meter.flops == 0
     forward(rows)
     assert meter.flops == 2 * 7 * 3 * 5
+    offsets = torch.tensor([4, 4, 7], dtype=torch.int32)  # 4 rows for the first of three experts, none for the second
+    experts = meter.forward(layer, lambda rows: torch.nn.functional.grouped_mm(rows, torch.ones(3, 8, 4), offs=offsets))
+    experts(torch.ones(7, 8, requires_grad=True))
+    assert meter.flops == 2 * 7 * 3 * 5 + 2 * 7 * 8 * 4  # an expert that has no rows costs nothing
 
 
 # The command

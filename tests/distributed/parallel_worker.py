@@ -23,9 +23,11 @@ from lib.distributed.loading import load_model
 from lib.distributed.optimizer import make_adamw
 from lib.distributed.repairs import repair_stage0, repair_tensor_parallel
 from lib.errors import UserError
+from lib.models.experts import Routers
 from lib.models.losses import token_losses
 
 ROWS, LENGTH, TOKENS, STEPS = 8, 12, 97, 4
+BALANCE = 0.5  # weight of the balance loss
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 ARCHITECTURES: dict[str, dict[str, Any]] = {  # transformers' name -> what its config says beside SIZES
@@ -39,6 +41,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {  # transformers' name -> what its c
     "electra": {"embedding_size": 32},
     "gpt_neox": {},  # one matrix for queries, keys and values
     "gpt2": {},
+    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4},
+    "qwen3_moe": {"num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
     "modernbert": {},
     "mamba": {},
 }
@@ -58,9 +62,11 @@ def build(architecture: str) -> Any:
     return kind.from_config(config, dtype=torch.float32)
 
 
-def loss_of(model: Any, batch: Batch) -> torch.Tensor:
+def loss_of(model: Any, batch: Batch, routers: Routers) -> torch.Tensor:
+    """Its mean over a step, this rank's share of it; with a large balance loss, in a mixture of experts."""
     inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
-    return token_losses(model(**inputs).logits.float(), batch["labels"]).sum()
+    losses = token_losses(model(**inputs).logits.float(), batch["labels"])
+    return losses.sum() / (ROWS * LENGTH) + BALANCE * routers.balance(batch["input_ids"]) / ROWS
 
 
 def rows_of(architecture: str, step: int) -> Batch:
@@ -78,10 +84,10 @@ def by_plain_torch(architecture: str) -> tuple[list[float], list[float], torch.T
     """(losses, norms, logits after training)"""
     model = build(architecture)
     model.train()
-    optimizer = make_adamw(SETTINGS, model, {})
+    optimizer, routers = make_adamw(SETTINGS, model, {}), Routers(model, BALANCE)
     losses, norms = [], []
     for step in range(STEPS):
-        loss = loss_of(model, rows_of(architecture, step)) / (ROWS * LENGTH)
+        loss = loss_of(model, rows_of(architecture, step), routers)
         torch.autograd.backward(loss)
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)))
         losses.append(float(loss))
@@ -101,11 +107,12 @@ def compare(architecture: str, ds_config: dict[str, Any]) -> dict[str, float | s
     engine, *_ = deepspeed.initialize(model=model, optimizer=make_adamw(SETTINGS, model, ds_config), config=ds_config)
     repair_stage0(engine)
     repair_tensor_parallel(engine, ROWS)
+    routers = Routers(engine.module, BALANCE)
     differences: dict[str, float | str] = {"loss": 0.0, "norm": 0.0}
     for step in range(STEPS):
         mine = slice(mesh.data_parallel_rank(), None, mesh.data_parallel_size())
         rows = {name: tensor[mine] for name, tensor in rows_of(architecture, step).items()}
-        loss = loss_of(engine, part_of_rows(rows)) / (ROWS * LENGTH)
+        loss = loss_of(engine, part_of_rows(rows), routers)
         engine.backward(loss * mesh.gradient_size())
         engine.step()
         found = {"loss": (float(ranks.all_sum(loss.detach())), losses[step])}
@@ -126,6 +133,8 @@ def compare(architecture: str, ds_config: dict[str, Any]) -> dict[str, float | s
 def main(file: str, *configs: str) -> None:
     ranks.init(timeout_minutes=3)
     found: dict[str, Any] = {}
+    for architecture in ARCHITECTURES:
+        by_plain_torch(architecture)  # while no ranks share rows
     for text in configs:
         ds_config = json.loads(text)
         mesh.form(ds_config)

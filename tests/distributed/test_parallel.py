@@ -15,10 +15,12 @@ from lib.errors import UserError
 
 # What each form refuses, and why.
 REFUSED = {
-    "tensor": dict.fromkeys(("gpt2", "mamba", "modernbert"), "has no plan by which to share"),
+    "tensor": dict.fromkeys(("gpt2", "mamba", "mixtral", "modernbert", "qwen3_moe"), "has no plan by which to share"),
     "sequence": dict.fromkeys(("bert", "electra", "modernbert", "roberta"), "is no decoder")
     | {"mamba": "computes attention by eager"},
-    "vocabulary": dict.fromkeys(("gpt2", "mamba", "modernbert"), "has no plan by which to share")
+    "vocabulary": dict.fromkeys(
+        ("gpt2", "mamba", "mixtral", "modernbert", "qwen3_moe"), "has no plan by which to share"
+    )
     | dict.fromkeys(("bert", "electra", "roberta"), "is none that DeepSpeed can share over the vocabulary"),
 }
 # (form, ranks, stages): one pair of ranks, and two side by side
