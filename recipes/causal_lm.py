@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launch
 from lib.data.batches import IGNORED, Batch
 from lib.data.blocks import Blocks, collate_blocks, token_streams
 from lib.data.rows import load_rows
-from lib.distributed import ranks
+from lib.distributed import mesh, ranks
 from lib.distributed.export import export
 from lib.distributed.loading import load_model
 from lib.distributed.optimizer import make_adamw, make_schedule
@@ -133,7 +133,7 @@ def logits_of(engine: Any, batch: Batch) -> torch.Tensor:
 def generate(engine: Any, tokenizer: PreTrainedTokenizerBase, cfg: Config) -> list[str]:
     """`samples` texts that go on from `prompt`.
 
-    Every rank draws the same ones, as ZeRO-3 needs all of them for each token.
+    Every rank draws the same ones, as ZeRO-3 and expert parallelism need all of them for each token.
     """
     prompt = tokenizer([cfg.prompt] * cfg.samples, add_special_tokens=False, return_tensors="pt").to(engine.device)
     torch.manual_seed(cfg.seed)
@@ -141,7 +141,7 @@ def generate(engine: Any, tokenizer: PreTrainedTokenizerBase, cfg: Config) -> li
     tokens = engine.module.generate(
         input_ids=prompt["input_ids"], attention_mask=prompt["attention_mask"], **SAMPLING,
         max_new_tokens=cfg.sample_tokens, pad_token_id=tokenizer.eos_token_id,
-        synced_gpus=engine.zero_optimization_stage() == 3,
+        synced_gpus=engine.zero_optimization_stage() == 3 or mesh.expert_size() > 1,
     )  # fmt: skip
     return [str(text) for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 

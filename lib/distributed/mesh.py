@@ -5,6 +5,9 @@ sequence-parallel group have the same rows too, the whole model, and a part of e
 neighbours, as DeepSpeed has them: of 4 ranks with a size of 2, 0 and 1 are a group, and 2 and 3. Groups are data
 parallel to each other: each has rows of its own.
 
+Ranks of an expert-parallel group have rows of their own, as in data parallelism, and each has a part of the experts of
+each layer. They are neighbours too.
+
 Gradients are summed over the gradient ranks, the ranks that compute with the same matrices: 0 and 2, and 1 and 3, under
 tensor parallelism; else all of them. ZeRO divides its states over these.
 """
@@ -15,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lib.settings.ds_config import sequence_parallel_size, tensor_parallel_size
+from lib.settings.ds_config import expert_parallel_size, sequence_parallel_size, tensor_parallel_size
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Mesh:
     sequence_size: int
     row_group: dist.ProcessGroup | None  # neighbours, which have the same rows
     gradient_group: dist.ProcessGroup | None
+    expert_size: int = 1  # how many ranks share the experts of each layer; DeepSpeed makes their groups
 
 
 _mesh = Mesh(1, 1, None, None)
@@ -35,7 +39,8 @@ def form(ds_config: dict[str, Any]) -> None:
     """Make the groups that a config asks for. Every rank must call it, after the ranks have joined."""
     global _mesh
     tensor, sequence = tensor_parallel_size(ds_config), sequence_parallel_size(ds_config)
-    if (tensor, sequence) == (_mesh.tensor_size, _mesh.sequence_size):
+    expert = expert_parallel_size(ds_config)
+    if (tensor, sequence, expert) == (_mesh.tensor_size, _mesh.sequence_size, _mesh.expert_size):
         return
     row_group = gradient_group = None
     world_size = dist.get_world_size()
@@ -44,7 +49,7 @@ def form(ds_config: dict[str, Any]) -> None:
         row_group = _group_of([list(range(first, first + size)) for first in range(0, world_size, size)])
     if tensor > 1:
         gradient_group = _group_of([list(range(place, world_size, tensor)) for place in range(tensor)])
-    _mesh = Mesh(tensor, sequence, row_group, gradient_group)
+    _mesh = Mesh(tensor, sequence, row_group, gradient_group, expert)
 
 
 def _group_of(groups: list[list[int]]) -> dist.ProcessGroup | None:
@@ -110,3 +115,7 @@ def sum_over_sequence(tensor: torch.Tensor) -> torch.Tensor:
     if _mesh.sequence_size > 1:
         dist.all_reduce(total, group=_mesh.row_group)
     return total
+
+
+def expert_size() -> int:
+    return _mesh.expert_size

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META
 
-from lib.distributed import mesh
+from lib.distributed import expert_parallel, mesh
 from lib.errors import UserError
 from lib.settings.ds_config import offload_device, stage_of
 
@@ -106,7 +106,7 @@ def pieces(engine: Any) -> list[Piece]:
     if hasattr(engine.optimizer, "fp32_groups"):
         for parameters, copies in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
             masters |= {id(parameter): copy for parameter, copy in zip(parameters, copies, strict=True)}
-    ranges, shared = _ranges(engine.optimizer), layouts(engine)
+    ranges, shared, moved = _ranges(engine.optimizer), layouts(engine), expert_parallel.parts(engine.module)
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -136,7 +136,11 @@ def pieces(engine: Any) -> list[Piece]:
             )
         else:
             piece = Piece(name, 0, parameter.numel(), masters.get(id(parameter), parameter), 0)
-        if piece.size > 0:
+        if name in moved:  # each expert lies in another place of transformers' parameter
+            part = moved[name]
+            runs = part.pieces(piece.start, piece.size)
+            found += [Piece(part.name, start, size, piece.flat, piece.offset + at) for start, at, size in runs]
+        elif piece.size > 0:
             found.append(piece)
     return found
 
@@ -177,9 +181,11 @@ def _is_cut_over_all_ranks(parameter: torch.nn.Parameter) -> bool:
 def shapes(engine: Any) -> dict[str, list[int]]:
     """Name -> shape of each trained parameter, or of each of its shards, before ZeRO's partitioning."""
     found: dict[str, list[int]] = {}
-    shared = layouts(engine)
+    shared, moved = layouts(engine), expert_parallel.parts(engine.module)
     for name, parameter in engine.module.named_parameters():
-        if name in shared:
+        if name in moved:
+            found[moved[name].name] = list(moved[name].shape)
+        elif name in shared:
             sizes = range(len(shared[name].sizes))
             found |= {shard_name(name, rank): shared[name].shard_shape(rank) for rank in sizes}
         elif parameter.requires_grad:

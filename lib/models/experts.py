@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from deepspeed.moe.ep_router import TokenChoiceTopKRouter
 from torch import nn
 
 from lib.distributed import mesh
@@ -90,8 +91,10 @@ class Routers:
         names = ARCHITECTURES.get(config.model_type)
         if names is not None:
             self.is_sigmoid = names.is_sigmoid
-            recorded = model._can_record_outputs["router_logits"].target_class
-            self.modules = [module for module in model.modules() if type(module) is recorded]
+            kind = TokenChoiceTopKRouter  # of expert parallelism
+            if not any(isinstance(module, kind) for module in model.modules()):
+                kind = model._can_record_outputs["router_logits"].target_class
+            self.modules = [module for module in model.modules() if isinstance(module, kind)]
         elif balance_loss and any((getattr(config, name, None) or 0) > 1 for name in ANY_NAME):
             raise UserError(
                 f"balance_loss is {balance_loss}, but the routers of architecture '{config.model_type}' are not known "
@@ -99,18 +102,25 @@ class Routers:
             )
         self._records = False  # recomputation for activation checkpointing must not record once more
         self._found: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each layer: logits and chosen experts
+        self._logits: torch.Tensor | None = None  # of the layer at work
         self._step: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each micro-batch: balance, tokens of each expert
         if self.modules:
             model.register_forward_pre_hook(self._begin)
         for router in self.modules:
+            if isinstance(router, TokenChoiceTopKRouter):  # whose output has no logits
+                router.gate.register_forward_hook(self._note_logits)
             router.register_forward_hook(self._note)
 
     def _begin(self, model: nn.Module, _: Any) -> None:
         self._found, self._records = [], model.training
 
+    def _note_logits(self, _: nn.Module, __: Any, logits: torch.Tensor) -> None:
+        self._logits = logits if self._records else None
+
     def _note(self, _: nn.Module, __: Any, output: tuple[torch.Tensor, ...]) -> None:
-        if self._records:
-            self._found.append((output[0], output[2]))  # [tokens, experts], [tokens, experts of each token]
+        if self._records:  # logits [tokens, experts] and the chosen experts, [tokens, experts of each token]
+            self._found.append((output[0], output[2]) if self._logits is None else (self._logits, output[1]))
+            self._logits = None
 
     def balance(self, rows: torch.Tensor) -> torch.Tensor:
         """The balance loss of this rank's rows of the last forward pass, summed over rows; 0 for a dense model.

@@ -8,6 +8,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from lib.distributed import mesh, ranks
+from lib.distributed.expert_parallel import is_shared
 from lib.distributed.zero_state import layout
 from lib.errors import display_path
 from lib.settings.ds_config import offload_device, stage_of
@@ -55,7 +56,8 @@ def _ranks(count: int, sharing: int = 1) -> str:
 def _size(parameter: torch.nn.Parameter) -> int:
     """Of the whole parameter, wherever its parts are."""
     shared = layout(parameter)
-    return math.prod(shared.shape) if shared is not None else int(getattr(parameter, "ds_numel", parameter.numel()))
+    size = math.prod(shared.shape) if shared is not None else int(getattr(parameter, "ds_numel", parameter.numel()))
+    return size * mesh.expert_size() if is_shared(parameter) else size
 
 
 def _shared() -> str:
@@ -63,6 +65,8 @@ def _shared() -> str:
         return f", layers shared by {mesh.tensor_size()} ranks (tensor parallel)"
     if mesh.sequence_size() > 1:
         return f", rows shared by {mesh.sequence_size()} ranks (sequence parallel)"
+    if mesh.expert_size() > 1:
+        return f", experts shared by {mesh.expert_size()} ranks (expert parallel)"
     return ""
 
 

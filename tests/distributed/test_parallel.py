@@ -35,8 +35,10 @@ def config(form: str, world_size: int, stage: int) -> str:
         "tensor": {"tensor_parallel": {"autotp_size": 2, "vocab_parallel_lm_head": False}},
         "vocabulary": {"tensor_parallel": {"autotp_size": 2, "vocab_parallel_lm_head": True}},
         "sequence": {"sequence_parallel_size": 2},
+        "expert": {"expert_parallel": {"enabled": True, "autoep_size": 2}},
     }
-    sizes = {"train_micro_batch_size_per_gpu": ROWS // (world_size // 2), "gradient_accumulation_steps": 1}
+    sharing = 1 if form == "expert" else 2
+    sizes = {"train_micro_batch_size_per_gpu": ROWS // (world_size // sharing), "gradient_accumulation_steps": 1}
     return json.dumps({**sizes, "gradient_clipping": CLIPPING, **forms[form], "zero_optimization": zero})
 
 
