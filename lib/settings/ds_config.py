@@ -453,7 +453,8 @@ def _check_expert_parallel(config: dict[str, Any], found: Findings, world_size: 
             f"expert_parallel.{key} is not used here{did_you_mean(key, EXPERT_PARALLEL_KEYS)}; leave it out: "
             "the model says how its experts are shared"
         )
-    enabled, size = section.get("enabled", False), section.get("autoep_size", 1)
+    enabled = section.get("enabled", False)
+    size = section.get("autoep_size", None if enabled is True else 1)
     if not isinstance(enabled, bool):
         found.problems.append(f"expert_parallel.enabled is {enabled!r}; write true or false")
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
