@@ -64,6 +64,16 @@ def sizes(architecture: str, num_experts: int | None, experts_per_token: int, wi
     return counts | dict.fromkeys(names.widths, width) | names.others
 
 
+def _routers_of(model: Any) -> list[nn.Module]:
+    """Those of expert parallelism, or those whose output transformers records: logits, weights, chosen experts."""
+    recorded = (getattr(model, "_can_record_outputs", None) or {}).get("router_logits")
+    for kind in (TokenChoiceTopKRouter, getattr(recorded, "target_class", None)):
+        found = [module for module in model.modules() if kind is not None and type(module) is kind]
+        if found:
+            return found
+    return []
+
+
 class Routers:
     """What the routers of a mixture of experts decide in training; a dense model has none, and its figures are empty.
 
@@ -86,16 +96,10 @@ class Routers:
         Raises UserError where it is not 0 and this is a mixture of experts whose routers are not known here.
         """
         config = model.config.get_text_config()
-        self.is_sigmoid = False
-        self.modules: list[nn.Module] = []
         names = ARCHITECTURES.get(config.model_type)
-        if names is not None:
-            self.is_sigmoid = names.is_sigmoid
-            kind = TokenChoiceTopKRouter  # of expert parallelism
-            if not any(isinstance(module, kind) for module in model.modules()):
-                kind = model._can_record_outputs["router_logits"].target_class
-            self.modules = [module for module in model.modules() if isinstance(module, kind)]
-        elif balance_loss and any((getattr(config, name, None) or 0) > 1 for name in ANY_NAME):
+        self.is_sigmoid = names is not None and names.is_sigmoid
+        self.modules = _routers_of(model) if names is not None else []
+        if not self.modules and balance_loss and any((getattr(config, name, None) or 0) > 1 for name in ANY_NAME):
             raise UserError(
                 f"balance_loss is {balance_loss}, but the routers of architecture '{config.model_type}' are not known "
                 f"here (those of {', '.join(ARCHITECTURES)} are); set --balance_loss 0"
