@@ -9,7 +9,10 @@ tokenizer.
 
 Method: minimize the mean of -log p(token | the tokens before it in its block). Documents are joined, with an
 end-of-text token after each, and cut into full blocks, so that nothing is padded (Brown et al. 2020, GPT-3, section
-2.3; as there, a block may hold the end of one document and the beginning of the next, and attention runs across).
+2.3; as there, a block may hold the end of one document and the beginning of the next, and attention runs across). With
+`--architecture mixtral --num_experts 8` the MLPs are mixtures of experts, and `balance_loss` times the sequence-wise
+balance loss of DeepSeek-V3 is added (Liu et al. 2024, equations 17 to 20; lib/models/experts.py); `loss` is logged
+without it.
 
 Change first: the YAML beside this file (data, sizes), then build_model().
 """
@@ -29,12 +32,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launch
 from lib.data.batches import IGNORED, Batch
 from lib.data.blocks import Blocks, collate_blocks, token_streams
 from lib.data.rows import load_rows
-from lib.distributed import ranks
+from lib.distributed import mesh, ranks
 from lib.distributed.export import export
 from lib.distributed.loading import load_model
 from lib.distributed.optimizer import make_adamw, make_schedule
 from lib.errors import UserError
-from lib.models import checks, hub, scratch
+from lib.models import checks, experts, hub, scratch
 from lib.models.losses import token_losses
 from lib.run.cli import cli
 from lib.run.result import Scores
@@ -59,6 +62,9 @@ class Config(RunSettings):
     num_layers: PositiveInt  # decoder layers
     num_heads: PositiveInt  # attention heads
     tie_embeddings: bool  # whether the output layer is the transposed input embedding
+    num_experts: PositiveInt | None  # of each layer, with an architecture such as mixtral; null: a dense model
+    experts_per_token: PositiveInt  # how many of them compute each token
+    balance_loss: NonNegativeFloat  # weight of the loss that spreads tokens evenly over the experts; 0: none
     dataset: str  # "sotu" (built in), a file (.jsonl, .csv, .parquet, ...), a folder of them, or a hub id
     text_column: str  # the column to read, one document a row
     max_rows: PositiveInt | None  # rows to take of each split, drawn at random; null: all
@@ -97,6 +103,7 @@ def build_model(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Mod
         intermediate_size=cfg.intermediate_size, num_hidden_layers=cfg.num_layers, num_key_value_heads=cfg.num_heads,
         max_position_embeddings=cfg.max_length, tie_word_embeddings=cfg.tie_embeddings,
         bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=None,
+        **experts.sizes(cfg.architecture, cfg.num_experts, cfg.experts_per_token, cfg.intermediate_size),
     )  # fmt: skip
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
@@ -126,7 +133,7 @@ def logits_of(engine: Any, batch: Batch) -> torch.Tensor:
 def generate(engine: Any, tokenizer: PreTrainedTokenizerBase, cfg: Config) -> list[str]:
     """`samples` texts that go on from `prompt`.
 
-    Every rank draws the same ones, as ZeRO-3 needs all of them for each token.
+    Every rank draws the same ones, as ZeRO-3 and expert parallelism need all of them for each token.
     """
     prompt = tokenizer([cfg.prompt] * cfg.samples, add_special_tokens=False, return_tensors="pt").to(engine.device)
     torch.manual_seed(cfg.seed)
@@ -134,7 +141,7 @@ def generate(engine: Any, tokenizer: PreTrainedTokenizerBase, cfg: Config) -> li
     tokens = engine.module.generate(
         input_ids=prompt["input_ids"], attention_mask=prompt["attention_mask"], **SAMPLING,
         max_new_tokens=cfg.sample_tokens, pad_token_id=tokenizer.eos_token_id,
-        synced_gpus=engine.zero_optimization_stage() == 3,
+        synced_gpus=engine.zero_optimization_stage() == 3 or mesh.expert_size() > 1,
     )  # fmt: skip
     return [str(text) for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
@@ -162,6 +169,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     schedule = make_schedule(cfg, optimizer, run.total_steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
     run.attach(engine, {f"{name} tokens": len(stream) for name, stream in streams.items()})
+    routers = experts.Routers(engine.module, cfg.balance_loss)  # a dense model has none
 
     def evaluate(split: str) -> dict[str, float]:
         texts = splits[split]["text"]
@@ -172,10 +180,11 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
         step_loss = torch.zeros((), device=run.device)
         for batch in micro_batches:
             loss = token_losses(logits_of(engine, batch), batch["labels"]).sum() / labels
-            engine.backward(run.undivided(loss))  # DeepSpeed divides by accumulation steps and data-parallel ranks
+            balance = cfg.balance_loss * routers.balance(batch["input_ids"]) / cfg.batch_size
+            engine.backward(run.undivided(loss + balance))  # DeepSpeed divides by accumulation steps and ranks
             engine.step()  # changes the weights after the last micro-batch only
             step_loss += loss.detach()
-        run.log_step(step, step_loss, tokens=labels)
+        run.log_step(step, step_loss, tokens=labels, **routers.figures(cfg.batch_size))
         if run.evaluation_due(step):
             run.log_scores(step, "validation", evaluate("validation"), lower_is_better="perplexity")
 

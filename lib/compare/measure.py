@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.comm import comm
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, VocabParallelEmbedding
 from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -35,19 +36,29 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from lib.compare.results import INSPECTED, PHASES
 from lib.data import batches
 from lib.distributed import mesh, ranks
+from lib.distributed.expert_parallel import is_shared
 from lib.distributed.zero_state import held_bytes, layout
 from lib.errors import Stopped
 from lib.run import checkpoint_files, checkpoints, run
 from lib.run.cli import leave
 from lib.settings.ds_config import stage_of
 
-# torch 2.13 does not count the operations of this kernel by itself.
-ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
 
 def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     """The floating-point operations of an attention, from the shapes of its inputs."""
     return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]  # torch gives it no types
+
+
+def experts_flops(rows: Any, matrices: Any, *_: Any, **__: Any) -> int:
+    """Those of a mixture's experts, from the shapes [tokens x experts of each, width] and [experts, width, ...]."""
+    return int(2 * math.prod(rows) * matrices[2])
+
+
+# torch 2.13 does not count the operations of these kernels by itself.
+NOT_COUNTED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    torch.ops.aten._grouped_mm: experts_flops,
+}
 
 
 class Timeline:
@@ -160,7 +171,7 @@ class Sent:
         self.logged: dict[str, dict[int, dict[str, Counter[int]]]] = {"logged": {}, "logged_activations": {}}
         # Elements that go through the layers that ranks share.
         self.elements = Counter(
-            dict.fromkeys(("summed_outputs", "summed_gradients", "attention_outputs", "exchanged"), 0)
+            dict.fromkeys(("summed_outputs", "summed_gradients", "attention_outputs", "exchanged", "routed"), 0)
         )
 
     def begin(self) -> None:
@@ -199,6 +210,10 @@ class Sent:
         for module in model.modules():
             if isinstance(module, LinearAllreduce | VocabParallelEmbedding):
                 module.register_forward_hook(lambda _, inputs, output: self.count("summed_outputs", output.numel()))
+            elif isinstance(module, AutoEPMoELayer):
+                module.register_forward_hook(
+                    lambda layer, inputs, _: self.count("routed", layer.top_k * inputs[0].numel())
+                )
             elif isinstance(module, LinearLayer):
                 module.register_forward_pre_hook(lambda _, inputs: self.count_gradient(inputs[0], "summed_gradients"))
 
@@ -221,7 +236,7 @@ def is_of_activations(collective: str, group: dist.ProcessGroup | None) -> bool:
 
     ZeRO's groups may have the same ranks, but then it uses other collectives.
     """
-    if mesh.sequence_size() > 1:
+    if mesh.sequence_size() > 1 or mesh.expert_size() > 1:
         return collective.startswith("all_to_all")
     if mesh.tensor_size() == 1 or group is None or collective != "all_reduce":
         return False
@@ -266,7 +281,7 @@ class Meter:
             # A pass without gradients is not counted: the same pass with gradients follows.
             if self.step != INSPECTED or not torch.is_grad_enabled():
                 return real(*arguments, **options)
-            with FlopCounterMode(display=False, custom_mapping={ATTENTION_ON_CPU: attention_flops}) as counter:
+            with FlopCounterMode(display=False, custom_mapping=NOT_COUNTED) as counter:
                 output = real(*arguments, **options)
             self.flops += counter.get_total_flops()
             return output
@@ -404,6 +419,9 @@ def facts(engine: Any) -> dict[str, Any]:
     }
     in_partition = getattr(zero, "params_in_partition", None)
     accelerator = get_accelerator()
+    experts = {parameter for parameter in parameters if is_shared(parameter)}
+    touching = sum(parameter.numel() for group in in_partition for parameter in group) if in_partition else None
+    of_experts = sum(p.numel() for group in in_partition for p in group if is_shared(p)) if in_partition else None
     return {
         "model": type(engine.module).__name__,
         "whole_parameters": sum(whole.values()),
@@ -411,9 +429,8 @@ def facts(engine: Any) -> dict[str, Any]:
         **counts(parameters),
         "not_shared": counts({parameter for parameter in parameters if layout(parameter) is None}),
         # At stages 1 and 2, all of the parameters that lie in this rank's share, be it only in part.
-        "touching_share": sum(parameter.numel() for group in in_partition for parameter in group)
-        if in_partition is not None
-        else None,
+        "touching_share": touching,
+        "of_experts": {**counts(experts), "touching_share": of_experts} if experts else {},
         "stage": stage,
         "element_bytes": next(iter(parameters)).element_size(),
         "accumulation_steps": engine.gradient_accumulation_steps(),
@@ -422,6 +439,7 @@ def facts(engine: Any) -> dict[str, Any]:
         "zero_ranks": mesh.gradient_size(),
         "tensor_size": mesh.tensor_size(),
         "sequence_size": mesh.sequence_size(),
+        "expert_size": mesh.expert_size(),
         "device": torch.cuda.get_device_name() if accelerator.device_name() == "cuda" else accelerator.device_name(),
         "device_bytes": accelerator.total_memory() if accelerator.device_name() != "cpu" else None,
         "threads": torch.get_num_threads(),

@@ -8,6 +8,7 @@ formulas.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,11 +61,35 @@ def peak_flops(device: str, element_bytes: int) -> float | None:
     )
 
 
+def _parts(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """The facts of what ZeRO divides over the same ranks: of all, or of the experts that a rank has, which it divides
+    over the ranks that have them too, and of the rest."""
+    experts = facts.get("of_experts") or {}
+    if not experts:
+        return [facts]
+    rest = {kind: facts[kind] - count for kind, count in experts.items() if facts[kind] is not None}
+    ranks = facts["zero_ranks"] // facts["expert_size"]
+    return [
+        facts | part | {"whole_parameters": part["parameters"], "whole_trained": part["trained"]}
+        for part in (rest, {**experts, "zero_ranks": ranks})
+    ]
+
+
+def _sum_of(parts: Iterable[Expected]) -> Expected:
+    parts = list(parts)
+    return Expected(sum(part.paper for part in parts), [pair for part in parts for pair in part.differences])
+
+
 def states(ds_config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Expected]:
     """{kind: bytes} of "parameters", "gradients" and "optimizer" states on a rank, on device and host together.
 
     The bytes are the most that a rank has after any backward pass of a step, with AdamW.
     """
+    found = [_states(ds_config, part) for part in _parts(facts)]
+    return {kind: _sum_of(part[kind] for part in found) for kind in KINDS}
+
+
+def _states(ds_config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Expected]:
     stage, ranks, size = facts["stage"], facts["zero_ranks"], facts["element_bytes"]
     psi, trained, accumulates = facts["parameters"], facts["trained"], facts["accumulation_steps"] > 1
     # What each of a tensor-parallel group's ranks would have if the group shared the whole model.
@@ -118,12 +143,12 @@ def traffic(ds_config: dict[str, Any], facts: dict[str, Any]) -> Expected:
     """The bytes of parameters and gradients that a rank sends in an optimizer step, with ring collectives."""
     ranks, size = facts["zero_ranks"], facts["tensor_size"]
     if facts["stage"] < 3 or size == 1:
-        return _traffic(ds_config, facts, ranks)
+        return _sum_of(_traffic(ds_config, part, part["zero_ranks"]) for part in _parts(facts))
     # Stage 3 divides what a tensor-parallel group does not share over the group too.
     not_shared = facts["not_shared"]
     shared = {kind: facts[kind] - count for kind, count in not_shared.items()}
     parts = [_traffic(ds_config, facts | shared, ranks), _traffic(ds_config, facts | not_shared, ranks * size)]
-    return Expected(sum(part.paper for part in parts), [pair for part in parts for pair in part.differences])
+    return _sum_of(parts)
 
 
 def _traffic(ds_config: dict[str, Any], facts: dict[str, Any], ranks: int) -> Expected:
@@ -183,9 +208,13 @@ def activation_traffic(facts: dict[str, Any]) -> Expected:
     in the forward pass, and the gradients of its inputs in the backward pass; so each layer has four all-reduces of
     tokens x hidden size, and a shared vocabulary two. Sequence parallel (Jacobs et al. 2023, "DeepSpeed Ulysses",
     section 3.2): each layer has four all-to-alls of this rank's tokens x hidden size (queries, keys, values, outputs)
-    in each of the two passes.
+    in each of the two passes. Expert parallel (Lepikhin et al. 2020, "GShard", section 3.2): each layer has two
+    all-to-alls (to the experts and back) in each of the two passes, of this rank's tokens x experts of each x hidden
+    size where the experts get equally many tokens; in the mean over ranks they are as large in any case.
     """
     size = facts["element_bytes"]
+    if facts.get("expert_size", 1) > 1:
+        return Expected(4 * size * (facts["expert_size"] - 1) / facts["expert_size"] * facts["routed"])
     if facts["tensor_size"] > 1:
         ring = 2 * size * (facts["tensor_size"] - 1) / facts["tensor_size"]
         sent = Expected(2 * ring * facts["summed_outputs"])

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib.distributed import mesh, ranks
+from lib.distributed import expert_parallel, mesh, ranks
 from lib.distributed.pipeline import model_of
 from lib.distributed.zero_state import layout
 from lib.progress import progress
@@ -25,11 +25,18 @@ def full_state_dict(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor
     model = model_of(engine)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     state: dict[str, torch.Tensor] = {}
+    moved = expert_parallel.parts(model)
+    routers = {id(parameters[name]) for name in moved}  # which DeepSpeed's layers have under two names
     for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in routers and name not in moved:
+            continue
         to_gather = [parameters[name]] if partitioned and name in parameters else []
         with deepspeed.zero.GatheredParameters(to_gather, enabled=partitioned):
-            whole = gather_shards(tensor)
-            if ranks.rank() == 0:
+            whole = expert_parallel.gather_experts(engine.module, gather_shards(tensor))
+            if ranks.rank() == 0 and name in moved:
+                place = torch.empty(moved[name].shape, dtype=tensor.dtype)
+                moved[name].write(state.setdefault(moved[name].name, place), whole.detach().cpu())
+            elif ranks.rank() == 0:
                 state[name] = whole.detach().cpu().clone()
     if mesh.pipeline_size() > 1:
         _take_other_stages(state, model)

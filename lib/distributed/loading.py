@@ -10,10 +10,16 @@ from deepspeed.runtime.tensor_parallel.config import _get_hf_tp_plan
 from torch import nn
 from transformers import EncoderDecoderModel, PreTrainedModel, initialization, set_seed
 
-from lib.distributed import ranks, sequence_parallel
+from lib.distributed import expert_parallel, ranks, sequence_parallel
 from lib.errors import UserError
 from lib.progress import progress
-from lib.settings.ds_config import sequence_parallel_size, shares_vocabulary, stage_of, tensor_parallel_size
+from lib.settings.ds_config import (
+    expert_parallel_size,
+    sequence_parallel_size,
+    shares_vocabulary,
+    stage_of,
+    tensor_parallel_size,
+)
 
 # Architectures that DeepSpeed's own rules share rightly, though transformers has no plan for them (test_parallel.py).
 SHARED_WITHOUT_PLAN = {"bert", "electra", "roberta"}
@@ -31,10 +37,12 @@ def load_model(build: Callable[[], torch.nn.Module], ds_config: dict[str, Any], 
     holds it whole.
     """
     set_seed(seed)
-    rows_shared_by = sequence_parallel_size(ds_config)
+    rows_shared_by, experts_shared_by = sequence_parallel_size(ds_config), expert_parallel_size(ds_config)
 
     def build_and_check() -> Any:
         model = _check_forms(build(), tensor_parallel_size(ds_config), rows_shared_by)
+        if experts_shared_by > 1:
+            expert_parallel.check_model(model, experts_shared_by, ds_config["expert_parallel"].get("preset_model"))
         return _check_output_layer(model) if shares_vocabulary(ds_config) else model
 
     if stage_of(ds_config) < 3:
@@ -68,6 +76,8 @@ def load_model(build: Callable[[], torch.nn.Module], ds_config: dict[str, Any], 
             tensor.data = right[name].to(tensor.device)
     if rows_shared_by > 1:
         sequence_parallel.share_attention(model, rows=ds_config["train_micro_batch_size_per_gpu"])
+    if experts_shared_by > 1:
+        expert_parallel.mend_transformers()
     if "activation_checkpointing" in ds_config:
         if not (isinstance(model, PreTrainedModel) and model.supports_gradient_checkpointing):
             raise UserError(

@@ -7,6 +7,8 @@ parallel to each other: each has rows of its own.
 
 The ranks of a pipeline have the same rows, and some of the layers each. Here neighbours have the same layers, as
 DeepSpeed has them: of 4 ranks in 2 stages, 0 and 1 are the first stage, 2 and 3 the second, and 0 and 2 a pipeline.
+Ranks of an expert-parallel group have rows of their own, as in data parallelism, and each has a part of the experts of
+each layer. They are neighbours too.
 
 Gradients are summed over the gradient ranks, the ranks that compute with the same matrices: 0 and 2, and 1 and 3, under
 tensor parallelism; 0 and 1, and 2 and 3, in a pipeline; else all of them. ZeRO divides its states over these.
@@ -15,9 +17,15 @@ tensor parallelism; 0 and 1, and 2 and 3, in a pipeline; else all of them. ZeRO 
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from lib.settings.ds_config import pipeline_stages, sequence_parallel_size, tensor_parallel_size
+from lib.settings.ds_config import (
+    expert_parallel_size,
+    pipeline_stages,
+    sequence_parallel_size,
+    tensor_parallel_size,
+)
 
 
 @dataclass(frozen=True)
@@ -27,21 +35,26 @@ class Mesh:
     tensor_size: int
     sequence_size: int
     pipeline_size: int
+    expert_size: int  # DeepSpeed makes the groups that share experts
     row_group: dist.ProcessGroup | None  # those that have the same rows
     gradient_group: dist.ProcessGroup | None
 
 
-_mesh = Mesh(1, 1, 1, None, None)
+_mesh = Mesh(1, 1, 1, 1, None, None)
 
 
 def form(ds_config: dict[str, Any]) -> None:
     """Make the groups that a config asks for. Every rank must call it, after the ranks have joined."""
     global _mesh
-    tensor, sequence, stages = (
-        size(ds_config) for size in (tensor_parallel_size, sequence_parallel_size, pipeline_stages)
+    sizes = (
+        tensor_parallel_size(ds_config),
+        sequence_parallel_size(ds_config),
+        pipeline_stages(ds_config),
+        expert_parallel_size(ds_config),
     )
-    if (tensor, sequence, stages) == (_mesh.tensor_size, _mesh.sequence_size, _mesh.pipeline_size):
+    if sizes == (_mesh.tensor_size, _mesh.sequence_size, _mesh.pipeline_size, _mesh.expert_size):
         return
+    tensor, sequence, stages, _ = sizes
     row_group = gradient_group = None
     world_size = dist.get_world_size()
     if tensor * sequence > 1:
@@ -53,7 +66,7 @@ def form(ds_config: dict[str, Any]) -> None:
         size = world_size // stages
         row_group = _group_of([list(range(place, world_size, size)) for place in range(size)])
         gradient_group = _group_of([list(range(first, first + size)) for first in range(0, world_size, size)])
-    _mesh = Mesh(tensor, sequence, stages, row_group, gradient_group)
+    _mesh = Mesh(*sizes, row_group, gradient_group)
 
 
 def _group_of(groups: list[list[int]]) -> dist.ProcessGroup | None:
@@ -118,6 +131,14 @@ def sequence_group() -> dist.ProcessGroup | None:
     return _mesh.row_group
 
 
+def sum_over_sequence(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over the ranks that share this rank's training rows, without a gradient."""
+    total = tensor.detach().clone()
+    if _mesh.sequence_size > 1:
+        dist.all_reduce(total, group=_mesh.row_group)
+    return total
+
+
 def pipeline_size() -> int:
     """How many stages there are."""
     return _mesh.pipeline_size
@@ -131,6 +152,11 @@ def pipeline_stage() -> int:
 def pipeline_group() -> dist.ProcessGroup | None:
     assert _mesh.pipeline_size > 1
     return _mesh.row_group
+
+
+def expert_size() -> int:
+    """How many ranks share the experts of each layer."""
+    return _mesh.expert_size
 
 
 def _rank_in_stage() -> int:

@@ -12,10 +12,10 @@ import torch
 from torch.utils import cpp_extension
 from transformers import get_scheduler
 
-from lib.distributed import ranks
+from lib.distributed import expert_parallel, ranks
 from lib.errors import UserError
 from lib.progress import progress
-from lib.settings.ds_config import offload_device
+from lib.settings.ds_config import expert_parallel_size, offload_device
 
 
 def make_adamw(
@@ -30,8 +30,8 @@ def make_adamw(
     "zero_force_ds_cpu_optimizer": false.
     """
     known = set(map(id, pretrained))
-    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
-    for parameter in model.parameters():
+    groups: dict[tuple[bool, bool, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
         is_pretrained = id(parameter) in known
         if is_pretrained and cfg.pretrained_learning_rate == 0:
             parameter.requires_grad_(False)
@@ -41,7 +41,9 @@ def make_adamw(
                 "lr": cfg.pretrained_learning_rate if is_pretrained else cfg.learning_rate,
                 "weight_decay": 0.0 if is_vector else cfg.weight_decay,
             }
-            groups.setdefault((is_pretrained, is_vector), {"params": [], **options})["params"].append(parameter)
+            of_experts = expert_parallel.optimizer_options(name, expert_parallel_size(ds_config))
+            key = is_pretrained, is_vector, bool(of_experts)
+            groups.setdefault(key, {"params": [], **options, **of_experts})["params"].append(parameter)
     common = {"lr": cfg.learning_rate, "betas": tuple(cfg.adam_betas), "eps": cfg.adam_eps}
     in_order = [groups[key] for key in sorted(groups)]  # the learning rate of the first one is what a run logs
     if offload_device(ds_config, "optimizer") != "none" and ds_config.get("zero_force_ds_cpu_optimizer", True):

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META
 
-from lib.distributed import mesh
+from lib.distributed import expert_parallel, mesh
 from lib.distributed.pipeline import is_copy, model_of, shapes_of_all_stages
 from lib.errors import UserError
 from lib.settings.ds_config import offload_device, stage_of
@@ -109,7 +109,7 @@ def pieces(engine: Any) -> list[Piece]:
     if hasattr(engine.optimizer, "fp32_groups"):
         for parameters, copies in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
             masters |= {id(parameter): copy for parameter, copy in zip(parameters, copies, strict=True)}
-    ranges, shared = _ranges(engine.optimizer), layouts(engine)
+    ranges, shared, moved = _ranges(engine.optimizer), layouts(engine), expert_parallel.parts(model_of(engine))
     for name, parameter in model_of(engine).named_parameters():
         if not parameter.requires_grad:
             continue
@@ -139,7 +139,11 @@ def pieces(engine: Any) -> list[Piece]:
             )
         else:
             piece = Piece(name, 0, parameter.numel(), masters.get(id(parameter), parameter), 0)
-        if piece.size > 0:
+        if name in moved:  # each expert lies in another place of transformers' parameter
+            part = moved[name]
+            runs = part.pieces(piece.start, piece.size)
+            found += [Piece(part.name, start, size, piece.flat, piece.offset + at) for start, at, size in runs]
+        elif piece.size > 0:
             found.append(piece)
     return found
 
@@ -184,9 +188,11 @@ def shapes(engine: Any) -> dict[str, list[int]]:
     if mesh.pipeline_size() > 1:
         return shapes_of_all_stages(engine)
     found: dict[str, list[int]] = {}
-    shared = layouts(engine)
+    shared, moved = layouts(engine), expert_parallel.parts(model_of(engine))
     for name, parameter in model_of(engine).named_parameters():
-        if name in shared:
+        if name in moved:
+            found[moved[name].name] = list(moved[name].shape)
+        elif name in shared:
             sizes = range(len(shared[name].sizes))
             found |= {shard_name(name, rank): shared[name].shard_shape(rank) for rank in sizes}
         elif parameter.requires_grad:

@@ -175,7 +175,9 @@ def load(folder: Path, manifest: Manifest, engine: Any) -> None:
     """Bring the engine, its schedule and its counters to those of a checkpoint. Every rank must call it."""
     checkpoint_files.read(folder, manifest, engine)
     schedule, scaler = engine.lr_scheduler, loss_scaler(engine)
-    schedule.load_state_dict(manifest["schedule"])
+    # What it has for each group of parameters is as here: expert parallelism has more groups.
+    of_groups = {name: value for name, value in schedule.state_dict().items() if isinstance(value, list)}
+    schedule.load_state_dict(manifest["schedule"] | of_groups)
     # The rate of the next step, computed anew: with another max_steps the schedule is another one.
     factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
     schedule._last_lr = [rate * factor for rate, factor in zip(schedule.base_lrs, factors, strict=True)]

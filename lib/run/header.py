@@ -8,6 +8,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from lib.distributed import mesh, ranks
+from lib.distributed.expert_parallel import is_shared
 from lib.distributed.pipeline import model_of, shapes_of_all_stages
 from lib.distributed.zero_state import layout
 from lib.errors import display_path
@@ -58,7 +59,8 @@ def _ranks(count: int, sharing: int = 1) -> str:
 def _size(parameter: torch.nn.Parameter) -> int:
     """Of the whole parameter, wherever its parts are."""
     shared = layout(parameter)
-    return math.prod(shared.shape) if shared is not None else int(getattr(parameter, "ds_numel", parameter.numel()))
+    size = math.prod(shared.shape) if shared is not None else int(getattr(parameter, "ds_numel", parameter.numel()))
+    return size * mesh.expert_size() if is_shared(parameter) else size
 
 
 def _shared(micro_batches: int) -> str:
@@ -69,6 +71,8 @@ def _shared(micro_batches: int) -> str:
     if mesh.pipeline_size() > 1:
         idle = (mesh.pipeline_size() - 1) / (micro_batches + mesh.pipeline_size() - 1)
         return f", {mesh.pipeline_size()} stages of a pipeline, each idle for {idle:.1%} of a step (the bubble)"
+    if mesh.expert_size() > 1:
+        return f", experts shared by {mesh.expert_size()} ranks (expert parallel)"
     return ""
 
 

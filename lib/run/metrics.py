@@ -32,6 +32,7 @@ class Metrics:
         self._steps_timed = 0
         self._is_interrupted = False  # whether something that is no step was done since the last one
         self._pending: list[dict[str, Any]] = []  # records of steps since the last flush, losses still on the device
+        self._figures: list[str] = []  # names of what a step's record has beside what every recipe logs
         self._unwritten: list[str] = []  # lines for which there was no room on the disk
         self._unseen: list[tuple[float, int, float]] = []  # (loss, tokens, seconds) since progress was last shown
 
@@ -68,10 +69,13 @@ class Metrics:
     # Steps.
 
     def note_step(
-        self, step: int, *, loss: torch.Tensor, tokens: torch.Tensor, learning_rate: float, grad_norm: Any
-    ) -> None:
-        """loss: this rank's share, summed over ranks when it is written. tokens: over all ranks."""
+        self, step: int, *, loss: torch.Tensor, tokens: torch.Tensor, learning_rate: float, grad_norm: Any,
+        **figures: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """loss and figures: this rank's shares, summed over ranks when they are written. tokens: over all ranks."""
         record = {"step": step, "loss": loss, "tokens": tokens, "learning_rate": learning_rate, "grad_norm": grad_norm}
+        self._figures = list(figures)  # the same at each step
+        record |= figures
         self._pending.append(record)
         self.output.count_step()
         if step % self.log_every == 0:
@@ -92,6 +96,9 @@ class Metrics:
         shares = torch.stack([record["loss"].detach().float() for record in pending])
         losses = ranks.all_sum(shares).tolist()  # waits for the device
         tokens = torch.stack([record["tokens"] for record in pending]).tolist()
+        for name in self._figures:
+            for record, total in zip(pending, ranks.all_sum(torch.stack([r[name] for r in pending])), strict=True):
+                record[name] = total.tolist()
         now = time.perf_counter()
         step_seconds = (now - self._flushed_at) / len(pending)
         self.step_seconds += now - self._flushed_at

@@ -139,10 +139,10 @@ class Run:
         accumulation_steps = self.ds_config["gradient_accumulation_steps"]
         return veto_if_not_finite(loss) * accumulation_steps * mesh.gradient_size()
 
-    def log_step(self, step: int, loss: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Note an optimizer step. loss: this rank's share, summed over ranks here. tokens: over all ranks."""
+    def log_step(self, step: int, loss: torch.Tensor, tokens: torch.Tensor, **figures: torch.Tensor) -> None:
+        """Note an optimizer step. loss, figures: this rank's shares, summed over ranks here. tokens: over all ranks."""
         rate, norm = self._learning_rate, self.engine.get_global_grad_norm()
-        self.metrics.note_step(step, loss=loss, tokens=tokens, learning_rate=rate, grad_norm=norm)
+        self.metrics.note_step(step, loss=loss, tokens=tokens, learning_rate=rate, grad_norm=norm, **figures)
 
     def evaluation_due(self, step: int) -> bool:
         """Whether to score the validation rows now: after the last step, which is tested, only to find the best one.

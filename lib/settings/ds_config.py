@@ -22,7 +22,7 @@ from lib.settings.config import check_value
 MEMORY_AND_SPEED = {
     "zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "disable_allgather",
     "data_types", "communication_data_type", "activation_checkpointing", "aio", "compile", "disable_python_gc",
-    "tensor_parallel", "sequence_parallel_size", "pipeline",
+    "tensor_parallel", "sequence_parallel_size", "expert_parallel", "pipeline",
     "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger", "flops_profiler",
     "tensorboard", "wandb", "csv_monitor", "comet", "log_level", "timers",
 }  # fmt: skip
@@ -36,14 +36,13 @@ WITHOUT_EFFECT = {
     "checkpoint": "the run writes checkpoints of its own",
     "dataloader_drop_last": "the recipe cuts the batches",
     "vocabulary_size": "DeepSpeed only warns by it",
-    "use_data_before_expert_parallelism": "there is no expert parallelism",
+    "use_data_before_expert_parallelism": "ranks that share experts are neighbours",
     "seq_parallel_communication_data_type": "parts of rows are exchanged in the precision of training",
 }
 # Keys that would change what is trained, unseen by the settings: (values that turn the key off, why it is refused).
 NOT_ENABLED = {"enabled": (False,)}
 REFUSED: dict[str, tuple[Any, str]] = {
     "torch_autocast": (NOT_ENABLED, "it is a second place for the precision; set 'precision' in the YAML"),
-    "expert_parallel": (NOT_ENABLED, "expert parallelism is not supported yet"),
     "data_efficiency": (NOT_ENABLED, "it would change the data; the recipe decides what a batch holds"),
     "gradient_allreduce_op": (("mean",), "the recipe's loss counts on the mean over ranks, which is the default"),
     "managed_gradient_accumulation": (
@@ -90,6 +89,7 @@ SECTIONS = {
     "compile",
     "tensor_parallel",
     "pipeline",
+    "expert_parallel",
     "timers",
     *LOOSE_SECTIONS,
 }
@@ -206,6 +206,7 @@ def load_ds_config(path: Path, cfg: Any, world_size: int) -> dict[str, Any]:
     _check_keys(config, found)
     world_size = _check_pipeline(config, found, world_size, needed=cfg.is_pipeline)
     world_size = _check_tensor_parallel(config, found, world_size)  # from here on, ranks with the same matrices
+    _check_expert_parallel(config, found, world_size)
     _check_batch(config, found, _check_sequence_parallel(config, found, world_size))
     found.agree(config, "gradient_clipping", "gradient_clipping")
     _check_precision(config, found)
@@ -248,6 +249,11 @@ def sequence_parallel_size(ds_config: dict[str, Any]) -> int:
 def pipeline_stages(ds_config: dict[str, Any]) -> int:
     """How many ranks have a part of the layers each; 1: each rank has all of them."""
     return int(ds_config.get("pipeline", {}).get("stages", 1))
+
+
+def expert_parallel_size(ds_config: dict[str, Any]) -> int:
+    """How many ranks share the experts of each layer of a mixture of experts; 1: none does."""
+    return int(ds_config.get("expert_parallel", {}).get("autoep_size", 1))
 
 
 def offload_device(ds_config: dict[str, Any], what: str) -> str:
@@ -467,6 +473,28 @@ def _check_sequence_parallel(config: dict[str, Any], found: Findings, world_size
     return max(1, world_size // size)
 
 
+EXPERT_PARALLEL_KEYS = {"enabled", "autoep_size", "preset_model"}
+
+
+def _check_expert_parallel(config: dict[str, Any], found: Findings, world_size: int) -> None:
+    """Leaves the section out where it is off. lib/distributed/expert_parallel.py checks it against the model."""
+    section = config.pop("expert_parallel", {})
+    for key in sorted(set(section) - EXPERT_PARALLEL_KEYS):
+        found.problems.append(
+            f"expert_parallel.{key} is not used here{did_you_mean(key, EXPERT_PARALLEL_KEYS)}; leave it out: "
+            "the model says how its experts are shared"
+        )
+    enabled = section.get("enabled", False)
+    size = section.get("autoep_size", None if enabled is True else 1)
+    if not isinstance(enabled, bool):
+        found.problems.append(f"expert_parallel.enabled is {enabled!r}; write true or false")
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        found.problems.append(f"expert_parallel.autoep_size is {size!r}; write how many ranks share the experts")
+    elif enabled is True and size > 1:
+        _check_divides("expert_parallel.autoep_size", size, world_size, found)
+        config["expert_parallel"] = {key: section[key] for key in EXPERT_PARALLEL_KEYS if key in section}
+
+
 def _check_divides(path: str, size: int, world_size: int, found: Findings) -> None:
     if world_size % size:
         below = world_size // size * size
@@ -478,9 +506,11 @@ def _check_divides(path: str, size: int, world_size: int, found: Findings) -> No
 
 
 def _check_mixtures(config: dict[str, Any], found: Findings) -> None:
-    """What pipelines and tensor parallelism cannot be mixed with."""
+    """What pipelines, expert and tensor parallelism cannot be mixed with."""
     if pipeline_stages(config) > 1:
         _check_mixtures_of_pipeline(config, found)
+    if expert_parallel_size(config) > 1:
+        _check_mixtures_of_experts(config, found)
     if tensor_parallel_size(config) == 1:
         return
     if sequence_parallel_size(config) > 1:
@@ -505,14 +535,33 @@ def _check_mixtures_of_pipeline(config: dict[str, Any], found: Findings) -> None
         found.problems.append(
             f"zero_optimization.stage is {stage}, but a pipeline works with stages 0 and 1 (DeepSpeed 0.19.8)"
         )
-    if tensor_parallel_size(config) * sequence_parallel_size(config) > 1:
-        found.problems.append("a pipeline is not tested with tensor or sequence parallelism here; leave one out")
+    if tensor_parallel_size(config) * sequence_parallel_size(config) * expert_parallel_size(config) > 1:
+        found.problems.append("a pipeline is not tested with another form of parallelism here; leave one out")
     if precision == "fp16":
         found.problems.append("a pipeline is not tested in fp16 here; set precision to bf16 or fp32")
     elif precision == "bf16" and stage == 0:
         found.problems.append(
             "a pipeline in bf16 is not stage 0 in DeepSpeed 0.19.8, whatever it is called; take stage 1"
         )
+
+
+def _check_mixtures_of_experts(config: dict[str, Any], found: Findings) -> None:
+    for form, size in (("tensor_parallel", tensor_parallel_size), ("sequence_parallel_size", sequence_parallel_size)):
+        if size(config) > 1:
+            found.problems.append(f"expert_parallel and {form} are not tested together here; leave one out")
+    if stage_of(config) == 0:
+        found.problems.append(
+            "expert parallelism at stage 0 clips by the norm of one rank's experts (DeepSpeed 0.19.8); "
+            "take stage 1, 2 or 3"
+        )
+    if found.settings["precision"] == "fp16":
+        found.problems.append("expert parallelism is not tested in fp16 here; set precision to bf16 or fp32")
+    zero = config.get("zero_optimization", {})
+    for key in ("offload_optimizer", "offload_param"):
+        if (zero.get(key) or {}).get("device", "none") != "none":
+            found.problems.append(f"expert_parallel and {key} are not tested together here; leave one out")
+    if zero.get("zero_hpz_partition_size", 1) > 1:
+        found.problems.append("DeepSpeed 0.19.8 has no zero_hpz_partition_size with expert_parallel; leave one out")
 
 
 def _check_batch(config: dict[str, Any], found: Findings, world_size: int) -> None:

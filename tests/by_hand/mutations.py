@@ -126,7 +126,7 @@ MUTATIONS = [
     Mutation(
         "start the learning-rate schedule anew after a resume",
         "lib/run/checkpoints.py",
-        'schedule.load_state_dict(manifest["schedule"])',
+        'schedule.load_state_dict(manifest["schedule"] | of_groups)',
         "pass",
         RECURRENT,
     ),
@@ -248,6 +248,34 @@ MUTATIONS = [
         "ds_pipe_replicated = stage > 0 and name == tied\n",
         "ds_pipe_replicated = False\n",
         "tests/distributed/test_parallel.py -k trains",
+    ),
+    Mutation(
+        "balance experts over a whole micro-batch, and not over each row",
+        "lib/models/experts.py",
+        "row_tokens = mesh.sum_over_sequence(tokens)",
+        "row_tokens = mesh.sum_over_sequence(tokens).mean(1, keepdim=True)",
+        "tests/models/test_experts.py",
+    ),
+    Mutation(
+        "balance experts by the tokens of this rank's part of the rows",
+        "lib/distributed/mesh.py",
+        "        dist.all_reduce(total, group=_mesh.row_group)\n",
+        "        pass\n",
+        "tests/distributed/test_parallel.py -k 'trains and sequence'",
+    ),
+    Mutation(
+        "take the experts of each rank of an expert-parallel group for the first ones",
+        "lib/distributed/expert_parallel.py",
+        "first = layer.num_experts, width * hidden, layer.ep_rank * count",
+        "first = layer.num_experts, width * hidden, 0",
+        "tests/distributed/test_parallel.py -k 'bit_for_bit or writer4'",
+    ),
+    Mutation(
+        "export the experts of one rank of an expert-parallel group for all",
+        "lib/distributed/expert_parallel.py",
+        "    dist.all_gather(found, mine, group=group)\n",
+        "    found = [mine for _ in found]\n",
+        "tests/distributed/test_parallel.py -k 'trains and expert'",
     ),
 ]
 

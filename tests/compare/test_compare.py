@@ -123,7 +123,10 @@ if ALL:
     CASES[4] = [("default", 2, "fp32"), ("paper", 1, "bf16")]
 EVERY_CASE = [(ranks, config, *case) for ranks, cases in CASES.items() for case in cases for config in CONFIGS]
 # Configs under which ranks share layers or rows, by the number of ranks.
-SHARING = {2: ("tp2_zero1", "tp2_zero3", "sp2_zero1", "sp2_zero3"), 4: ("tp2_zero0", "tp2_zero3", "sp2_zero3")}
+SHARING = {
+    2: ("tp2_zero1", "tp2_zero3", "sp2_zero1", "sp2_zero3", "ep2_zero2"),
+    4: ("tp2_zero0", "tp2_zero3", "sp2_zero3", "ep2_zero2", "ep2_zero3"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -181,15 +184,15 @@ def sharing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """A folder as that of `measured`, of the configs of SHARING. DeepSpeed keeps its tensor-parallel groups until a
     process ends, so these have launches of their own."""
     folder, ranks = tmp_path_factory.mktemp("sharing"), request.param
-    for form in ("tp2", "sp2"):
+    for form, more in (("tp2", ""), ("sp2", ""), ("ep2", ",architecture=mixtral,num_experts=4")):
         arguments = []
         for config in (config for config in SHARING[ranks] if config.startswith(form)):
-            ds_config = json.loads((ROOT / "ds_configs" / "causal_lm" / f"{form}_zero1.json").read_text())
+            ds_config = json.loads((ROOT / "ds_configs" / "causal_lm" / f"{form}_zero3.json").read_text())
             ds_config["zero_optimization"]["stage"] = int(config[-1])
             ds_config["train_micro_batch_size_per_gpu"] = 2
             path = folder / f"{config}-{ranks}.json"
             path.write_text(json.dumps(ds_config))
-            arguments.append(f"{config}:{path}:{WIDE},batch_size={BATCH},num_heads=4")
+            arguments.append(f"{config}:{path}:{WIDE},batch_size={BATCH},num_heads=4{more}")
         run_ranks(ranks, "measure_worker", folder, *arguments)
     return folder, ranks
 
@@ -213,7 +216,8 @@ def test_of_what_ranks_share_too(sharing: tuple[Path, int]) -> None:
         # By the papers: tokens x width x 4 bytes, four times in each of 2 layers and twice for the vocabulary; or eight
         # times in each layer, of half of the tokens. With two ranks, an all-reduce sends all of it, an all-to-all half.
         all_of_it = BATCH * 64 / (ranks / 2) * 384 * 4
-        times = 4 * 2 + 2 if config.startswith("tp2") else 8 * 2 / 2 / 2
+        # Or four times in each layer, of half of the tokens, each for two experts.
+        times = {"tp2": 4 * 2 + 2, "sp2": 8 * 2 / 2 / 2, "ep2": 4 * 2 / 2}[config[:3]]
         assert activations.paper == pytest.approx(times * all_of_it)
 
 
@@ -243,6 +247,10 @@ def test_a_pass_that_is_done_again_counts_once(tmp_path: Path) -> None:
     assert meter.flops == 0
     forward(rows)
     assert meter.flops == 2 * 7 * 3 * 5
+    offsets = torch.tensor([4, 4, 7], dtype=torch.int32)  # 4 rows for the first of three experts, none for the second
+    experts = meter.forward(layer, lambda rows: torch.nn.functional.grouped_mm(rows, torch.ones(3, 8, 4), offs=offsets))
+    experts(torch.ones(7, 8, requires_grad=True))
+    assert meter.flops == 2 * 7 * 3 * 5 + 2 * 7 * 8 * 4  # an expert that has no rows costs nothing
 
 
 # The command

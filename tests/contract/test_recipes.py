@@ -29,6 +29,7 @@ VARIANTS = {
     "warm": ("decoder", "decoder=minilm"),  # a decoder that starts from pre-trained weights
     "glove": ("method", "method=glove"),
     "whole_words": ("whole_words", "whole_words=true"),
+    "experts": ("num_experts", "architecture=mixtral,num_experts=4,balance_loss=0.5"),
 }
 WHOLE_MATRIX = ["recurrent_lm"]  # the cheapest
 # Scores of a few rows that were learned by heart.
@@ -176,14 +177,30 @@ def difference(runs: tuple[str, Path], run: str, reference: str) -> float:
     return largest
 
 
+def steps_of(run: Path) -> list[dict[str, Any]]:
+    entries = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [entry for entry in entries if "loss" in entry]
+
+
 def test_every_stage_trains_as_plain_torch_does(runs: tuple[str, Path]) -> None:
     for config in configs_of(runs[0]):
         assert difference(runs, f"{config}_fp32-2", "plain-1") < 1e-5
 
 
 def test_every_variant_trains_as_plain_torch_does(runs: tuple[str, Path]) -> None:
-    for name in variants_of(runs[0]):
+    recipe, folder = runs
+    for name in variants_of(recipe):
         assert difference(runs, f"{name}-2", f"plain_{name}-1") < 1e-5
+        found, expected = (steps_of(folder / run) for run in (f"{name}-2", f"plain_{name}-1"))
+        for here, there in zip(found, expected, strict=True):
+            assert here["grad_norm"] == pytest.approx(there["grad_norm"], rel=1e-4)
+            assert here.get("balance") == pytest.approx(there.get("balance"), rel=1e-5)
+            assert here.get("tokens_per_expert") == there.get("tokens_per_expert")
+        if name == "experts":
+            inputs, answered = torch.load(folder / f"{name}-2" / "probe.pt")
+            with torch.no_grad():
+                exported = tensors_of(load_export(recipe, folder / f"{name}-2" / "model")(**inputs))
+            torch.testing.assert_close(exported, answered, rtol=1e-5, atol=1e-5)
 
 
 def test_ranks_that_share_train_score_and_export_as_one_device_does(runs: tuple[str, Path]) -> None:

@@ -25,10 +25,12 @@ from lib.distributed.optimizer import make_adamw
 from lib.distributed.pipeline import check_stages, join_stages
 from lib.distributed.repairs import repair_stage0, repair_tensor_parallel
 from lib.errors import UserError
+from lib.models.experts import Routers
 from lib.models.losses import token_losses
 
 Stage = importlib.import_module("recipes.pipeline_lm").Stage
 ROWS, LENGTH, TOKENS, STEPS = 8, 12, 97, 4
+BALANCE = 0.5  # weight of the balance loss, but in pipelines, which have none
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 ARCHITECTURES: dict[str, dict[str, Any]] = {  # transformers' name -> what its config says beside SIZES
@@ -42,6 +44,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {  # transformers' name -> what its c
     "electra": {"embedding_size": 32},
     "gpt_neox": {},  # one matrix for queries, keys and values
     "gpt2": {},
+    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4},
+    "qwen3_moe": {"num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
     "modernbert": {},
     "mamba": {},
 }
@@ -61,9 +65,11 @@ def build(architecture: str) -> Any:
     return kind.from_config(config, dtype=torch.float32)
 
 
-def loss_of(model: Any, batch: Batch) -> torch.Tensor:
+def loss_of(model: Any, batch: Batch, routers: Routers, balance: float) -> torch.Tensor:
+    """Its mean over a step, this rank's share of it; with a large balance loss, in a mixture of experts."""
     inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
-    return token_losses(model(**inputs).logits.float(), batch["labels"]).sum()
+    losses = token_losses(model(**inputs).logits.float(), batch["labels"])
+    return losses.sum() / (ROWS * LENGTH) + balance * routers.balance(batch["input_ids"]) / ROWS
 
 
 def rows_of(architecture: str, step: int) -> Batch:
@@ -77,14 +83,14 @@ CLIPPING = 0.5
 
 
 @functools.cache
-def by_plain_torch(architecture: str) -> tuple[list[float], list[float], torch.Tensor]:
+def by_plain_torch(architecture: str, balance: float) -> tuple[list[float], list[float], torch.Tensor]:
     """(losses, norms, logits after training)"""
     model = build(architecture)
     model.train()
-    optimizer = make_adamw(SETTINGS, model, {})
+    optimizer, routers = make_adamw(SETTINGS, model, {}), Routers(model, balance)
     losses, norms = [], []
     for step in range(STEPS):
-        loss = loss_of(model, rows_of(architecture, step)) / (ROWS * LENGTH)
+        loss = loss_of(model, rows_of(architecture, step), routers, balance)
         torch.autograd.backward(loss)
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)))
         losses.append(float(loss))
@@ -100,7 +106,8 @@ def check(model: Any) -> Any:
 
 
 def compare(architecture: str, ds_config: dict[str, Any]) -> dict[str, float | str]:
-    losses, norms, logits = by_plain_torch(architecture)
+    balance = 0.0 if mesh.pipeline_size() > 1 else BALANCE
+    losses, norms, logits = by_plain_torch(architecture, balance)
     try:
         model = load_model(lambda: check(build(architecture)), ds_config, seed=0)
     except UserError as error:
@@ -115,6 +122,7 @@ def compare(architecture: str, ds_config: dict[str, Any]) -> dict[str, float | s
     engine, *_ = deepspeed.initialize(model=model, optimizer=make_adamw(SETTINGS, model, ds_config), config=ds_config)
     repair_stage0(engine)
     repair_tensor_parallel(engine, ROWS)
+    routers = Routers(engine.module, balance)
     differences: dict[str, float | str] = {"loss": 0.0, "norm": 0.0}
     for step in range(STEPS):
         mine = slice(mesh.data_parallel_rank(), None, mesh.data_parallel_size())
@@ -123,7 +131,7 @@ def compare(architecture: str, ds_config: dict[str, Any]) -> dict[str, float | s
             parts = [tensor.chunk(accumulation_steps) for tensor in (rows["input_ids"], rows["labels"])]
             loss = engine.train_batch(zip(*parts, strict=True)) / mesh.gradient_size()
         else:
-            loss = loss_of(engine, part_of_rows(rows)) / (ROWS * LENGTH)
+            loss = loss_of(engine, part_of_rows(rows), routers, balance)
             engine.backward(loss * mesh.gradient_size())
             engine.step()
         found = {"loss": (float(ranks.all_sum(loss.detach())), losses[step])}
@@ -144,6 +152,9 @@ def compare(architecture: str, ds_config: dict[str, Any]) -> dict[str, float | s
 def main(file: str, *configs: str) -> None:
     ranks.init(timeout_minutes=3)
     found: dict[str, Any] = {}
+    for architecture in ARCHITECTURES:
+        for balance in (0.0, BALANCE):
+            by_plain_torch(architecture, balance)  # while no ranks share rows
     for text in configs:
         ds_config = json.loads(text)
         mesh.form(ds_config)

@@ -1,5 +1,5 @@
-"""Tensor and sequence parallelism, and pipelines: the losses, norms and exports of one device, at any stage, of any
-architecture.
+"""Tensor, sequence and expert parallelism, and pipelines: the losses, norms and exports of one device, at any stage,
+of any architecture.
 """
 
 import json
@@ -10,17 +10,19 @@ from typing import Any
 import pytest
 from conftest import read_losses, run_ranks
 from parallel_worker import ARCHITECTURES, CLIPPING, ROWS
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from lib.distributed import loading
+from lib.distributed import expert_parallel, loading
 from lib.errors import UserError
 
+MIXTURES = ("mixtral", "qwen3_moe")
 # What each form refuses, and why.
 REFUSED = {
-    "tensor": dict.fromkeys(("gpt2", "mamba", "modernbert"), "has no plan by which to share"),
+    "tensor": dict.fromkeys(("gpt2", "mamba", "modernbert", *MIXTURES), "has no plan by which to share"),
     "sequence": dict.fromkeys(("bert", "electra", "modernbert", "roberta"), "is no decoder")
     | {"mamba": "computes attention by eager"},
-    "vocabulary": dict.fromkeys(("gpt2", "mamba", "modernbert"), "has no plan by which to share")
+    "expert": dict.fromkeys(set(ARCHITECTURES) - set(MIXTURES), "has no experts that ranks could share"),
+    "vocabulary": dict.fromkeys(("gpt2", "mamba", "modernbert", *MIXTURES), "has no plan by which to share")
     | dict.fromkeys(("bert", "electra", "roberta"), "is none that DeepSpeed can share over the vocabulary"),
     "pipeline": dict.fromkeys(
         ("bert", "electra", "gpt2", "mamba", "modernbert", "roberta"), "has no plan by which to divide"
@@ -29,6 +31,7 @@ REFUSED = {
 # (form, ranks, stages): one pair of ranks, and two side by side
 LAUNCHES = [("tensor", 2, (0, 1, 3)), ("vocabulary", 4, (0, 2, 3)), ("sequence", 2, (0, 1, 3)), ("sequence", 4, (2,))]
 LAUNCHES += [("pipeline", 2, (0, 1)), ("pipeline", 4, (0, 1))]
+LAUNCHES += [("expert", 2, (1, 3)), ("expert", 4, (2, 3))]
 
 
 def config(form: str, world_size: int, stage: int) -> str:
@@ -39,13 +42,13 @@ def config(form: str, world_size: int, stage: int) -> str:
         "tensor": {"tensor_parallel": {"autotp_size": 2, "vocab_parallel_lm_head": False}},
         "vocabulary": {"tensor_parallel": {"autotp_size": 2, "vocab_parallel_lm_head": True}},
         "sequence": {"sequence_parallel_size": 2},
+        "expert": {"expert_parallel": {"enabled": True, "autoep_size": 2}},
         "pipeline": {"pipeline": {"stages": 2}},
     }
-    rows, accumulation_steps = ROWS // (world_size // 2), 2 if form == "pipeline" else 1
-    sizes = {
-        "train_micro_batch_size_per_gpu": rows // accumulation_steps,
-        "gradient_accumulation_steps": accumulation_steps,
-    }
+    rows, accumulation_steps = ROWS // (world_size if form == "expert" else world_size // 2), 1
+    if form == "pipeline":
+        rows, accumulation_steps = rows // 2, 2
+    sizes = {"train_micro_batch_size_per_gpu": rows, "gradient_accumulation_steps": accumulation_steps}
     return json.dumps({**sizes, "gradient_clipping": CLIPPING, **forms[form], "zero_optimization": zero})
 
 
@@ -81,8 +84,25 @@ def test_heads_that_do_not_divide_are_refused() -> None:
         loading._check_forms(model, tensor_size=1, sequence_size=2)
 
 
+def test_experts_that_do_not_divide_and_another_preset_are_refused() -> None:
+    sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    model = MixtralForCausalLM(
+        MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, num_local_experts=6)
+    )
+    expert_parallel.check_model(model, 3, None)
+    with pytest.raises(UserError, match=r"divide 6 experts; nearest: num_experts 4 and 8, or autoep_size 1, 2, 3, 6$"):
+        expert_parallel.check_model(model, 4, None)
+    with pytest.raises(
+        UserError, match="preset_model is qwen3_moe, but the model is a mixtral; leave preset_model out"
+    ):
+        expert_parallel.check_model(model, 2, "qwen3_moe")
+
+
 QUICK = ["--quick", "--max_steps", "8", "--log_every", "1", "--samples", "0"]
 QUICK += ["--save_every", "4", "--keep_checkpoints", "9"]
+
+
+MIXTURE = ["--architecture", "mixtral", "--num_experts", "4"]
 
 
 def train(folder: Path, config: str, world_size: int, *more: str) -> list[float]:
@@ -96,24 +116,26 @@ def train(folder: Path, config: str, world_size: int, *more: str) -> list[float]
     ("writer", "reader"),
     [
         (("tp2_zero3", 4), ("zero0", 1)), (("zero2", 2), ("tp2_zero3", 4)), (("tp2_zero1", 2), ("tp2_zero2", 4)),
-        (("tp2_zero2", 2), ("sp2_zero3", 2)),
+        (("tp2_zero2", 2), ("sp2_zero3", 2)), (("ep2_zero3", 4), ("zero0", 1)), (("zero3", 2), ("ep2_zero2", 2)),
     ],
 )  # fmt: skip
 def test_checkpoints_go_from_any_form_to_any_form(
     tmp_path: Path, writer: tuple[str, int], reader: tuple[str, int]
 ) -> None:
-    whole = train(tmp_path / "whole", *writer)
+    more = MIXTURE if "ep2" in writer[0] + reader[0] else []
+    whole = train(tmp_path / "whole", *writer, *more)
     shutil.copytree(tmp_path / "whole", tmp_path / "cut", ignore=shutil.ignore_patterns("step-00000008", "result.json"))
-    resumed = train(tmp_path / "cut", *reader, "--resume")
+    resumed = train(tmp_path / "cut", *reader, "--resume", *more)
     assert len(resumed) == 8 and resumed[:4] == whole[:4]
     assert resumed[4:] == pytest.approx(whole[4:], rel=1e-5)
 
 
 @pytest.mark.slow
-def test_the_same_form_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    whole = train(tmp_path / "whole", "tp2_zero3", 4)
+@pytest.mark.parametrize(("config", "more"), [("tp2_zero3", []), ("ep2_zero2", MIXTURE)])
+def test_the_same_form_goes_on_bit_for_bit(tmp_path: Path, config: str, more: list[str]) -> None:
+    whole = train(tmp_path / "whole", config, 4, *more)
     shutil.copytree(tmp_path / "whole", tmp_path / "cut", ignore=shutil.ignore_patterns("step-00000008", "result.json"))
-    assert train(tmp_path / "cut", "tp2_zero3", 4, "--resume") == whole
+    assert train(tmp_path / "cut", config, 4, "--resume", *more) == whole
 
 
 @pytest.mark.slow

@@ -11,7 +11,13 @@ from conftest import RECIPES, ROOT
 
 from lib.errors import UserError
 from lib.settings import config
-from lib.settings.ds_config import load_ds_config, pipeline_stages, sequence_parallel_size, tensor_parallel_size
+from lib.settings.ds_config import (
+    expert_parallel_size,
+    load_ds_config,
+    pipeline_stages,
+    sequence_parallel_size,
+    tensor_parallel_size,
+)
 
 # The JSON for ZeRO-3 in the HF Trainer's documentation.
 HF_TRAINER = {
@@ -70,6 +76,10 @@ def changed(**changes: Any) -> dict[str, Any]:
     return {"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 2}} | changes
 
 
+def sharing_experts(size: Any = 2, **more: Any) -> dict[str, Any]:
+    return changed() | {"expert_parallel": {"enabled": True, "autoep_size": size, **more}}
+
+
 def one_line(error: pytest.ExceptionInfo[UserError], *words: str) -> None:
     text = str(error.value)
     assert "\n" not in text
@@ -84,8 +94,9 @@ def test_every_config_in_the_tree_is_accepted(recipe: str, world_size: int) -> N
     for path in sorted((ROOT / "ds_configs" / recipe).glob("*.json")):
         ds_config = json.loads(path.read_text())
         size = tensor_parallel_size(ds_config) * sequence_parallel_size(ds_config) * pipeline_stages(ds_config)
-        if world_size % size:
-            with pytest.raises(UserError, match=f"does not divide {world_size} ranks?; nearest: --ranks {size}"):
+        parts = size * expert_parallel_size(ds_config)
+        if world_size % parts:
+            with pytest.raises(UserError, match=f"does not divide {world_size} ranks?; nearest: --ranks {parts}"):
                 load_ds_config(path, cfg, world_size)
             continue
         filled = load_ds_config(path, cfg, world_size)
@@ -200,6 +211,28 @@ def test_an_hf_trainer_json_that_contradicts_the_settings_is_refused(
         (changed(communication_data_type="fp16"), ["communication_data_type", "gradients"]),
         (changed(train_micro_batch_size_per_gpu=0), ["train_micro_batch_size_per_gpu"]),
         (changed(train_micro_batch_size_per_gpu=2.5), ["train_micro_batch_size_per_gpu"]),
+        (sharing_experts(size=3), ["autoep_size is 3", "does not divide 2 ranks", "nearest: --ranks 3"]),
+        (sharing_experts(size="2"), ["autoep_size is '2'; write how many ranks"]),
+        (sharing_experts(size=None), ["autoep_size is None; write how many ranks"]),
+        (sharing_experts(top_k=2), ["expert_parallel.top_k is not used here"]),
+        (sharing_experts(enabled="yes"), ["expert_parallel.enabled is 'yes'; write true or false"]),
+        (
+            changed(**sharing_experts(), tensor_parallel={"autotp_size": 2}),
+            ["expert_parallel and tensor_parallel are not tested together"],
+        ),
+        (
+            changed(**sharing_experts(), sequence_parallel_size=2),
+            ["expert_parallel and sequence_parallel_size are not tested together"],
+        ),
+        (changed(**sharing_experts() | {"zero_optimization": {"stage": 0}}), ["take stage 1, 2 or 3"]),
+        (
+            sharing_experts() | {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+            ["expert_parallel and offload_optimizer are not tested together"],
+        ),
+        (
+            sharing_experts() | {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}},
+            ["zero_hpz_partition_size with expert_parallel"],
+        ),
         ({"zero_optimization": {"stage": 2}}, ["train_micro_batch_size_per_gpu is missing"]),
         (changed(train_micro_batch_size_per_gpu=24), ["64", "24 rows a micro-batch x 2 ranks", "48 and 96"]),
         ('{"zero_optimization": {"stage": 2}, "zero_optimization": {"stage": 3}}', ["zero_optimization", "twice"]),
