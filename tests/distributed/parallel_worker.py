@@ -22,7 +22,7 @@ from lib.distributed import mesh, ranks
 from lib.distributed.export import full_state_dict
 from lib.distributed.loading import load_model
 from lib.distributed.optimizer import make_adamw
-from lib.distributed.pipeline import check_stages, join_stages
+from lib.distributed.pipeline import check_stages, join_stages, model_of
 from lib.distributed.repairs import repair_stage0, repair_tensor_parallel
 from lib.errors import UserError
 from lib.models.experts import Routers
@@ -122,7 +122,7 @@ def compare(architecture: str, ds_config: dict[str, Any]) -> dict[str, float | s
     engine, *_ = deepspeed.initialize(model=model, optimizer=make_adamw(SETTINGS, model, ds_config), config=ds_config)
     repair_stage0(engine)
     repair_tensor_parallel(engine, ROWS)
-    routers = Routers(engine.module, balance)
+    routers = Routers(model_of(engine), balance)
     differences: dict[str, float | str] = {"loss": 0.0, "norm": 0.0}
     for step in range(STEPS):
         mine = slice(mesh.data_parallel_rank(), None, mesh.data_parallel_size())
