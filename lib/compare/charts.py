@@ -36,6 +36,7 @@ PART_NAMES = {"parameters": "parameters", "gradients": "gradients", "optimizer":
 PHASE_NAMES = {
     "forward": "forward, loss",
     "backward": "backward",
+    "waiting": "other stages",
     "optimizer": "optimizer step",
     "data": "waiting for data",
     "other": "other",
@@ -191,7 +192,8 @@ def traffic(figure: Figure, results: Results, palette: Palette) -> None:
 def step_time(figure: Figure, results: Results, palette: Palette) -> None:
     parts = [
         (PHASE_NAMES[phase], color, [(f"{phase}_ms", False)])
-        for phase, color in zip(PHASES, ("a", "c", "b", "f", "e"), strict=True)
+        for phase, color in zip(PHASES, ("a", "c", "d", "b", "f", "e"), strict=True)
+        if phase != "waiting" or any(row["waiting_ms"] for row in results.good())
     ]
     stacked_bars(
         figure,

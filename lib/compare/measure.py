@@ -30,6 +30,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.comm import comm
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, VocabParallelEmbedding
+from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
@@ -37,6 +38,7 @@ from lib.compare.results import INSPECTED, PHASES
 from lib.data import batches
 from lib.distributed import mesh, ranks
 from lib.distributed.expert_parallel import is_shared
+from lib.distributed.pipeline import model_of, shapes_of_all_stages
 from lib.distributed.zero_state import held_bytes, layout
 from lib.errors import Stopped
 from lib.run import checkpoint_files, checkpoints, run
@@ -58,6 +60,16 @@ def experts_flops(rows: Any, matrices: Any, *_: Any, **__: Any) -> int:
 NOT_COUNTED = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
     torch.ops.aten._grouped_mm: experts_flops,
+}
+
+# Instructions of a pipeline's schedule, and the phases that they are; in all others a stage waits for its neighbours.
+PIPELINE_PHASES = {
+    schedule.LoadMicroBatch: "data",
+    schedule.ForwardPass: "forward",
+    schedule.BackwardPass: "backward",
+    schedule.ReduceGrads: "optimizer",
+    schedule.ReduceTiedGrads: "optimizer",
+    schedule.OptimizerStep: "optimizer",
 }
 
 
@@ -171,7 +183,9 @@ class Sent:
         self.logged: dict[str, dict[int, dict[str, Counter[int]]]] = {"logged": {}, "logged_activations": {}}
         # Elements that go through the layers that ranks share.
         self.elements = Counter(
-            dict.fromkeys(("summed_outputs", "summed_gradients", "attention_outputs", "exchanged", "routed"), 0)
+            dict.fromkeys(
+                ("summed_outputs", "summed_gradients", "attention_outputs", "exchanged", "routed", "passed_on"), 0
+            )
         )
 
     def begin(self) -> None:
@@ -217,6 +231,16 @@ class Sent:
             elif isinstance(module, LinearLayer):
                 module.register_forward_pre_hook(lambda _, inputs: self.count_gradient(inputs[0], "summed_gradients"))
 
+    def watch_stage(self, stage: torch.nn.Module) -> None:
+        """Count what a stage of a pipeline passes on: hidden states to the next one, their gradients to the one
+        before."""
+        is_first, is_last = (mesh.pipeline_stage() == at for at in (0, mesh.pipeline_size() - 1))
+        stage.register_forward_hook(
+            lambda _, inputs, output: self.count(
+                "passed_on", (0 if is_last else output.numel()) + (0 if is_first else inputs[0].numel())
+            )
+        )
+
     def attention(self, real: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(real)
         def counted(attention: Any, module: Any, query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> Any:
@@ -236,6 +260,8 @@ def is_of_activations(collective: str, group: dist.ProcessGroup | None) -> bool:
 
     ZeRO's groups may have the same ranks, but then it uses other collectives.
     """
+    if mesh.pipeline_size() > 1:
+        return collective in ("send", "recv")
     if mesh.sequence_size() > 1 or mesh.expert_size() > 1:
         return collective.startswith("all_to_all")
     if mesh.tensor_size() == 1 or group is None or collective != "all_reduce":
@@ -261,9 +287,17 @@ class Meter:
         def initialize_and_watch(*arguments: Any, **options: Any) -> Any:
             everything = real(*arguments, **options)
             engine = everything[0]
+            engine.allreduce_gradients = self.allreduce_gradients(engine, engine.allreduce_gradients)
+            if mesh.pipeline_size() > 1:
+                engine.train_batch = self.train_batch(engine, engine.train_batch)
+                engine._INSTRUCTION_MAP = {
+                    kind: self.instruction(PIPELINE_PHASES.get(kind, "waiting"), real)
+                    for kind, real in engine._INSTRUCTION_MAP.items()
+                }
+                self.sent.watch_stage(engine.module)
+                return everything
             engine.forward = self.forward(engine, engine.forward)
             engine.backward = self.backward(engine, engine.backward)
-            engine.allreduce_gradients = self.allreduce_gradients(engine, engine.allreduce_gradients)
             engine.step = self.engine_step(engine, engine.step)
             self.sent.watch(engine.module)
             return everything
@@ -278,15 +312,52 @@ class Meter:
             if self.step == INSPECTED and not self.sent.counts:
                 self.sent.begin()
             self.timeline.mark("forward")  # this phase includes the loss, for it lasts until backward begins
-            # A pass without gradients is not counted: the same pass with gradients follows.
-            if self.step != INSPECTED or not torch.is_grad_enabled():
-                return real(*arguments, **options)
-            with FlopCounterMode(display=False, custom_mapping=NOT_COUNTED) as counter:
-                output = real(*arguments, **options)
-            self.flops += counter.get_total_flops()
-            return output
+            return self.counted(real, *arguments, **options)
 
         return timed_forward
+
+    def counted(self, forward: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Call a forward pass, and count its operations in the inspected step.
+
+        A pass without gradients is not counted: the same pass with gradients follows.
+        """
+        if self.step != INSPECTED or not torch.is_grad_enabled():
+            return forward(*arguments, **options)
+        with FlopCounterMode(display=False, custom_mapping=NOT_COUNTED) as counter:
+            output = forward(*arguments, **options)
+        self.flops += counter.get_total_flops()
+        return output
+
+    def train_batch(self, engine: Any, real: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(real)
+        def measured_step(*arguments: Any, **options: Any) -> Any:
+            if self.step == INSPECTED:
+                self.sent.begin()
+            loss = real(*arguments, **options)
+            if self.step <= self.last_step:
+                self.end_step(engine)
+            return loss
+
+        return measured_step
+
+    def instruction(self, phase: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        """Of a pipeline's schedule."""
+
+        @functools.wraps(real)
+        def timed_instruction(engine: Any, *arguments: Any, **options: Any) -> Any:
+            if not engine.module.training or self.step > self.last_step:
+                return real(engine, *arguments, **options)
+            if phase == "backward" and self.step == INSPECTED:
+                self.record.result.setdefault("gathered_parameters", held_bytes(engine)["parameters"])
+            self.timeline.mark(phase)
+            call = functools.partial(self.counted, real) if phase == "forward" else real
+            output = call(engine, *arguments, **options)
+            self.timeline.mark("other")
+            if phase == "backward" and self.step == INSPECTED:
+                self.note_held(held_bytes(engine))
+            return output
+
+        return timed_instruction
 
     def backward(self, engine: Any, real: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(real)
@@ -385,9 +456,8 @@ def facts(engine: Any) -> dict[str, Any]:
     has a part; "whole" counts all of it.
     """
     zero, stage = engine.optimizer, stage_of(engine.config)
-    parameters = {
-        parameter: getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters()
-    }
+    model = model_of(engine)
+    parameters = {parameter: getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters()}
     # Stage 3 keeps small parameters whole on every rank, beside the shares, where these are not the whole already.
     kept_whole = {
         parameter
@@ -397,7 +467,7 @@ def facts(engine: Any) -> dict[str, Any]:
     # A tied parameter is listed once for each module that has it, because stage 3 gathers it for each.
     gathered = [
         parameter
-        for module in engine.module.modules()
+        for module in model.modules()
         for parameter in module.parameters(recurse=False)
         if parameter not in kept_whole
     ]
@@ -417,15 +487,21 @@ def facts(engine: Any) -> dict[str, Any]:
         parameter: math.prod(found.shape) if (found := layout(parameter)) is not None else count
         for parameter, count in parameters.items()
     }
+    copied = []  # what two stages of a pipeline have
+    if mesh.pipeline_size() > 1:  # each stage is trained whole
+        whole = {name: math.prod(shape) for name, shape in shapes_of_all_stages(engine).items()}
+        copied = [weight for weight, _ in engine.module.get_tied_weights_and_groups()]
     in_partition = getattr(zero, "params_in_partition", None)
     accelerator = get_accelerator()
     experts = {parameter for parameter in parameters if is_shared(parameter)}
     touching = sum(parameter.numel() for group in in_partition for parameter in group) if in_partition else None
     of_experts = sum(p.numel() for group in in_partition for p in group if is_shared(p)) if in_partition else None
     return {
-        "model": type(engine.module).__name__,
+        "model": type(model).__name__,
         "whole_parameters": sum(whole.values()),
-        "whole_trained": sum(count for parameter, count in whole.items() if parameter.requires_grad),
+        "whole_trained": sum(
+            count for parameter, count in whole.items() if isinstance(parameter, str) or parameter.requires_grad
+        ),
         **counts(parameters),
         "not_shared": counts({parameter for parameter in parameters if layout(parameter) is None}),
         # At stages 1 and 2, all of the parameters that lie in this rank's share, be it only in part.
@@ -440,6 +516,8 @@ def facts(engine: Any) -> dict[str, Any]:
         "tensor_size": mesh.tensor_size(),
         "sequence_size": mesh.sequence_size(),
         "expert_size": mesh.expert_size(),
+        "pipeline_size": mesh.pipeline_size(),
+        "copied": sum(weight.numel() for weight in copied),
         "device": torch.cuda.get_device_name() if accelerator.device_name() == "cuda" else accelerator.device_name(),
         "device_bytes": accelerator.total_memory() if accelerator.device_name() != "cpu" else None,
         "threads": torch.get_num_threads(),

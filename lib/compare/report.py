@@ -24,6 +24,7 @@ TABLE = {
     "peak on host": ("peak_host_bytes",),
     "step (10 - 90 %)": ("step_ms", "step_p10_ms", "step_p90_ms"),
     "step, of the first's (rounds)": ("step_ratio", "step_ratio_low", "step_ratio_high"),
+    "bubble (theory)": ("bubble", "bubble_theory"),
     "tokens/s": ("tokens_per_second",),
     "MFU": ("mfu",),
     "sent a step (theory)": ("traffic_bytes", "traffic_theory_bytes"),
@@ -55,7 +56,13 @@ PAIRED_COLUMNS = (
 
 def table_of(results: Results) -> dict[str, tuple[str, ...]]:
     """TABLE without the columns that have nothing to show in this comparison, and with the recipe's scores."""
-    empty_values = {"mfu": None, "peak_device_bytes": None, "loss_difference_over_ranks": None, "states_host_bytes": 0}
+    empty_values = {
+        "bubble": None,
+        "mfu": None,
+        "peak_device_bytes": None,
+        "loss_difference_over_ranks": None,
+        "states_host_bytes": 0,
+    }
     shown = {
         heading: names
         for heading, names in TABLE.items()

@@ -19,12 +19,13 @@ from lib.errors import UserError, display_path
 
 Row = dict[str, Any]
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3, "fp16": 2e-3}  # relative differences of a loss up to this are rounding
+BUBBLE_OFF = 0.05  # of a step; a bubble that is larger by more is noted
 STATES_OFF, TRAFFIC_OFF = 0.01, 0.05  # a figure that differs from theory by a larger part is not described by theory
 NOTED = 0.01  # differences from the paper that are larger than this part of the paper's figure are noted
 # The step that lib/compare/measure.py inspects. By then the optimizer's states exist, and stage 3 knows the order in
 # which the modules are used.
 INSPECTED = 3
-PHASES = ("forward", "backward", "optimizer", "data", "other")  # the parts of a step's time
+PHASES = ("forward", "backward", "waiting", "optimizer", "data", "other")  # the parts of a step's time
 TRAFFIC = {
     "all_reduce": "all-reduce",
     "reduce_scatter": "reduce-scatter",
@@ -86,9 +87,16 @@ COLUMNS = [
     Column("step_p90_ms", "ms", "an optimizer step, 90th percentile"),
     Column("forward_ms", "ms", "forward pass and loss, mean a step"),
     Column("backward_ms", "ms", "backward pass, with the collectives that it waits for, mean a step"),
+    Column("waiting_ms", "ms", "waiting for other stages of a pipeline, and sending to them, mean a step"),
     Column("optimizer_ms", "ms", "optimizer step, with its collectives, mean a step"),
     Column("data_ms", "ms", "waiting for the batch, mean a step"),
     Column("other_ms", "ms", "the rest of the loop, mean a step"),
+    Column(
+        "bubble", "percent",
+        "part of the time from a pipeline's first forward to its last backward pass in which a stage computes neither,"
+        " mean over stages",
+    ),
+    Column("bubble_theory", "percent", "the same, where all stages take equally long and sending takes no time"),
     Column(
         "step_ratio", "ratio",
         "step time over that of the first config on as many ranks: median over the same steps, mean of the rounds",
@@ -276,10 +284,11 @@ def _row(
     if results.on_gpu:
         row["peak_device_bytes"] = max(rank["peak_device_bytes"] for rank in measured)
 
+    _add_bubble(row, measured, results)
     phases: dict[tuple[int, int], dict[str, float]] = {}  # (round, step) -> {phase: seconds}, for the timed steps
     for (number, run), outcome in zip(runs, outcomes, strict=True):
         if outcome is not None and not outcome["failed"]:
-            seconds = json.loads((run / "rank-0.json").read_text(encoding="utf-8"))["seconds"]
+            seconds = _with_what_is_new(json.loads((run / "rank-0.json").read_text(encoding="utf-8")))["seconds"]
             phases |= {(number, step): seconds[step - 1] for step in range(INSPECTED + 1, len(seconds) + 1)}
     totals = {round_and_step: sum(phase_seconds.values()) for round_and_step, phase_seconds in phases.items()}
     row["timed_steps"] = len(totals)
@@ -295,9 +304,43 @@ def _row(
     return row, losses, totals
 
 
+def _add_bubble(row: Row, measured: list[dict[str, Any]], results: Results) -> None:
+    """Add the part of the time in which stages of a pipeline are idle: measured, and (p - 1) / (m + p - 1) of p stages
+    and m micro-batches (Huang et al. 2019, "GPipe", section 2)."""
+    stages = measured[0]["facts"]["pipeline_size"]
+    if stages == 1:
+        return
+    parts = []
+    for step in range(INSPECTED, len(measured[0]["seconds"])):
+        computing = [rank["seconds"][step]["forward"] + rank["seconds"][step]["backward"] for rank in measured]
+        # From the first stage's first forward pass to its last backward pass; other stages end earlier.
+        whole = max(
+            seconds + rank["seconds"][step]["waiting"] for seconds, rank in zip(computing, measured, strict=True)
+        )
+        parts.append(1 - statistics.fmean(computing) / whole)
+    row["bubble"] = statistics.median(parts)
+    row["bubble_theory"] = (stages - 1) / (row["accumulation_steps"] + stages - 1)
+    if row["bubble"] > row["bubble_theory"] + BUBBLE_OFF:
+        why = (
+            "stages take different times, as the last one has the output layer and the loss, and sending takes time too"
+        )
+        results.note(row, "a larger bubble", why)
+
+
+def mean_facts(measured: list[dict[str, Any]]) -> dict[str, Any]:
+    """The facts of a rank; in a pipeline, whose stages differ, those of the mean rank."""
+    facts = dict(measured[0]["facts"])
+    if facts["pipeline_size"] > 1:
+        for name in ("parameters", "trained", "in_modules", "copied", "passed_on"):
+            facts[name] = statistics.fmean(rank["facts"][name] for rank in measured)
+    return facts
+
+
 def _with_what_is_new(measured: dict[str, Any]) -> dict[str, Any]:
-    """What a rank measured, completed where that was before there was tensor and sequence parallelism."""
-    facts = measured["facts"]
+    """What a rank measured, completed where that was before there were other forms of parallelism."""
+    facts = {"pipeline_size": 1, **measured["facts"]}
+    seconds = [{"waiting": 0.0, **phases} for phases in measured["seconds"]]
+    measured = measured | {"facts": facts, "seconds": seconds}
     if "zero_ranks" in facts:
         return measured
     sizes = {"zero_ranks": facts["world_size"], "tensor_size": 1, "sequence_size": 1}
@@ -339,7 +382,7 @@ def _add_states(row: Row, ds_config: dict[str, Any], measured: list[dict[str, An
 
 def _add_traffic(row: Row, ds_config: dict[str, Any], measured: list[dict[str, Any]], results: Results) -> None:
     """Add what a rank sends in the inspected step, the mean over ranks."""
-    facts = measured[0]["facts"]
+    facts = mean_facts(measured)
     ranks = facts["zero_ranks"]
     sent = [theory.wire_bytes(rank["logged"]) for rank in measured]
     activations = [sum(theory.wire_bytes(rank["logged_activations"]).values()) for rank in measured]

@@ -26,6 +26,10 @@ NOT_SHARED = (
     "embeddings, norms and the output layer are whole on each rank of a tensor-parallel group, where the paper divides"
     " the whole model"
 )
+STAGES_DIFFER = (
+    "the first stage of a pipeline has the embedding, the last one the output layer, and both have it where the two are"
+    " tied; the paper divides the whole model"
+)
 
 # Peak matrix FLOP/s of devices, dense, without sparsity: {part of the name: (16-bit, fp32)}, from the vendors' data
 # sheets; fp32 is without TF32, which PyTorch leaves off. The first part that a device's name contains counts.
@@ -92,8 +96,11 @@ def states(ds_config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Expect
 def _states(ds_config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Expected]:
     stage, ranks, size = facts["stage"], facts["zero_ranks"], facts["element_bytes"]
     psi, trained, accumulates = facts["parameters"], facts["trained"], facts["accumulation_steps"] > 1
-    # What each of a tensor-parallel group's ranks would have if the group shared the whole model.
-    divided, divided_trained = (facts[name] / facts["tensor_size"] for name in ("whole_parameters", "whole_trained"))
+    # What each rank of a tensor-parallel group or a pipeline would have if the whole model was divided evenly.
+    stages = facts.get("pipeline_size", 1)
+    evenly = facts["tensor_size"] * stages
+    divided, divided_trained = (facts[name] / evenly for name in ("whole_parameters", "whole_trained"))
+    why = STAGES_DIFFER if stages > 1 else NOT_SHARED
     if stage == 3:  # divides what a group does not share over the group too
         psi, trained = divided, divided_trained
     offloads, zero = offload_device(ds_config, "optimizer") != "none", ds_config.get("zero_optimization", {})
@@ -104,9 +111,9 @@ def _states(ds_config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Expec
     }
     parameters = Expected(bytes_each["parameters"] * divided)
     gradients, optimizer = (Expected(bytes_each[kind] * divided_trained) for kind in ("gradients", "optimizer"))
-    parameters.differs(bytes_each["parameters"] * (psi - divided), NOT_SHARED)
-    gradients.differs(bytes_each["gradients"] * (trained - divided_trained), NOT_SHARED)
-    optimizer.differs(bytes_each["optimizer"] * (trained - divided_trained), NOT_SHARED)
+    parameters.differs(bytes_each["parameters"] * (psi - divided), why)
+    gradients.differs(bytes_each["gradients"] * (trained - divided_trained), why)
+    optimizer.differs(bytes_each["optimizer"] * (trained - divided_trained), why)
     if stage >= 1 and size == 4:
         optimizer.differs(
             4 * trained / ranks,
@@ -143,7 +150,12 @@ def traffic(ds_config: dict[str, Any], facts: dict[str, Any]) -> Expected:
     """The bytes of parameters and gradients that a rank sends in an optimizer step, with ring collectives."""
     ranks, size = facts["zero_ranks"], facts["tensor_size"]
     if facts["stage"] < 3 or size == 1:
-        return _sum_of(_traffic(ds_config, part, part["zero_ranks"]) for part in _parts(facts))
+        found = _sum_of(_traffic(ds_config, part, part["zero_ranks"]) for part in _parts(facts))
+        found.differs(
+            facts["element_bytes"] * facts.get("copied", 0),
+            "the first and the last stage of a pipeline sum their gradients of the weight that both have",
+        )
+        return found
     # Stage 3 divides what a tensor-parallel group does not share over the group too.
     not_shared = facts["not_shared"]
     shared = {kind: facts[kind] - count for kind, count in not_shared.items()}
@@ -210,9 +222,13 @@ def activation_traffic(facts: dict[str, Any]) -> Expected:
     section 3.2): each layer has four all-to-alls of this rank's tokens x hidden size (queries, keys, values, outputs)
     in each of the two passes. Expert parallel (Lepikhin et al. 2020, "GShard", section 3.2): each layer has two
     all-to-alls (to the experts and back) in each of the two passes, of this rank's tokens x experts of each x hidden
-    size where the experts get equally many tokens; in the mean over ranks they are as large in any case.
+    size where the experts get equally many tokens; in the mean over ranks they are as large in any case. Pipeline
+    (Huang et al. 2019, "GPipe", section 2): a stage sends the hidden states of each micro-batch to the next one, and
+    their gradients to the one before.
     """
     size = facts["element_bytes"]
+    if facts.get("pipeline_size", 1) > 1:
+        return Expected(size * facts["passed_on"])
     if facts.get("expert_size", 1) > 1:
         return Expected(4 * size * (facts["expert_size"] - 1) / facts["expert_size"] * facts["routed"])
     if facts["tensor_size"] > 1:
@@ -250,6 +266,8 @@ def wire_bytes(logged: dict[str, dict[str, dict[str, int]]]) -> dict[str, float]
             "all_reduce": 2 * once,
             "all_reduce_coalesced": 2 * once,
             "barrier": 0,
+            "send": 1,
+            "recv": 0,
         }
         for op, sizes in by_collective.items():
             value = factors.get(op, once) * sum(int(size) * calls for size, calls in sizes.items())

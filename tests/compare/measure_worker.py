@@ -1,4 +1,4 @@
-"""Runs causal_lm's main() under lib/compare/measure.py's Meter, many configs in one launch.
+"""Runs main() of causal_lm or pipeline_lm under lib/compare/measure.py's Meter, many configs in one launch.
 
 Used by tests/compare/test_compare.py. Arguments: folder, case ... A case is NAME:JSON:setting=value,... For each case
 folder/NAME-WORLD_SIZE holds a rank-<rank>.json of each rank, and the run itself in run/.
@@ -21,12 +21,13 @@ from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 from lib.compare.measure import Meter
 from lib.compare.results import INSPECTED
 from lib.data import batches
-from lib.errors import ROOT, Stopped
+from lib.errors import Stopped
 from lib.run.run import Run
 from lib.settings import config
-from lib.settings.ds_config import load_ds_config
+from lib.settings.ds_config import load_ds_config, read_json
 
 causal_lm: Any = importlib.import_module("recipes.causal_lm")
+pipeline_lm: Any = importlib.import_module("recipes.pipeline_lm")
 collate_blocks = causal_lm.collate_blocks
 # Settings of a model whose matrices are larger than stage3_param_persistence_threshold and whose norms are smaller.
 WIDE = "hidden_size=384,intermediate_size=512,vocab_size=300"
@@ -61,22 +62,25 @@ def main(where: str, *cases: str) -> None:
         name, json_path, settings = case.split(":")
         case_folder = folder / f"{name}-{world_size}"
         case_folder.mkdir(exist_ok=True)
-        given = {"run_dir": str(case_folder / "run"), "max_steps": str(INSPECTED + 2), "samples": "0"} | dict(
+        given = {"run_dir": str(case_folder / "run"), "max_steps": str(INSPECTED + 2)} | dict(
             setting.split("=") for setting in settings.split(",")
         )
-        cfg: Any = config.load(causal_lm.Config, ROOT / "recipes" / "causal_lm.yaml", given, quick=True)
+        ds_config = read_json(Path(json_path))
+        recipe = pipeline_lm if "pipeline" in ds_config else causal_lm
+        given |= {"samples": "0"} if recipe is causal_lm else {}
+        cfg: Any = config.load(recipe.Config, Path(recipe.__file__).with_suffix(".yaml"), given, quick=True)
         ds_config = load_ds_config(Path(json_path), cfg, world_size)
         meter = Meter(case_folder, INSPECTED + 2, goes_on=False)
         slow = name.startswith("slow")
-        causal_lm.deepspeed = SimpleNamespace(
+        recipe.deepspeed = SimpleNamespace(
             initialize=meter.initialize(initialize_slowly if slow else deepspeed.initialize)
         )
         comm.get_msg_size_from_args = meter.sent.message_size(message_size)
         UlyssesSPAttentionHF.forward = meter.sent.attention(attention)
         batches.training_batches = meter.training_batches(real_batches)
-        causal_lm.collate_blocks = slowly("data", collate_blocks) if slow else collate_blocks
+        recipe.collate_blocks = slowly("data", collate_blocks) if slow else collate_blocks
         runs: list[Run] = []
-        causal_lm.Run = lambda *arguments, runs=runs: (runs.append(Run(*arguments)), runs[0])[1]
+        recipe.Run = lambda *arguments, runs=runs: (runs.append(Run(*arguments)), runs[0])[1]
         with contextlib.suppress(Stopped):
-            causal_lm.main(cfg, ds_config)
+            recipe.main(cfg, ds_config)
         runs[0].close()

@@ -20,7 +20,7 @@ from measure_worker import SLOW, WIDE
 from lib.compare import compare, theory
 from lib.compare.findings import plain, sentences
 from lib.compare.measure import Meter
-from lib.compare.results import INSPECTED, collect, written
+from lib.compare.results import INSPECTED, collect, mean_facts, written
 from lib.errors import UserError
 
 # Theory
@@ -122,10 +122,10 @@ if ALL:
     CASES[2] += [("default", 1, "fp32"), ("paper", 1, "fp32")]
     CASES[4] = [("default", 2, "fp32"), ("paper", 1, "bf16")]
 EVERY_CASE = [(ranks, config, *case) for ranks, cases in CASES.items() for case in cases for config in CONFIGS]
-# Configs under which ranks share layers or rows, by the number of ranks.
+# Configs under which ranks share layers, rows or experts, or have layers of their own, by the number of ranks.
 SHARING = {
-    2: ("tp2_zero1", "tp2_zero3", "sp2_zero1", "sp2_zero3", "ep2_zero2"),
-    4: ("tp2_zero0", "tp2_zero3", "sp2_zero3", "ep2_zero2", "ep2_zero3"),
+    2: ("tp2_zero1", "tp2_zero3", "sp2_zero1", "sp2_zero3", "ep2_zero2", "pp2_zero0"),
+    4: ("tp2_zero0", "tp2_zero3", "sp2_zero3", "ep2_zero2", "ep2_zero3", "pp2_zero1"),
 }
 
 
@@ -184,10 +184,11 @@ def sharing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """A folder as that of `measured`, of the configs of SHARING. DeepSpeed keeps its tensor-parallel groups until a
     process ends, so these have launches of their own."""
     folder, ranks = tmp_path_factory.mktemp("sharing"), request.param
-    for form, more in (("tp2", ""), ("sp2", ""), ("ep2", ",architecture=mixtral,num_experts=4")):
+    for form, more in (("tp2", ""), ("sp2", ""), ("ep2", ",architecture=mixtral,num_experts=4"), ("pp2", "")):
         arguments = []
         for config in (config for config in SHARING[ranks] if config.startswith(form)):
-            ds_config = json.loads((ROOT / "ds_configs" / "causal_lm" / f"{form}_zero3.json").read_text())
+            source = "pipeline_lm/zero1" if form == "pp2" else f"causal_lm/{form}_zero3"
+            ds_config = json.loads((ROOT / "ds_configs" / f"{source}.json").read_text())
             ds_config["zero_optimization"]["stage"] = int(config[-1])
             ds_config["train_micro_batch_size_per_gpu"] = 2
             path = folder / f"{config}-{ranks}.json"
@@ -203,21 +204,23 @@ def test_of_what_ranks_share_too(sharing: tuple[Path, int]) -> None:
     for config in SHARING[ranks]:
         ds_config = json.loads((folder / f"{config}-{ranks}.json").read_text())
         sent = {"logged": 0.0, "logged_activations": 0.0}
-        for rank in ranks_of(folder, config, ranks):
+        by_rank = ranks_of(folder, config, ranks)
+        for rank in by_rank:
             expected = theory.states(ds_config, rank["facts"])
             assert {kind: sum(rank["held"][kind].values()) for kind in theory.KINDS} == {
                 kind: pytest.approx(expected[kind].total, rel=0.01) for kind in theory.KINDS
             }, config
             for name in sent:
                 sent[name] += sum(theory.wire_bytes(rank[name]).values()) / ranks
-        activations = theory.activation_traffic(rank["facts"])
-        assert sent["logged"] == pytest.approx(theory.traffic(ds_config, rank["facts"]).total, rel=0.05), config
+        facts = mean_facts(by_rank)
+        activations = theory.activation_traffic(facts)
+        assert sent["logged"] == pytest.approx(theory.traffic(ds_config, facts).total, rel=0.05), config
         assert sent["logged_activations"] == pytest.approx(activations.total, rel=0.01) and activations.total > 0
         # By the papers: tokens x width x 4 bytes, four times in each of 2 layers and twice for the vocabulary; or eight
         # times in each layer, of half of the tokens. With two ranks, an all-reduce sends all of it, an all-to-all half.
         all_of_it = BATCH * 64 / (ranks / 2) * 384 * 4
-        # Or four times in each layer, of half of the tokens, each for two experts.
-        times = {"tp2": 4 * 2 + 2, "sp2": 8 * 2 / 2 / 2, "ep2": 4 * 2 / 2}[config[:3]]
+        # Or four times in each layer, of half of the tokens, each for two experts. Or once, to the other stage.
+        times = {"tp2": 4 * 2 + 2, "sp2": 8 * 2 / 2 / 2, "ep2": 4 * 2 / 2, "pp2": 1}[config[:3]]
         assert activations.paper == pytest.approx(times * all_of_it)
 
 

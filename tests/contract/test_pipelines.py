@@ -42,7 +42,9 @@ def assert_alike(found: Records, expected: Records, loss: float = 1e-5, norm: fl
 
 
 @pytest.fixture(scope="module", params=PIPELINES)
-def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Records]]:
+def pipelines(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Records]]:
     """(folder, {"<config>-<ranks>": records}): each run is in a folder of its name there."""
     where = tmp_path_factory.mktemp(request.param)
     return where, {
@@ -69,8 +71,8 @@ def exported_logits(run: Path) -> torch.Tensor:
 
 
 @pytest.mark.slow
-def test_stages_and_ranks_change_nothing(runs: tuple[Path, dict[str, Records]]) -> None:
-    folder, records = runs
+def test_stages_and_ranks_change_nothing(pipelines: tuple[Path, dict[str, Records]]) -> None:
+    folder, records = pipelines
     first, *others = records
     assert max(record["grad_norm"] for record in records[first]) > 0.4  # clipping is active
     for other in others:
@@ -84,9 +86,9 @@ def test_stages_and_ranks_change_nothing(runs: tuple[Path, dict[str, Records]]) 
 @pytest.mark.slow
 @pytest.mark.parametrize(("source", "config", "world_size"), RESUMED)
 def test_a_run_goes_on_with_any_stages_and_ranks(
-    runs: tuple[Path, dict[str, Records]], tmp_path: Path, source: str, config: str, world_size: int
+    pipelines: tuple[Path, dict[str, Records]], tmp_path: Path, source: str, config: str, world_size: int
 ) -> None:
-    folder, records = runs
+    folder, records = pipelines
     recipe = json.loads((folder / source / "checkpoints" / "step-00000010" / "checkpoint.json").read_text())["recipe"]
     later = shutil.ignore_patterns("step-00000020", "result.json", "model")
     shutil.copytree(folder / source, tmp_path / "cut", ignore=later)
