@@ -87,7 +87,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 
 WRAPPERS = {  # functions that take the place of the engine's, and call those
-    "lib.compare.measure": {"meter.initialize", "self.backward"},
+    "lib.compare.measure": {"meter.initialize", "self.backward", "self.step"},
     "lib.distributed.pipeline": {"model"},  # without gradients, to check its stages
     "lib.distributed.repairs": {"backward", "step"},
     "lib.settings.ds_config": {"model"},  # pydantic's

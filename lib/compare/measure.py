@@ -289,12 +289,7 @@ class Meter:
             engine = everything[0]
             engine.allreduce_gradients = self.allreduce_gradients(engine, engine.allreduce_gradients)
             if mesh.pipeline_size() > 1:
-                engine.train_batch = self.train_batch(engine, engine.train_batch)
-                engine._INSTRUCTION_MAP = {
-                    kind: self.instruction(PIPELINE_PHASES.get(kind, "waiting"), real)
-                    for kind, real in engine._INSTRUCTION_MAP.items()
-                }
-                self.sent.watch_stage(engine.module)
+                Schedule(self, engine)
                 return everything
             engine.forward = self.forward(engine, engine.forward)
             engine.backward = self.backward(engine, engine.backward)
@@ -327,37 +322,6 @@ class Meter:
             output = forward(*arguments, **options)
         self.flops += counter.get_total_flops()
         return output
-
-    def train_batch(self, engine: Any, real: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(real)
-        def measured_step(*arguments: Any, **options: Any) -> Any:
-            if self.step == INSPECTED:
-                self.sent.begin()
-            loss = real(*arguments, **options)
-            if self.step <= self.last_step:
-                self.end_step(engine)
-            return loss
-
-        return measured_step
-
-    def instruction(self, phase: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        """Of a pipeline's schedule."""
-
-        @functools.wraps(real)
-        def timed_instruction(engine: Any, *arguments: Any, **options: Any) -> Any:
-            if not engine.module.training or self.step > self.last_step:
-                return real(engine, *arguments, **options)
-            if phase == "backward" and self.step == INSPECTED:
-                self.record.result.setdefault("gathered_parameters", held_bytes(engine)["parameters"])
-            self.timeline.mark(phase)
-            call = functools.partial(self.counted, real) if phase == "forward" else real
-            output = call(engine, *arguments, **options)
-            self.timeline.mark("other")
-            if phase == "backward" and self.step == INSPECTED:
-                self.note_held(held_bytes(engine))
-            return output
-
-        return timed_instruction
 
     def backward(self, engine: Any, real: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(real)
@@ -447,6 +411,50 @@ class Meter:
                 yield batch
 
         return timed_batches
+
+
+class Schedule:
+    """Lets the instructions by which a pipeline computes a step mark its phases. See Meter."""
+
+    def __init__(self, meter: Meter, engine: Any):
+        self.meter = meter
+        engine.train_batch = self.step(engine, engine.train_batch)
+        engine._INSTRUCTION_MAP = {
+            kind: self.instruction(PIPELINE_PHASES.get(kind, "waiting"), real)
+            for kind, real in engine._INSTRUCTION_MAP.items()
+        }
+        meter.sent.watch_stage(engine.module)
+
+    def step(self, engine: Any, real: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(real)
+        def measured_step(*arguments: Any, **options: Any) -> Any:
+            if self.meter.step == INSPECTED:
+                self.meter.sent.begin()
+            loss = real(*arguments, **options)
+            if self.meter.step <= self.meter.last_step:
+                self.meter.end_step(engine)
+            return loss
+
+        return measured_step
+
+    def instruction(self, phase: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        """Of a pipeline's schedule."""
+
+        @functools.wraps(real)
+        def timed_instruction(engine: Any, *arguments: Any, **options: Any) -> Any:
+            if not engine.module.training or self.meter.step > self.meter.last_step:
+                return real(engine, *arguments, **options)
+            if phase == "backward" and self.meter.step == INSPECTED:
+                self.meter.record.result.setdefault("gathered_parameters", held_bytes(engine)["parameters"])
+            self.meter.timeline.mark(phase)
+            call = functools.partial(self.meter.counted, real) if phase == "forward" else real
+            output = call(engine, *arguments, **options)
+            self.meter.timeline.mark("other")
+            if phase == "backward" and self.meter.step == INSPECTED:
+                self.meter.note_held(held_bytes(engine))
+            return output
+
+        return timed_instruction
 
 
 def facts(engine: Any) -> dict[str, Any]:
