@@ -28,6 +28,8 @@ def test_help_and_dry_run() -> None:
         "ds_configs/causal_lm/zero3_offload.json"
         in launch("causal_lm", "--ds_config", "zero3_offload", "--dry_run").stdout
     )
+    # A recipe without stage 2 begins at 1.
+    assert "ds_configs/pipeline_lm/zero1.json" in launch("pipeline_lm", "--dry_run").stdout
 
 
 @pytest.mark.parametrize(
