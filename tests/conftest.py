@@ -48,7 +48,7 @@ BUDGETS = {
     "test_compare.py": 180,
     "test_checkpoints.py": 100,
     "test_generation.py": 40,
-    "test_parallel.py": 130,
+    "test_parallel.py": 165,
     "test_pipelines.py": 60,
 }
 BUDGET = 30  # seconds of each other file
