@@ -3,9 +3,9 @@
     ./launch.sh pipeline_lm --ranks 4
     deepspeed --num_accelerators 4 recipes/pipeline_lm.py --deepspeed_config ds_configs/pipeline_lm/zero1.json
 
-It trains what causal_lm trains, with the same losses: the same YAML gives the same model, of which each rank has some
-layers only. Of 4 ranks in 2 stages, two have the first half of the layers, and two the second; there are 2 pipelines,
-and each gets half of a step's rows.
+It trains what causal_lm trains, with the same losses where the settings that both have are the same; each rank has some
+layers only. A mixture of experts is trained without a balance loss. Of 4 ranks in 2 stages, two have the first half of
+the layers, and two the second; there are 2 pipelines, and each gets half of a step's rows.
 
 Method: the micro-batches of a step follow each other through the stages, one forward, one backward, so that all stages
 work at once (Narayanan et al. 2019, PipeDream, section 3.2, with the weights changed between steps only). With m
@@ -155,8 +155,8 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
 
     for step, micro_batches in run.steps(blocks["train"], collate_blocks):  # this pipeline's share of a step
         labels = ranks.sum_over_ranks((batch["labels"] != IGNORED).sum() for batch in micro_batches)
-        mean_of_pipelines = engine.train_batch(iter([for_pipeline(batch, labels) for batch in micro_batches]))
-        run.log_step(step, mean_of_pipelines / mesh.data_parallel_size(), tokens=labels)
+        step_loss = engine.train_batch(iter([for_pipeline(batch, labels) for batch in micro_batches]))
+        run.log_step(step, step_loss / mesh.data_parallel_size(), tokens=labels)  # all pipelines have the whole loss
         if run.evaluation_due(step):
             run.log_scores(step, "validation", evaluate("validation"), lower_is_better="perplexity")
 

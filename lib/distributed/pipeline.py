@@ -100,6 +100,12 @@ def check_stages(model: Any, stages: int, make_stage: MakeStage) -> Any:
     layers = len(model.base_model.layers)
     if layers < stages:
         raise UserError(f"pipeline.stages is {stages}, but the model has {layers} layers; take fewer stages")
+    kept = sorted(dict(model.named_buffers()).keys() & model.state_dict().keys())
+    if kept:  # rank 0 writes them into checkpoints, and has those of the first stage only
+        raise UserError(
+            f"pipeline.stages is {stages}, but {type(model).__name__} has buffers in its state ({kept[0]}), which "
+            "checkpoints of pipelines do not hold; take another architecture"
+        )
     ids = torch.arange(1, 9)[None]
     training = model.training
     model.eval()

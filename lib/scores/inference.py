@@ -72,15 +72,17 @@ def pipeline_language_model_scores(
     at_once = 8 * mesh.pipeline_size()  # enough to fill the pipeline
     loss_of, engine.module.loss_fn = engine.module.loss_fn, nats_and_tokens
     monitored, engine.monitor.enabled = engine.monitor.enabled, False  # it would want a loss of one number
-    with progress("evaluating", len(blocks)) as advance:
-        while micro_batches := [for_pipeline(*found) for found in itertools.islice(batches, at_once)]:
-            engine.total_loss = None  # which eval_batch adds to
-            found = engine.eval_batch(
-                iter(micro_batches), reduce_output=None, bcast_loss=False, num_micro_batches=len(micro_batches)
-            )
-            total += sum(found or [])
-            advance(len(micro_batches) * batch_size * mesh.gradient_size())
-    engine.module.loss_fn, engine.monitor.enabled = loss_of, monitored
+    try:
+        with progress("evaluating", len(blocks)) as advance:
+            while micro_batches := [for_pipeline(*found) for found in itertools.islice(batches, at_once)]:
+                engine.total_loss = None  # which eval_batch adds to
+                found = engine.eval_batch(
+                    iter(micro_batches), reduce_output=None, bcast_loss=False, num_micro_batches=len(micro_batches)
+                )
+                total += sum(found or [])
+                advance(len(micro_batches) * batch_size * mesh.gradient_size())
+    finally:
+        engine.module.loss_fn, engine.monitor.enabled = loss_of, monitored
     dist.all_reduce(total)
     nats, tokens = total.tolist()
     return evaluation.perplexity_and_bits(nats, int(tokens), sum(len(text.encode()) for text in texts))

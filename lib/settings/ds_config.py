@@ -413,7 +413,7 @@ def _check_pipeline(config: dict[str, Any], found: Findings, world_size: int, *,
         return world_size
     if (stages > 1) != needed:
         found.problems.append(
-            'this recipe trains a pipeline, and the JSON has none; add "pipeline": {"stages": 2}'
+            'this recipe trains a pipeline of 2 stages or more; write "pipeline": {"stages": 2}'
             if needed
             else f"pipeline.stages is {stages}, but this recipe trains no pipeline; take pipeline_lm"
         )
@@ -488,6 +488,10 @@ def _check_expert_parallel(config: dict[str, Any], found: Findings, world_size: 
     size = section.get("autoep_size", None if enabled is True else 1)
     if not isinstance(enabled, bool):
         found.problems.append(f"expert_parallel.enabled is {enabled!r}; write true or false")
+    elif "enabled" not in section and size != 1:
+        found.problems.append('expert_parallel has no "enabled"; write true or false')
+    if not isinstance(section.get("preset_model"), str | None):
+        found.problems.append(f"expert_parallel.preset_model is {section['preset_model']!r}; leave it out")
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         found.problems.append(f"expert_parallel.autoep_size is {size!r}; write how many ranks share the experts")
     elif enabled is True and size > 1:
@@ -523,7 +527,7 @@ def _check_mixtures(config: dict[str, Any], found: Findings) -> None:
             "tensor parallelism at stage 0 in bf16 clips by the norm of one rank's part (DeepSpeed 0.19.8); "
             "take stage 1, 2 or 3"
         )
-    if config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1) > 1:
+    if int(config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)) > 1:
         found.problems.append(
             "zero_hpz_partition_size and tensor_parallel would group the same ranks (DeepSpeed 0.19.8); leave one out"
         )
@@ -535,6 +539,12 @@ def _check_mixtures_of_pipeline(config: dict[str, Any], found: Findings) -> None
         found.problems.append(
             f"zero_optimization.stage is {stage}, but a pipeline works with stages 0 and 1 (DeepSpeed 0.19.8)"
         )
+    zero = config.get("zero_optimization", {})
+    if zero.get("overlap_comm"):  # by which DeepSpeed 0.19.8 would sum no gradients: it counts on hooks of another loop
+        zero["overlap_comm"] = False
+        found.notes.append("zero_optimization.overlap_comm is without effect in a pipeline")
+    if offload_device(config, "optimizer") != "none":
+        found.problems.append("a pipeline and offload_optimizer are not tested together here; leave one out")
     if tensor_parallel_size(config) * sequence_parallel_size(config) * expert_parallel_size(config) > 1:
         found.problems.append("a pipeline is not tested with another form of parallelism here; leave one out")
     if precision == "fp16":
@@ -560,7 +570,7 @@ def _check_mixtures_of_experts(config: dict[str, Any], found: Findings) -> None:
     for key in ("offload_optimizer", "offload_param"):
         if (zero.get(key) or {}).get("device", "none") != "none":
             found.problems.append(f"expert_parallel and {key} are not tested together here; leave one out")
-    if zero.get("zero_hpz_partition_size", 1) > 1:
+    if int(zero.get("zero_hpz_partition_size", 1)) > 1:
         found.problems.append("DeepSpeed 0.19.8 has no zero_hpz_partition_size with expert_parallel; leave one out")
 
 
@@ -594,6 +604,9 @@ def _check_batch(config: dict[str, Any], found: Findings, world_size: int) -> No
         return
     if micro == "auto":  # the largest micro-batch, so as few accumulation steps as the JSON allows
         micro = batch_size // known
+        if pipeline_stages(config) > 1 and accumulation == "auto":  # but enough of them to fill the pipeline
+            enough = 4 * pipeline_stages(config)
+            micro = max(n for n in range(1, micro + 1) if not micro % n and (n == 1 or micro // n >= enough))
     computed = batch_size // (micro * world_size)
     if accumulation not in ("auto", computed):
         found.problems.append(
