@@ -194,7 +194,7 @@ def test_every_variant_trains_as_plain_torch_does(runs: tuple[str, Path]) -> Non
         found, expected = (steps_of(folder / run) for run in (f"{name}-2", f"plain_{name}-1"))
         for here, there in zip(found, expected, strict=True):
             assert here["grad_norm"] == pytest.approx(there["grad_norm"], rel=1e-4)
-            assert here.get("balance") == pytest.approx(there.get("balance"), rel=1e-5)
+            assert here.get("balance", 0.0) == pytest.approx(there.get("balance", 0.0), rel=1e-5)
             assert here.get("tokens_per_expert") == there.get("tokens_per_expert")
         if name == "experts":
             inputs, answered = torch.load(folder / f"{name}-2" / "probe.pt")

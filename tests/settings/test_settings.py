@@ -328,3 +328,38 @@ def test_a_mistake_on_the_command_line_is_refused(arguments: list[str], words: l
     with pytest.raises(UserError) as error:
         config.parse(recipe.Config, recipe.__file__, arguments)
     one_line(error, *words)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"zero_optimization": {"stage": 2}}, ["stage is 2", "a pipeline works with stages 0 and 1"]),
+        ({"pipeline": {"stages": 1}}, ["this recipe trains a pipeline of 2 stages or more"]),
+        ({"pipeline": {"stages": "auto"}}, ["a pipeline of 2 stages or more"]),
+        ({"pipeline": {"stages": 2, "partition": "best"}}, ["pipeline.partition is not used here"]),
+        (
+            {"pipeline": {"stages": 3}},
+            ["pipeline.stages is 3, which does not divide 4 ranks; nearest: --ranks 3 and 6"],
+        ),
+        ({"tensor_parallel": {"autotp_size": 2}}, ["not tested with another form of parallelism"]),
+        ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}, ["offload_optimizer"]),
+    ],
+)
+def test_what_a_pipeline_cannot_have_is_refused(tmp_path: Path, changes: dict[str, Any], words: list[str]) -> None:
+    recipe = importlib.import_module("recipes.pipeline_lm")
+    cfg = config.load(recipe.Config, ROOT / "recipes" / "pipeline_lm.yaml", {})
+    ds_config = json.loads((ROOT / "ds_configs" / "pipeline_lm" / "zero1.json").read_text()) | changes
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(ds_config))
+    with pytest.raises(UserError) as error:
+        load_ds_config(path, cfg, 4)
+    one_line(error, *words)
+
+
+def test_auto_fills_a_pipeline_with_micro_batches(tmp_path: Path) -> None:
+    recipe = importlib.import_module("recipes.pipeline_lm")
+    cfg = config.load(recipe.Config, ROOT / "recipes" / "pipeline_lm.yaml", {"batch_size": "32"})
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"train_micro_batch_size_per_gpu": "auto", "pipeline": {"stages": 2}}))
+    filled = load_ds_config(path, cfg, 4)  # 16 rows for each of 2 pipelines
+    assert (filled["train_micro_batch_size_per_gpu"], filled["gradient_accumulation_steps"]) == (2, 8)
