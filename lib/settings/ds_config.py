@@ -540,9 +540,8 @@ def _check_mixtures_of_pipeline(config: dict[str, Any], found: Findings) -> None
             f"zero_optimization.stage is {stage}, but a pipeline works with stages 0 and 1 (DeepSpeed 0.19.8)"
         )
     zero = config.get("zero_optimization", {})
-    if zero.get("overlap_comm"):  # by which DeepSpeed 0.19.8 would sum no gradients: it counts on hooks of another loop
-        zero["overlap_comm"] = False
-        found.notes.append("zero_optimization.overlap_comm is without effect in a pipeline")
+    if zero.get("overlap_comm"):
+        found.notes.append("zero_optimization.overlap_comm is without effect in a pipeline: DeepSpeed turns it off")
     if offload_device(config, "optimizer") != "none":
         found.problems.append("a pipeline and offload_optimizer are not tested together here; leave one out")
     if tensor_parallel_size(config) * sequence_parallel_size(config) * expert_parallel_size(config) > 1:

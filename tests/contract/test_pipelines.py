@@ -105,7 +105,7 @@ def test_pipeline_lm_is_causal_lm(tmp_path_factory: pytest.TempPathFactory, one_
     folder, expected = one_device
     run = tmp_path_factory.mktemp("pipeline") / "run"
     ds_config = json.loads((ROOT / "ds_configs" / "pipeline_lm" / "zero1.json").read_text())
-    ds_config["zero_optimization"]["overlap_comm"] = True  # which would sum no gradients
+    ds_config["zero_optimization"]["overlap_comm"] = True  # which DeepSpeed must turn off
     config = run.parent / "config.json"
     config.write_text(
         json.dumps(ds_config | {"activation_checkpointing": {}, "train_micro_batch_size_per_gpu": "auto"})
