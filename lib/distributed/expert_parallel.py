@@ -63,7 +63,7 @@ def mend_transformers() -> None:
     def get(self: Any, key: Any, default: Any = None) -> Any:
         return dict.get(self, key, default) if isinstance(key, str) else by_model(self, key)
 
-    get.takes_names = True  # type: ignore[attr-defined]
+    get.takes_names = True  # type: ignore[attr-defined]  # a mark, by which a second call knows it
     registry.get = get
 
 

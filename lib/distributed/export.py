@@ -32,7 +32,7 @@ def full_state_dict(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor
             continue
         to_gather = [parameters[name]] if partitioned and name in parameters else []
         with deepspeed.zero.GatheredParameters(to_gather, enabled=partitioned):
-            whole = expert_parallel.gather_experts(engine.module, gather_shards(tensor))
+            whole = expert_parallel.gather_experts(model, gather_shards(tensor))
             if ranks.rank() == 0 and name in moved:
                 place = torch.empty(moved[name].shape, dtype=tensor.dtype)
                 moved[name].write(state.setdefault(moved[name].name, place), whole.detach().cpu())

@@ -566,9 +566,9 @@ def _check_mixtures_of_experts(config: dict[str, Any], found: Findings) -> None:
     if found.settings["precision"] == "fp16":
         found.problems.append("expert parallelism is not tested in fp16 here; set precision to bf16 or fp32")
     zero = config.get("zero_optimization", {})
-    for key in ("offload_optimizer", "offload_param"):
-        if (zero.get(key) or {}).get("device", "none") != "none":
-            found.problems.append(f"expert_parallel and {key} are not tested together here; leave one out")
+    for what in ("optimizer", "param"):
+        if offload_device(config, what) != "none":
+            found.problems.append(f"expert_parallel and offload_{what} are not tested together here; leave one out")
     if int(zero.get("zero_hpz_partition_size", 1)) > 1:
         found.problems.append("DeepSpeed 0.19.8 has no zero_hpz_partition_size with expert_parallel; leave one out")
 
