@@ -44,11 +44,14 @@ def load_rows(
     text: dict[str, str],
     label: dict[str, str] | None = None,
     answers: dict[str, str] | None = None,
+    messages: dict[str, str] | None = None,
 ) -> Splits:
     """The splits "train", "validation" and "test" of a data set, each row checked. Every rank must call it.
 
     dataset: see lib.data.sources.find_sources. max_rows: how many rows of each split to draw at random; None: all.
-    text, label, answers: the columns to keep, as {name here: name in the data}.
+    messages, text, label, answers: the columns to keep, as {name here: name in the data}.
+    - A column of messages has a list of them, {"role": ..., "content": ...} or {"from": ..., "value": ...}, or the text
+      of one message. It becomes JSON, which lib.data.conversations.messages_of reads.
     - A text column has text.
     - A label column has text, whole numbers (1.0 is one), true and false, or class labels. It becomes class labels,
       whose names are those of all training rows: whole numbers in numerical order, then text in alphabetical order.
@@ -61,7 +64,8 @@ def load_rows(
     Rank 0 reads the data and writes them to the cache; the other ranks and later starts map the cache into memory.
     Raises UserError for the first faulty row, with its file and line, and with the number of faulty rows.
     """
-    columns = {**text, **(label or {}), **(answers or {})}
+    messages = messages or {}
+    columns = {**messages, **text, **(label or {}), **(answers or {})}
     for name, column in columns.items():
         first_name = next(key for key, value in columns.items() if value == column)
         if first_name != name:
@@ -71,7 +75,7 @@ def load_rows(
             )
 
     def read() -> str:
-        return _read_rows(dataset, text, label or {}, answers or {})
+        return _read_rows(dataset, messages, text, label or {}, answers or {})
 
     name_in_cache = ranks.on_rank0(read)
 
@@ -128,20 +132,22 @@ def _cache() -> Path:
     return Path(datasets_config.HF_DATASETS_CACHE) / "zero_recipes"
 
 
-def _read_rows(dataset: str, text: dict[str, str], label: dict[str, str], answers: dict[str, str]) -> str:
+def _read_rows(
+    dataset: str, messages: dict[str, str], text: dict[str, str], label: dict[str, str], answers: dict[str, str]
+) -> str:
     """Read the rows into a folder of the cache, if it is not there yet, and return the name of the folder.
 
     The folder has train.arrow, validation.arrow, test.arrow and facts.json.
     """
-    sources, notes = find_sources(dataset, {*text.values(), *label.values(), *answers.values()})
+    sources, notes = find_sources(dataset, {*messages.values(), *text.values(), *label.values(), *answers.values()})
     content = [(split, source.digest) for split, part in sources.items() for source in part]
-    folder = _cache() / Hasher.hash((CODE, text, label, answers, content))
+    folder = _cache() / Hasher.hash((CODE, messages, text, label, answers, content))
     if folder.is_dir():
         return folder.name
     unfinished = folder.with_name(f".{folder.name}-{os.getpid()}")
     unfinished.mkdir(parents=True, exist_ok=True)
     try:
-        reader = _Reader(dataset, sources, text=text, label=label, answers=answers)
+        reader = _Reader(dataset, sources, messages=messages, text=text, label=label, answers=answers)
         header = reader.write(unfinished)
         facts = {"fingerprint": reader.fingerprint(), "header": header, "notes": notes + reader.notes}
         (unfinished / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
@@ -167,12 +173,14 @@ class _Reader:
         dataset: str,
         sources: dict[str, list[Source]],
         *,
+        messages: dict[str, str],
         text: dict[str, str],
         label: dict[str, str],
         answers: dict[str, str],
     ):
-        self.dataset, self.sources, self.text, self.label, self.answers = dataset, sources, text, label, answers
-        self.columns = {**text, **label, **answers}
+        self.dataset, self.sources, self.label, self.answers = dataset, sources, label, answers
+        self.messages, self.text = messages, {**messages, **text}  # which become text, too
+        self.columns = {**messages, **text, **label, **answers}
         self.missing = [split for split in SPLITS if split not in sources]
         self.notes: list[str] = []
         self.kept: set[int] = set()  # hashes of first texts whose rows stay training rows
@@ -293,7 +301,7 @@ class _Reader:
             value = row.get(column)
             if value is None or value != value:  # NaN
                 raise _Fault(f"no value for '{column}'{did_you_mean(column, row) if column not in row else ''}")
-            check = _text if name in self.text else _label if name in self.label else _answers
+            check = _check_of(name, self.messages, self.text, self.label)
             checked = check(value)
             if checked is None:
                 raise _Fault(f"'{column}' is {short(value)} ({type(value).__name__}), expected {EXPECTED[check]}")
@@ -301,6 +309,12 @@ class _Reader:
         for name in self.answers:
             _check_answers(values["context"], values[name])
         return values
+
+
+def _check_of(name: str, messages: Iterable[str], text: Iterable[str], label: Iterable[str]) -> Callable[[Any], Any]:
+    if name in messages:
+        return _messages
+    return _text if name in text else _label if name in label else _answers
 
 
 def _features(text: Iterable[str], label_names: Mapping[str, Iterable[str]], answers: Iterable[str]) -> Features:
@@ -340,6 +354,30 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) and _is_unicode(value) else None
 
 
+ROLES = {"human": "user", "gpt": "assistant"}  # the names in {"from": ..., "value": ...}, where they are others
+
+
+def _messages(value: Any) -> str | None:
+    if isinstance(value, str) and _is_unicode(value):
+        return json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, list) or not value:
+        return None
+    found = []
+    for message in value:
+        if not isinstance(message, dict):
+            return None
+        known = {name: part for name, part in message.items() if part is not None}  # Parquet has all names in each row
+        if "from" in known and "value" in known:
+            known = {"role": ROLES.get(str(known["from"]), known["from"]), "content": known["value"]}
+        content = known.get("content", "")  # which a call of a tool lacks
+        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+            content = "".join(str(part.get("text")) for part in content)
+        if not isinstance(known.get("role"), str) or not isinstance(content, str) or not _is_unicode(content):
+            return None
+        found.append(known | {"content": content})
+    return json.dumps(found, ensure_ascii=False)
+
+
 def _is_unicode(text: str) -> bool:
     """Whether the text has no half of a surrogate pair: JSON can have one as an escape, UTF-8 cannot encode it."""
     return text.isascii() or not re.search("[\ud800-\udfff]", text)
@@ -374,6 +412,7 @@ def _answers(value: Any) -> dict[str, list[Any]] | None:
 
 
 EXPECTED: dict[Callable[[Any], Any], str] = {
+    _messages: 'text, or a list of {"role": ..., "content": ...} or {"from": ..., "value": ...}',
     _text: "text",
     _label: "text, a whole number, true or false",
     _answers: '{"text": [...], "answer_start": [...]}, as in SQuAD',

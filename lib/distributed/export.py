@@ -19,7 +19,7 @@ from lib.settings.ds_config import stage_of
 def full_state_dict(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
     """The model's state_dict, whole, in rank 0's host memory; empty on the other ranks. Every rank must call it.
 
-    At stage 3 the parameters are gathered one at a time.
+    Of a model with an adapter it has the adapter alone. At stage 3 the parameters are gathered one at a time.
     """
     partitioned = stage_of(engine.config) == 3
     model = model_of(engine)
@@ -28,7 +28,7 @@ def full_state_dict(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor
     moved = expert_parallel.parts(model)
     routers = {id(parameters[name]) for name in moved}  # which DeepSpeed's layers have under two names
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) in routers and name not in moved:
+        if (id(tensor) in routers and name not in moved) or (has_adapter(model) and not tensor.requires_grad):
             continue
         to_gather = [parameters[name]] if partitioned and name in parameters else []
         with deepspeed.zero.GatheredParameters(to_gather, enabled=partitioned):
@@ -41,6 +41,11 @@ def full_state_dict(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor
     if mesh.pipeline_size() > 1:
         _take_other_stages(state, model)
     return state
+
+
+def has_adapter(model: torch.nn.Module) -> bool:
+    """Whether peft has added an adapter to the model, and frozen all else."""
+    return bool(getattr(model, "peft_config", None))
 
 
 def _take_other_stages(state: dict[str, torch.Tensor], model: torch.nn.Module) -> None:
@@ -82,8 +87,8 @@ def export(
     call it.
 
     target_tokenizer: that of an encoder-decoder's output, for the folder target_tokenizer in it. safetensors only; tied
-    weights stay tied. Of a model that is not one of transformers', model.safetensors has the state_dict and config.json
-    its `config`.
+    weights stay tied. Of a model with an adapter, the folder has the adapter alone, as peft saves it. Of a model that
+    is not one of transformers', model.safetensors has the state_dict and config.json its `config`.
     """
     model, state_dict = model_of(engine), full_state_dict(engine)
 

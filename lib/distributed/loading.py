@@ -50,16 +50,19 @@ def load_model(build: Callable[[], torch.nn.Module], ds_config: dict[str, Any], 
     else:
         whole: list[Any] = []
 
-        def build_whole() -> tuple[Any, Any, Any]:
+        def build_whole() -> tuple[Any, ...]:
             whole.append(build_and_check())
-            return type(whole[0]), whole[0].config, getattr(whole[0], "generation_config", None)
+            extras = (getattr(whole[0], name, None) for name in ("generation_config", "peft_config"))
+            return type(whole[0]), whole[0].config, *extras
 
-        model_class, config, generation_config = ranks.on_rank0(build_whole)
+        model_class, config, generation_config, adapters = ranks.on_rank0(build_whole)
         # Without no_init_weights, transformers would initialize empty shards: the model would start from other weights.
         with deepspeed.zero.Init(config_dict_or_path=ds_config), initialization.no_init_weights():
             model = model_class(config)
             if isinstance(model, PreTrainedModel):
                 model.tie_weights()  # which is part of the initialization that was left out
+            for adapter in (adapters or {}).values():
+                model.add_adapter(adapter)
         if generation_config is not None:
             model.generation_config = generation_config
         names = _names(model)

@@ -98,8 +98,9 @@ class Run:
         ranks.on_rank0(lambda: self._run_folder.begin(self.resumed_at))
 
     def steps(
-        self, rows: Any, collate: Callable[[dict[str, Any]], Batch], lengths: Sequence[int] | None = None
-    ) -> Iterator[tuple[int, list[Batch]]]:
+        self, rows: Any, collate: Callable[[dict[str, Any]], Batch], lengths: Sequence[int] | None = None,
+        packing: bool = False,
+    ) -> Iterator[tuple[int, list[Batch]]]:  # fmt: skip
         """(step, this rank's micro-batches) for each optimizer step still to do. Arguments: see training_batches.
 
         Before the first step the run resumes, or begins anew. Before each step the random generators are seeded by the
@@ -111,7 +112,7 @@ class Run:
         cfg = self.cfg
         step_batches = batches.training_batches(
             rows, collate, batch_size=cfg.batch_size, micro_batch_size=self.micro_batch_size, seed=cfg.seed,
-            device=self.device, lengths=lengths, start=self.resumed_at,
+            device=self.device, lengths=lengths, packing=packing, start=self.resumed_at,
         )  # fmt: skip
         self.output.begin_steps(self.resumed_at, self.total_steps)
         self.metrics.restart_clock()

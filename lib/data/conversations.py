@@ -1,0 +1,198 @@
+"""Conversations as tokens with the loss on the answers, and rows of them, one after the other or padded.
+
+A conversation is a list of messages, {"role": ..., "content": ...}; what else a message has (calls of tools, reasoning)
+is for the chat template, by which the tokenizer makes text of it.
+"""
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jinja2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from lib.data.batches import IGNORED, Batch, pad
+from lib.data.sources import short
+from lib.distributed import mesh
+from lib.errors import UserError
+
+Message = dict[str, Any]
+
+
+def messages_of(prompt: str, completion: str | None = None) -> list[Message]:
+    """The conversation in a row of load_rows: its column of messages, and of the answer to them if that is another.
+
+    Each is the JSON of a list of messages, or of a text: the prompt's is the user's, the completion's the assistant's.
+    """
+    messages: list[Message] = []
+    for column, role in ((prompt, "user"), (completion, "assistant")):
+        found = [] if column is None else json.loads(column)
+        messages += [{"role": role, "content": found}] if isinstance(found, str) else found
+    return messages
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> str:
+    """The text that the chat template makes of messages. Raises UserError where it refuses them."""
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"the tokenizer's chat template refuses this conversation ({why}): {short(messages)}") from None
+
+
+def answers_in(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
+) -> Iterator[tuple[str, list[tuple[int, int]]]]:
+    """(text, [(begin, end), ...]): a conversation as text, and where in it the answers of the assistant are.
+
+    An answer is what the model has to write: what the template adds for it after the prompt for an answer, up to the
+    token that ends the turn, but not the line break behind that token. A conversation is more than one text where the
+    template shows earlier turns otherwise than the last one (without their reasoning, for example): in each text, the
+    model sees what it would see when it answers.
+    """
+    text, spans = "", list[tuple[int, int]]()
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        whole = render(tokenizer, messages[: number + 1])
+        prompt = render(tokenizer, messages[:number], add_generation_prompt=True) if number else ""
+        if not whole.startswith(text):
+            yield text, spans
+            spans = []
+        # A prompt may hold more than the template shows in a conversation, such as the beginning of the reasoning.
+        begin = max(_common_prefix(prompt, whole), spans[-1][1] if spans else 0)
+        end = len(whole.rstrip())
+        spans.append((begin, end if whole[:end].endswith(_tokens_by_name(tokenizer)) else len(whole)))
+        text = whole
+    if spans:
+        yield text, spans
+
+
+def _common_prefix(first: str, second: str) -> int:
+    """How many characters two texts begin with alike."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
+
+
+def _tokens_by_name(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The special and the added tokens of a tokenizer, as they are written."""
+    return (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())
+
+
+def end_of_answer(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token with which the chat template ends an answer. Raises UserError where it ends answers with none.
+
+    A model that is trained on such answers would never end one.
+    """
+    messages = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}]
+    ((text, spans),) = answers_in(tokenizer, messages)
+    last = tokenizer(text[: spans[-1][1]], add_special_tokens=False)["input_ids"][-1]
+    if tokenizer.convert_ids_to_tokens(last) not in _tokens_by_name(tokenizer):
+        raise UserError(
+            "the tokenizer's chat template ends an answer with no special token, so that a model could not learn to "
+            "end one; set --chat_template to another"
+        )
+    return int(last)
+
+
+def tokenize_conversations(
+    rows: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> dict[str, list[Any]]:
+    """Columns prompt, and completion if there is one -> input_ids, labels, length, labelled, truncated.
+
+    The label of each token is the token after it, if that is part of an answer, else IGNORED; `labelled` counts them.
+    Of more than max_length tokens the end is cut off. A conversation may become more rows than one: see answers_in.
+    """
+    found: dict[str, list[Any]] = {name: [] for name in ("input_ids", "labels", "length", "labelled", "truncated")}
+    completions = rows.get("completion", [None] * len(rows["prompt"]))
+    for prompt, completion in zip(rows["prompt"], completions, strict=True):
+        for text, spans in answers_in(tokenizer, messages_of(prompt, completion)):
+            input_ids, labels, truncated = _tokens(tokenizer, text, spans, max_length)
+            found["input_ids"].append(input_ids)
+            found["labels"].append(labels)
+            found["length"].append(len(input_ids))
+            found["labelled"].append(sum(label != IGNORED for label in labels))
+            found["truncated"].append(truncated)
+    return found
+
+
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tuple[int, int]], max_length: int
+) -> tuple[list[int], list[int], bool]:
+    # verbose=False: a conversation may be longer than the model's limit, of which the tokenizer would warn.
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids, begins = encoded["input_ids"][:max_length], [begin for begin, _ in encoded["offset_mapping"]]
+    is_answer = np.zeros(len(ids), dtype=bool)
+    for first, last in (np.searchsorted(begins, span) for span in spans):
+        is_answer[first:last] = True
+    labels = [token if counts else IGNORED for token, counts in zip(ids, is_answer.tolist(), strict=True)]
+    return ids[:-1], labels[1:], len(encoded["input_ids"]) > max_length  # nothing comes after the last token
+
+
+def with_answers(rows: Dataset) -> Dataset:
+    """The rows that have a label. Raises UserError where none has."""
+    labelled = np.flatnonzero(np.asarray(rows["labelled"]))
+    if not len(labelled):
+        raise UserError(
+            f"of {len(rows):,} conversations none has a token of an answer; give conversations with messages of the "
+            "role assistant, or a greater --max_length"
+        )
+    return rows if len(labelled) == len(rows) else rows.select(labelled)
+
+
+def notes_on(conversations: int, rows: Dataset) -> list[str]:
+    """What the header says of the training rows that tokenize_conversations made of so many conversations."""
+    notes, cut = [], sum(rows["truncated"])
+    empty = len(rows) - len(with_answers(rows))
+    if len(rows) != conversations:
+        notes.append(
+            f"{conversations:,} training conversations became {len(rows):,}: the chat template changes earlier turns, "
+            "or some have no answer"
+        )
+    if cut:
+        notes.append(f"truncated: {cut:,} of {len(rows):,} training conversations")
+    if empty:
+        notes.append(f"left out: {empty:,} training conversations without any token of an answer")
+    return notes
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+def lay_out(input_ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], packing: bool) -> Batch:
+    """Sequences of tokens and labels as one batch: input_ids, labels, position_ids and `conversation`, [rows, length].
+
+    packing: all sequences one after the other in a row, with no padding between them; the model must keep them apart
+    (lib/models/packing.py). Otherwise each is a row, filled up on the right, where no earlier token sees it.
+    `conversation` is the number of the sequence that a token belongs to.
+    """
+    columns = {
+        "input_ids": input_ids,
+        "labels": labels,
+        "position_ids": [range(len(ids)) for ids in input_ids],
+        "conversation": [[number] * len(ids) for number, ids in enumerate(input_ids)],
+    }
+    batch = {}
+    for name, column in columns.items():
+        filler = IGNORED if name == "labels" else 0
+        rows = torch.tensor(list(itertools.chain(*column)))[None] if packing else pad(column, filler)
+        # Each rank of a sequence-parallel group takes an equal part.
+        batch[name] = F.pad(rows, (0, -rows.shape[1] % mesh.sequence_size()), value=filler)
+    if not packing:
+        batch["position_ids"] = torch.arange(batch["labels"].shape[1]).expand_as(batch["labels"])
+    return batch
+
+
+def collate_conversations(rows: dict[str, Any], packing: bool) -> Batch:
+    """Rows of tokenize_conversations as a batch: see lay_out."""
+    return lay_out(rows["input_ids"], rows["labels"], packing)
+
+
+def sums_of_conversations(values: torch.Tensor, batch: Batch, count: int) -> torch.Tensor:
+    """[count]: the sum of the values [rows, length] of each of the `count` conversations of a batch."""
+    return values.new_zeros(count).index_add(0, batch["conversation"].flatten(), values.flatten())
