@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.distributed import expert_parallel, mesh, ranks
+from lib.distributed.loading import has_adapter
 from lib.distributed.pipeline import model_of
 from lib.distributed.zero_state import layout
 from lib.progress import progress
@@ -41,11 +42,6 @@ def full_state_dict(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor
     if mesh.pipeline_size() > 1:
         _take_other_stages(state, model)
     return state
-
-
-def has_adapter(model: torch.nn.Module) -> bool:
-    """Whether peft has added an adapter to the model, and frozen all else."""
-    return bool(getattr(model, "peft_config", None))
 
 
 def _take_other_stages(state: dict[str, torch.Tensor], model: torch.nn.Module) -> None:

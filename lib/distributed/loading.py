@@ -1,5 +1,6 @@
 """A model on all ranks at every ZeRO stage, with the same weights and constants."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import deepspeed
 import torch
 from deepspeed.module_inject.tp_plan_converter import TPPlanConverter
 from deepspeed.runtime.tensor_parallel.config import _get_hf_tp_plan
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import EncoderDecoderModel, PreTrainedModel, initialization, set_seed
 
@@ -77,6 +79,8 @@ def load_model(build: Callable[[], torch.nn.Module], ds_config: dict[str, Any], 
         right = ranks.on_rank0(lambda: {name: tensor.detach() for name, tensor in constants(whole[0]).items()})
         for name, tensor in constants(model).items():
             tensor.data = right[name].to(tensor.device)
+    if tensor_parallel_size(ds_config) > 1 and has_adapter(model):
+        _plan_adapters(model)
     if rows_shared_by > 1:
         sequence_parallel.share_attention(model, rows=ds_config["train_micro_batch_size_per_gpu"])
     if experts_shared_by > 1:
@@ -126,6 +130,40 @@ def _check_tensor_parallel(model: Any, size: int) -> None:
                     f"tensor_parallel.autotp_size is {size}, which does not divide {name} {heads} of "
                     f"{type(part).__name__}; sizes that do: {fitting}"
                 )
+
+
+def has_adapter(model: torch.nn.Module) -> bool:
+    """Whether peft has added an adapter to the model, and frozen all else."""
+    return bool(getattr(model, "peft_config", None))
+
+
+def _plan_adapters(model: Any) -> None:
+    """Let a tensor-parallel group share a layer with an adapter, W x + B A x, as it would share W alone.
+
+    Where W is cut along its outputs, B is, and A is whole on each rank; where along its inputs, A is, and B is whole.
+    """
+    plan = dict(model.config.base_model_tp_plan or {})
+    for pattern, style in list(plan.items()):
+        part = {"colwise": "lora_B", "rowwise": "lora_A"}.get(style)
+        if part is not None:
+            plan |= {f"{pattern}.base_layer": style} | {f"{pattern}.{part}.{name}": style for name in model.peft_config}
+    model.config.base_model_tp_plan = plan
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.__class__ = _without_weight(type(layer))
+
+
+@functools.cache
+def _without_weight(kind: type) -> type:
+    """A class of peft's layers without the property `weight`, the inner layer's.
+
+    DeepSpeed would take a layer that has one for a single matrix, and leave out what is in it.
+    """
+
+    def weight(layer: torch.nn.Module) -> None:
+        raise AttributeError("weight")
+
+    return type(kind.__name__, (kind,), {"weight": property(weight)})
 
 
 def _check_output_layer(model: Any) -> Any:
