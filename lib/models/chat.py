@@ -20,10 +20,10 @@ TEMPLATES = {
     # With no other token than the one that ends a text.
     "plain": (
         "{% for message in messages %}"
-        "{{ message['role'].capitalize() + ': ' + message['content'] }}"
+        "{{ message['role'].capitalize() + ':\n' + message['content'] }}"
         "{{ eos_token if message['role'] == 'assistant' else '' }}{{ '\n' }}"
         "{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
+        "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
     ),
 }
 CHATML_TOKENS = ["<|im_start|>", "<|im_end|>"]
