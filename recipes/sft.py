@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
 from lib.data import conversations
-from lib.data.batches import IGNORED, Batch
+from lib.data.batches import Batch
 from lib.data.rows import load_rows, map_rows
 from lib.distributed import ranks
 from lib.distributed.export import export
@@ -94,17 +94,12 @@ def losses_of(engine: Any, batch: Batch) -> torch.Tensor:
         return losses_in(engine(input_ids=batch["input_ids"], use_cache=False, **places))
 
 
-def count(batch: Batch) -> torch.Tensor:
-    """[2]: labels, and tokens."""
-    return torch.stack([(batch["labels"] != IGNORED).sum(), torch.tensor(batch["labels"].numel()).to(batch["labels"])])
-
-
 def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     run = Run(cfg, ds_config, __file__)
 
     # Data: conversations to tokens, of which those of the answers have labels.
     columns = {"prompt": cfg.prompt_column} | ({"completion": cfg.completion_column} if cfg.completion_column else {})
-    splits = load_rows(cfg.dataset, cfg.max_rows, text={}, messages=columns)
+    splits = load_rows(cfg.dataset, cfg.max_rows, messages=columns)
     tokenizer = chat.load_tokenizer(cfg.model, cfg.chat_template, cfg.max_length, cfg.trust_remote_code)
     tokenized = map_rows(splits, conversations.tokenize_conversations, tokenizer=tokenizer, max_length=cfg.max_length)
     rows = {split: conversations.with_answers(part) for split, part in tokenized.items()}
@@ -130,7 +125,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     before, _ = test()
     lengths = rows["train"]["length"]
     for step, micro_batches in run.steps(rows["train"], collate, lengths, cfg.packing):  # this rank's share of a step
-        labels, tokens = ranks.sum_over_ranks(map(count, micro_batches))
+        labels, tokens = ranks.sum_over_ranks(map(conversations.count, micro_batches))
         step_loss = torch.zeros((), device=run.device)
         for batch in micro_batches:
             loss = losses_of(engine, batch).sum() / labels

@@ -92,7 +92,7 @@ def alike_sums(lengths: np.ndarray, size: int) -> np.ndarray:
 
 
 def part_of_rows(batch: Batch) -> Batch:
-    """This rank's part of a training batch: tensors [rows, length, ...] cut along the length, all of them.
+    """This rank's part of a training batch: its tensors [rows, length, ...], cut along the length.
 
     A batch that can be cut has `position_ids`, [rows, length]: the place of each token in its row, which the model
     must get. Raises UserError for another batch.
@@ -109,7 +109,8 @@ def part_of_rows(batch: Batch) -> Batch:
     if length % size:
         raise UserError(f"sequence_parallel_size is {size}, which does not divide rows of {length} tokens")
     begin, end = length * mesh.sequence_rank() // size, length * (mesh.sequence_rank() + 1) // size
-    return {name: tensor[:, begin:end].contiguous() for name, tensor in batch.items()}
+    has_tokens = {name: tensor.shape[:2] == batch["position_ids"].shape for name, tensor in batch.items()}
+    return {name: tensor[:, begin:end].contiguous() if has_tokens[name] else tensor for name, tensor in batch.items()}
 
 
 def evaluation_batches(

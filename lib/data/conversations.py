@@ -112,7 +112,7 @@ def tokenize_conversations(
     completions = rows.get("completion", [None] * len(rows["prompt"]))
     for prompt, completion in zip(rows["prompt"], completions, strict=True):
         for text, spans in answers_in(tokenizer, messages_of(prompt, completion)):
-            input_ids, labels, truncated = _tokens(tokenizer, text, spans, max_length)
+            input_ids, labels, truncated = tokens_and_labels(tokenizer, text, spans, max_length)
             found["input_ids"].append(input_ids)
             found["labels"].append(labels)
             found["length"].append(len(input_ids))
@@ -121,9 +121,10 @@ def tokenize_conversations(
     return found
 
 
-def _tokens(
+def tokens_and_labels(
     tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tuple[int, int]], max_length: int
 ) -> tuple[list[int], list[int], bool]:
+    """(tokens, labels, whether the text was cut off at max_length) of a text with answers at these places."""
     # verbose=False: a conversation may be longer than the model's limit, of which the tokenizer would warn.
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, begins = encoded["input_ids"][:max_length], [begin for begin, _ in encoded["offset_mapping"]]
@@ -169,7 +170,7 @@ def lay_out(input_ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]],
 
     packing: all sequences one after the other in a row, with no padding between them; the model must keep them apart
     (lib/models/packing.py). Otherwise each is a row, filled up on the right, where no earlier token sees it.
-    `conversation` is the number of the sequence that a token belongs to.
+    `conversation` is the number of the sequence that a token belongs to, -1 where a place is filled up.
     """
     columns = {
         "input_ids": input_ids,
@@ -179,7 +180,7 @@ def lay_out(input_ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]],
     }
     batch = {}
     for name, column in columns.items():
-        filler = IGNORED if name == "labels" else 0
+        filler = {"labels": IGNORED, "conversation": -1}.get(name, 0)
         rows = torch.tensor(list(itertools.chain(*column)))[None] if packing else pad(column, filler)
         # Each rank of a sequence-parallel group takes an equal part.
         batch[name] = F.pad(rows, (0, -rows.shape[1] % mesh.sequence_size()), value=filler)
@@ -195,4 +196,10 @@ def collate_conversations(rows: dict[str, Any], packing: bool) -> Batch:
 
 def sums_of_conversations(values: torch.Tensor, batch: Batch, count: int) -> torch.Tensor:
     """[count]: the sum of the values [rows, length] of each of the `count` conversations of a batch."""
-    return values.new_zeros(count).index_add(0, batch["conversation"].flatten(), values.flatten())
+    numbers = batch["conversation"].flatten().clamp(min=0)  # the values where a place is filled up are 0
+    return values.new_zeros(count).index_add(0, numbers, values.flatten())
+
+
+def count(batch: Batch) -> torch.Tensor:
+    """[2]: labels, and tokens."""
+    return torch.stack([(batch["labels"] != IGNORED).sum(), (batch["conversation"] >= 0).sum()])

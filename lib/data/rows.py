@@ -41,7 +41,7 @@ class Splits(dict[str, Dataset]):
 def load_rows(
     dataset: str,
     max_rows: int | None,
-    text: dict[str, str],
+    text: dict[str, str] | None = None,
     label: dict[str, str] | None = None,
     answers: dict[str, str] | None = None,
     messages: dict[str, str] | None = None,
@@ -64,7 +64,7 @@ def load_rows(
     Rank 0 reads the data and writes them to the cache; the other ranks and later starts map the cache into memory.
     Raises UserError for the first faulty row, with its file and line, and with the number of faulty rows.
     """
-    messages = messages or {}
+    messages, text = messages or {}, text or {}
     columns = {**messages, **text, **(label or {}), **(answers or {})}
     for name, column in columns.items():
         first_name = next(key for key, value in columns.items() if value == column)

@@ -82,7 +82,7 @@ def load_model(build: Callable[[], torch.nn.Module], ds_config: dict[str, Any], 
     if tensor_parallel_size(ds_config) > 1 and has_adapter(model):
         _plan_adapters(model)
     if rows_shared_by > 1:
-        sequence_parallel.share_attention(model, rows=ds_config["train_micro_batch_size_per_gpu"])
+        sequence_parallel.share_attention(model)
     if experts_shared_by > 1:
         expert_parallel.mend_transformers()
     if "activation_checkpointing" in ds_config:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.nn.functional import all_reduce as differentiable_all_reduce
 
 from lib.settings.ds_config import (
     expert_parallel_size,
@@ -137,6 +138,14 @@ def sum_over_sequence(tensor: torch.Tensor) -> torch.Tensor:
     if _mesh.sequence_size > 1:
         dist.all_reduce(total, group=_mesh.row_group)
     return total
+
+
+def differentiable_sum_over_sequence(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over the ranks that share this rank's training rows.
+
+    Its gradient is summed over them too, as each of them goes on from the sum to a part of the loss.
+    """
+    return differentiable_all_reduce(tensor, group=_mesh.row_group) if _mesh.sequence_size > 1 else tensor
 
 
 def pipeline_size() -> int:

@@ -93,19 +93,19 @@ def _what_is_wrong(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
     return None
 
 
-_rows: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
+_shared: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # modules of models whose rows ranks share
 _alone: dict[str, Any] = {}  # transformers' own attention functions, by name
 
 
-def share_attention(model: PreTrainedModel, rows: int) -> None:
+def share_attention(model: PreTrainedModel) -> None:
     """Let the ranks of a group compute attention together while the model is in training mode.
 
-    rows: of every training micro-batch. transformers calls attention functions by name, so the function of that name is
-    replaced; for other models than these it does what it did.
+    transformers calls attention functions by name, so the function of that name is replaced; for other models than
+    these it does what it did.
     """
     name = model.config.get_text_config()._attn_implementation
     _alone.setdefault(name, ALL_ATTENTION_FUNCTIONS[name])
-    _rows.update(dict.fromkeys(model.modules(), rows))
+    _shared.update(model.modules())
     ALL_ATTENTION_FUNCTIONS[name] = functools.partial(_attention, name)
 
 
@@ -114,13 +114,13 @@ def _attention(
     **options: Any,
 ) -> Any:  # fmt: skip
     heads, key_value_heads, head_size = query.shape[1], key.shape[1], query.shape[3]
-    if module in _rows and hasattr(module, "num_key_value_groups"):  # DeepSpeed changes it where it copies heads
+    if module in _shared and hasattr(module, "num_key_value_groups"):  # DeepSpeed changes it where it copies heads
         module.num_key_value_groups = heads // key_value_heads
-    if module not in _rows or not module.training:
+    if module not in _shared or not module.training:
         return _alone[name](module, query, key, value, attention_mask, **options)
     if name == "sdpa":  # DeepSpeed wants them, sdpa does not
         options["position_ids"] = torch.zeros((1, 1), dtype=torch.long, device=query.device)
-    together = _ulysses(name, _rows[module], heads, key_value_heads, head_size)
+    together = _ulysses(name, query.shape[0], heads, key_value_heads, head_size)
     output, weights = together(module, query, key, value, None, **options)
     return output.unflatten(2, (heads, head_size)), weights
 

@@ -40,5 +40,8 @@ def table_lines(scores: Scores) -> list[str]:
     """Scores as a table, with an empty line before and after it. The first row says which scores there are."""
     names, width = list(next(iter(scores.values()))), max(map(len, scores))
     head = f"{'':<{width}}  " + "  ".join(f"{name:>14}" for name in names)
-    rows = [f"{row:<{width}}  " + "  ".join(f"{found[name]:>14.4f}" for name in names) for row, found in scores.items()]
+    rows = [
+        f"{row:<{width}}  " + "  ".join(f"{found[name]:>14.4f}" if name in found else f"{'-':>14}" for name in names)
+        for row, found in scores.items()
+    ]
     return ["", head, *rows, ""]

@@ -114,6 +114,28 @@ def _words(text: str) -> set[str]:
     return set(re.findall(r"\w+", spaced(text.lower())))
 
 
+def preference_rules(rows: Any, reference: Sequence[tuple[float, float]]) -> dict[str, dict[str, float]]:
+    """{rule: {"accuracy": how often it prefers the chosen answer}}, 0 to 1; where it prefers none of the two, 0.5.
+
+    rows: columns prompt_text, chosen_text, rejected_text. reference: the log-probabilities of both answers of each row
+    by the model before training.
+    """
+
+    def shared(answer: str, prompt: str) -> int:
+        return len(_words(answer) & _words(prompt))
+
+    prompts, chosen, rejected = (rows[f"{name}_text"] for name in ("prompt", "chosen", "rejected"))
+    differences = {
+        "model before training": [first - second for first, second in reference],
+        "the shorter answer": [len(second) - len(first) for first, second in zip(chosen, rejected, strict=True)],
+        "more words of the prompt": [
+            shared(first, prompt) - shared(second, prompt)
+            for prompt, first, second in zip(prompts, chosen, rejected, strict=True)
+        ],
+    }
+    return {rule: {"accuracy": float(np.mean(np.sign(found)) / 2 + 0.5)} for rule, found in differences.items()}
+
+
 @progress("BM25")
 def bm25(queries: Sequence[str], documents: Sequence[str], depth: int) -> np.ndarray:
     """[queries, depth] numbers of the documents with the highest BM25 score, best first, by bm25s with its defaults.

@@ -164,7 +164,7 @@ def test_messages_are_read_from_a_file(tmp_path: Any) -> None:
     ]
     for split in ("train", "validation", "test"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    read = load_rows(str(tmp_path), None, text={}, messages={"prompt": "conversations"})["train"]["prompt"]
+    read = load_rows(str(tmp_path), None, messages={"prompt": "conversations"})["train"]["prompt"]
     assert [messages_of(prompt) for prompt in read] == [
         [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}],
         [{"role": "user", "content": "Hi"}, FOUR],
@@ -177,7 +177,7 @@ def test_faulty_messages_are_refused(tmp_path: Any, faulty: Any) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"messages": [ASK, FOUR]}) + "\n" + json.dumps({"messages": faulty}) + "\n")
     with pytest.raises(UserError, match=r"line 2: 'messages' is .* expected text, or a list of"):
-        load_rows(str(file), None, text={}, messages={"prompt": "messages"})
+        load_rows(str(file), None, messages={"prompt": "messages"})
 
 
 def test_a_template_that_refuses_is_named() -> None:
@@ -219,6 +219,7 @@ def test_rows_that_are_packed_and_rows_that_are_padded() -> None:
         (packed, [[0.0, 1, 2, 3, 4]]),
         (padded, [[0.0, 1, 2], [3, 4, 0]]),
     ):
+        assert conversations.count(batch).tolist() == [4, 5]
         assert conversations.sums_of_conversations(torch.tensor(values), batch, 2).tolist() == [3, 7]
 
 
