@@ -90,8 +90,12 @@ PHRASES = {
     ),
 }
 QUESTIONS = {
-    "description": ("What is the parameter `{}`?", "What does `{}` do?", "What does the parameter `{}` stand for?"),
-    "type": ("What type does `{}` have?", "Which type is expected for `{}`?", "What can be given as `{}`?"),
+    "description": ("What is the parameter `{}`?", "What is `{}`?", "What does the parameter `{}` stand for?"),
+    "type": (
+        "What type does `{}` have?",
+        "Which type is expected for `{}`?",
+        "What is the type of `{}`?",
+    ),
     "default": ("What is the default of `{}`?", "Which value does `{}` have if none is given?"),
     "returns": ("What does it return?", "What is returned?", "What is the return value?"),
 }
@@ -177,22 +181,28 @@ def _number(*words: str) -> int:
     return int(sha256(" ".join(words)), 16)
 
 
-def _draw(sample: str, sizes: dict[str, tuple[int, int, int]]) -> Iterator[Material]:
-    """Materials for each split and task, as many from each kind and library as there are, or as are needed."""
-    materials = sorted(_materials(), key=lambda material: _number(sample, material.text, material.question))
+def _draw(sample: str, sizes: dict[str, tuple[int, int, int]]) -> list[Material]:
+    """Materials for each split and task, as many of each kind and library as there are, or as are needed."""
+
+    def number(material: Material) -> int:
+        return _number(sample, material.text, material.question)
+
+    drawn: list[Material] = []
+    materials = sorted(_materials(), key=number)
     for task, counts in sizes.items():
-        of_file: Counter[str] = Counter()
-        of_source: Counter[tuple[str, str]] = Counter()
+        files: Counter[str] = Counter()
+        before: Counter[tuple[str, str, str]] = Counter()  # materials of the same split, kind and library
         ranked: dict[str, list[tuple[int, Material]]] = {split: [] for split in SPLITS}
         for material in materials:
-            if material.task == task and of_file[material.group] < ROWS_PER_FILE:
-                of_file[material.group] += 1
-                source = (f"{split_of(material.group)} {material.kind}", material.library)
-                of_source[source] += 1
-                ranked[split_of(material.group)].append((of_source[source], material))
+            if material.task == task and files[material.group] < ROWS_PER_FILE:
+                files[material.group] += 1
+                split = split_of(material.group)
+                before[split, material.kind, material.library] += 1
+                ranked[split].append((before[split, material.kind, material.library], material))
         for split, count in zip(SPLITS, counts, strict=True):
-            for _, material in sorted(ranked[split], key=lambda pair: pair[0])[:count]:
-                yield material
+            ranked[split].sort(key=lambda pair: pair[0])
+            drawn += [material for _, material in ranked[split][:count]]
+    return sorted(drawn, key=number)
 
 
 def _prompt(material: Material) -> str:
@@ -212,40 +222,44 @@ NO_SENTENCE = re.compile(
     re.IGNORECASE,
 )
 # What a docstring must not have to be asked about.
-NO_TEXT = re.compile(r"[\\$]|^ *[|+]-?|^ *\.\. ", re.MULTILINE)
+NO_TEXT = re.compile(r"[\\$]|^ *[|+]-?|^ *\.\. |</?[A-Z]", re.MULTILINE)
 # What a summary must begin with for its first word to be a verb without doubt: "Set the name", but not "Set of names".
-VERB_AND_OBJECT = re.compile(
-    r"(\w+) (?:the|an?|all|this|each|every|any|whether|if|how|True|False|its|some|both|only)\b"
-)
+OBJECT = r"(?:the|an?|all|this|each|every|any|whether|if|how|True|False|its|some|both|only|it|them|that)\b"
+VERB_AND_OBJECT = re.compile(rf"(\w+) {OBJECT}")
+AFTER = r"(?:\b(?:and|or|then|but)|,) (?:\w+ly )?"  # what a second verb may stand after
+OPTIONAL = re.compile(r",? *\(?\*?(?:optional|defaults?)\b.*")  # what may stand after a type
 VALUE = r"(?P<value>`[^`]+`|\"[^\"]*\"|'[^']*'|None|True|False|[-+]?\d[\d.]*(?:e-?\d+)?(?!\w))"
 DEFAULT = re.compile(rf"\bdefaults?(?: value)?(?: is| to)?\s*[=:]?\s*{VALUE}")
-RETURNS = re.compile(
-    r"^Returns\n-{3,}\n.*\n +(?P<numpydoc>\S[\s\S]*)|^Returns:\n +(?:[^\s:][^:\n]{0,60}:\s+)?(?P<google>\S[\s\S]*)",
+RETURNS = re.compile(  # one value that is returned, with a description
+    r"^Returns\n-{3,}\n.*\n +(?P<numpydoc>\S.*(?:\n(?:\n| .*))*)(?=\n?\Z|\n\S.*\n[-=]{3,})"
+    r"|^Returns:\n +(?:[^\s:-][^:\n]{0,60}:\s+)?(?P<google>\S[\s\S]*)",
     re.MULTILINE,
 )
 
 
 def _materials() -> Iterator[Material]:
-    """All that may be asked. No first paragraph, code, docstring or entry of a parameter is in two files."""
-    owners: dict[str, str] = {}  # text -> the file that had it first
+    """All that may be asked. No first paragraph, code, docstring or entry of a parameter comes twice."""
+    seen: set[str] = set()
 
-    def is_new(text: str, group: str) -> bool:
-        return owners.setdefault(docstrings.words(text), group) == group
+    def is_new(text: str) -> bool:
+        words, before = docstrings.words(text), len(seen)
+        seen.add(words)
+        return len(seen) > before
 
     for library in docstrings.DOCUMENTED:
         summaries: dict[str, dict[str, str]] = {}  # file -> summary -> code
-        asked: dict[str, tuple[str, list[tuple[str, str, str]]]] = {}  # docstring -> (file, what may be asked)
+        asked: dict[str, tuple[str, list[tuple[str, str, str]]]] = {}  # docstring -> (file, what it says)
         for group, docstring, code in docstrings.of_package(library):
             paragraph = docstring.partition("\n\n")[0]
             summary = " ".join(paragraph.split())
-            if not is_new(summary, group):
+            if docstrings.NO_SUMMARY.search(paragraph) or not is_new(summary):
                 continue
-            if not docstrings.NO_SUMMARY.search(paragraph) and _is_sentence(summary):
+            if _is_sentence(summary):
                 yield from _moods(library, group, summary)
                 yield from _libraries(library, group, summary)
-                if code and is_new(code, group) and _follows(summary, code):
-                    summaries.setdefault(group, {}).setdefault(summary, code)
-            yield from (entry for entry in _entries(library, group, docstring) if is_new(entry.text, group))
+                if code and _follows(summary, code) and is_new(code):
+                    summaries.setdefault(group, {})[summary] = code
+            yield from (entry for entry in _entries(library, group, docstring) if is_new(entry.text))
             if len(docstring.split()) >= 15 and len(docstring) <= 1000 and not NO_TEXT.search(docstring):
                 asked[docstring] = (group, list(_facts(docstring)))
         for group, codes in summaries.items():
@@ -293,17 +307,18 @@ def _are_alike(first: str, second: str) -> bool:
 def _moods(library: str, group: str, summary: str) -> Iterator[Material]:
     """A summary that is to be a command, or the third person. There is no second verb that would change too."""
     match = VERB_AND_OBJECT.match(summary)
-    for kind, forms in (
-        ("to command", {third: base for base, third in THIRD_PERSON.items()}),
-        ("to third person", THIRD_PERSON),
+    commands = {third_person: base for base, third_person in THIRD_PERSON.items()}
+    for kind, forms, verb in (
+        ("to command", commands, r"\w+s\b"),
+        ("to third person", THIRD_PERSON, rf"(?:(?:{'|'.join(THIRD_PERSON)})\b|\w+ {OBJECT})"),
     ):
-        other = forms.get(match[1].lower()) if match else None
-        if other and not re.search(rf"(?:\b(?:and|or|then|but)|,) (?:\w+ly )?(?:{'|'.join(forms)})\b", summary):
-            yield Material("rewrite", kind, library, group, summary, other.capitalize() + summary[len(match[1]) :])
+        if match and match[1].lower() in forms and not re.search(AFTER + verb, summary):
+            answer = forms[match[1].lower()].capitalize() + summary[match.end(1) :]
+            yield Material("rewrite", kind, library, group, summary, answer)
 
 
 def _libraries(library: str, group: str, summary: str) -> Iterator[Material]:
-    if library in docstrings.LIBRARIES and len(summary.split()) >= 5:
+    if library in docstrings.LIBRARIES and len(summary.split()) >= 6:
         names = dict(zip(docstrings.LIBRARIES, docstrings.LIBRARY_PACKAGES, strict=True))
         right = names.pop(library)
         others = sorted(names.values(), key=lambda name: _number(name, summary))[:3]
@@ -354,16 +369,14 @@ def _facts(docstring: str) -> Iterator[tuple[str, str, str]]:
             default = DEFAULT.search(facts.get("type", ""))
             if default:
                 facts["default"] = default["value"].rstrip(".")
-            yield from ((kind, name, text) for kind, text in facts.items() if _is_balanced(text))
+            if "type" in facts:
+                facts["type"] = OPTIONAL.sub("", facts["type"])
+            yield from ((kind, name, text) for kind, text in facts.items() if text and _is_balanced(text))
     returned = RETURNS.search(docstring)
     if returned:
         group = returned.lastgroup or ""
         sentence = docstrings.SENTENCE.match(returned[group])
-        if (
-            sentence
-            and 3 <= len(sentence[0].split()) <= 30
-            and not re.search(r":\n|\n *[-*+] |>>>", sentence[0] + "\n")
-        ):
+        if sentence and 3 <= len(sentence[0].split()) <= 30 and not re.search(r":|\n *[-*+] |>>>", sentence[0]):
             text = answer(returned.start(group), returned.start(group) + sentence.end())
             if _is_balanced(text):
                 yield "returns", "", text
@@ -410,7 +423,9 @@ def _function(code: str) -> ast.FunctionDef | ast.AsyncFunctionDef:
 def _parameters_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
     arguments = function.args
     named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
-    return [argument.arg for argument in named if argument.arg not in ("self", "cls")]
+    names = [argument.arg for argument in named if argument.arg not in ("self", "cls")]
+    stars = (("*", arguments.vararg), ("**", arguments.kwarg))
+    return names + [star + argument.arg for star, argument in stars if argument]
 
 
 def _listed(words: Sequence[str], conjunction: str = "and") -> str:
@@ -438,15 +453,15 @@ def _second_on_code(code: str) -> tuple[str, str] | None:
 
 # --- wrong answers ---------------------------------------------------------------------------------------------------
 
-SHARES = {  # of the rows, by kind
-    "another": 0.25,
-    "cut": 0.2,
-    "padded": 0.2,
-    "line": 0.08,
+SHARES = {  # of the rows, by kind, so that neither the shorter answer is right nor that with more words of the prompt
+    "another": 0.24,
+    "padded": 0.23,
+    "cut": 0.16,
     "signature": 0.08,
+    "said": 0.08,
+    "refused": 0.08,
+    "line": 0.07,
     "unchanged": 0.06,
-    "said": 0.06,
-    "refused": 0.06,
 }
 # An answer that breaks off after one of these is not whole.
 CUT = re.compile(r"\b(?:the|an?|of|for|in|to|and|or|with|by|if|from|on|at|is|that|as)\Z")
@@ -458,7 +473,7 @@ def _wrong_answers(material: Material) -> dict[str, str]:
     opening, closing = OPENINGS[number % len(OPENINGS)], CLOSINGS[number // 10 % len(CLOSINGS)]
     wrong = {"padded": f"{opening} {material.answer} {closing}"}
     words = material.answer.split()
-    ends = [end for end in range(2, len(words)) if CUT.search(" ".join(words[:end]))]
+    ends = [end for end in range(3, len(words)) if CUT.search(" ".join(words[:end]))]
     if ends and material.task != "rewrite":
         wrong["cut"] = " ".join(words[: ends[number % len(ends)]])
     if material.others and material.kind != "unsaid":
