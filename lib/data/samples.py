@@ -6,6 +6,9 @@ The split of a row depends on where the row came from. No data set is in this re
   docstring_pairs      {summary, body}: the first paragraph of a docstring, and the rest of the docstring
   docstring_questions  {question, context, answers} as in SQuAD 2: what a parameter is, or which type it has;
                        the answer is in the docstring, or there is none
+  instructions         {messages, task}: conversations on code and documentation; four tasks
+  preferences          {prompt, chosen, rejected, kind}: an instruction, its right answer and one that is wrong by
+                       construction, in one of eight ways (lib/data/instruction_samples.py describes both samples)
   messages_fr, messages_de, messages_es, messages_ja
                        {source, target}: messages of the user interface of Plone and their translations
                        (package `plone-app-locales`)
@@ -29,12 +32,14 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 
 from lib.cache import cache_folder, sha256
-from lib.data import docstrings, instruction_samples
+from lib.data import docstrings, instruction_materials, instruction_samples
 from lib.data.splits import SPLITS, split_of
 from lib.errors import UserError
 from lib.progress import progress
 
 ROWS_PER_LIBRARY = 2000  # roughly; without a limit, nearly all rows would be from the large libraries
+MODULES = (docstrings, instruction_materials, instruction_samples)  # which make rows too
+
 Row = dict[str, Any]
 
 
@@ -45,7 +50,7 @@ def load_sample(name: str) -> DatasetDict:
     """
     rows_of, packages = SAMPLES[name]
     try:
-        cache = cache_folder(name, packages, __file__, docstrings.__file__, instruction_samples.__file__)
+        cache = cache_folder(name, packages, __file__, *(str(module.__file__) for module in MODULES))
     except importlib.metadata.PackageNotFoundError as error:
         raise UserError(
             f"the built-in sample '{name}' is read from the package '{error.name}': pip install -r requirements.txt"
