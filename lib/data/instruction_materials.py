@@ -26,11 +26,11 @@ QUESTIONS = {
     "returns": ("What does it return?", "What is returned?", "What is the return value?"),
 }
 BASES = (  # verbs with which summaries begin
-    "add apply build calculate call check clear collect compute construct convert copy create decode decorate define "
-    "delete determine display draw encode estimate evaluate extract fill filter find format generate get give handle "
-    "initialize insert iterate join load make map merge move normalize parse perform plot print process raise read "
-    "register remove rename replace reset resolve restore retrieve return run save select set show simplify sort split "
-    "store test transform try update validate verify wrap write yield"
+    "add apply build calculate call check clear collect compute construct convert copy create decode decorate "
+    "define delete determine display draw encode estimate evaluate extract fetch fill filter find format generate "
+    "get give handle initialize insert iterate join load make map merge move normalize parse perform plot print "
+    "process raise read register remove rename replace reset resolve restore retrieve return run save search select "
+    "set show simplify sort split store test transform try update validate verify wrap write yield"
 )
 THIRD_PERSON = {  # add -> adds, apply -> applies, search -> searches
     base: re.sub(r"(?<=[^aeo])y$", "ie", base) + ("es" if re.search(r"(?:s|sh|ch|x)$", base) else "s")
@@ -52,7 +52,7 @@ OPTIONAL = re.compile(r",? *\(?\*?(?:optional|defaults?)\b.*")  # what may stand
 VALUE = r"(?P<value>`[^`]+`|\"[^\"]*\"|'[^']*'|None|True|False|[-+]?\d[\d.]*(?:e-?\d+)?(?!\w))"
 DEFAULT = re.compile(rf"\bdefaults?(?: value)?(?: is| to)?\s*[=:]?\s*{VALUE}")
 RETURNS = re.compile(  # one value that is returned, with a description
-    r"^Returns\n-{3,}\n.*\n +(?P<numpydoc>\S.*(?:\n(?:\n| .*))*)(?=\n?\Z|\n\S.*\n[-=]{3,})"
+    r"^Returns\n-{3,}\n.*\n +(?P<numpydoc>\S.*(?:\n+ .*)*)(?=\n*\Z|\n+\S.*\n[-=]{3,})"
     r"|^Returns:\n +(?:[^\s:-][^:\n]{0,60}:\s+)?(?P<google>\S[\s\S]*)",
     re.MULTILINE,
 )
@@ -145,6 +145,9 @@ def _follows(summary: str, code: str) -> bool:
 
 
 def _are_alike(first: str, second: str) -> bool:
+    """Whether one of two answers may stand for the other: half of the words are the same, or one is a part."""
+    if first in second or second in first:
+        return True
     words, others = (set(docstrings.words(text).split()) for text in (first, second))
     return 2 * len(words & others) >= len(words | others)
 

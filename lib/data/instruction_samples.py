@@ -169,7 +169,7 @@ def _prompt(material: Material) -> str:
     phrases = PHRASES.get(material.kind) or PHRASES[material.task]
     phrase = phrases[hash_of("phrase", material.text, material.question) % len(phrases)]
     text = f"```python\n{material.text}\n```" if material.task == "summarize_code" else material.text
-    choices = sorted((material.answer, *material.others), key=lambda choice: hash_of(choice, material.text))
+    choices = sorted((material.answer, *material.others), key=lambda choice: hash_of("order", choice, material.text))
     return phrase.format(text=text, question=material.question, choices=listed(choices, "or"))
 
 
@@ -177,8 +177,8 @@ def _prompt(material: Material) -> str:
 
 SHARES = {  # of the rows, by kind, so that neither the shorter answer is right nor that with more words of the prompt
     "another": 0.24,
-    "padded": 0.23,
-    "cut": 0.16,
+    "padded": 0.22,
+    "cut": 0.17,
     "signature": 0.08,
     "said": 0.08,
     "refused": 0.08,
