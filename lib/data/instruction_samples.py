@@ -178,11 +178,11 @@ def _prompt(material: Material) -> str:
 SHARES = {  # of the rows, by kind, so that neither the shorter answer is right nor that with more words of the prompt
     "another": 0.24,
     "padded": 0.22,
-    "cut": 0.17,
-    "signature": 0.08,
-    "said": 0.08,
-    "refused": 0.08,
+    "cut": 0.16,
+    "signature": 0.12,
+    "said": 0.07,
     "line": 0.07,
+    "refused": 0.06,
     "unchanged": 0.06,
 }
 # An answer that breaks off after one of these is not whole.
