@@ -484,6 +484,18 @@ def test_a_summary_is_rewritten_if_its_first_word_alone_changes(summary: str, re
     assert found == ([rewritten] if rewritten else [])
 
 
+@pytest.mark.parametrize(
+    ("code", "follows"),
+    [
+        ("def sort_rows(rows):\n    return sorted(rows, key=column)", True),
+        ("def sort_rows(rows):\n    # Sort the rows by a column.\n    return sorted(rows, key=column)", False),
+        ("def f(a):\n    return g(a)", False),
+    ],
+)
+def test_a_summary_follows_from_code_that_has_its_words_but_not_itself(code: str, follows: bool) -> None:
+    assert instruction_materials._follows("Sort the rows by a column.", code) == follows
+
+
 def test_what_is_read_of_a_python_file(tmp_path: Path) -> None:
     file = tmp_path / "some.py"
     file.write_text(
