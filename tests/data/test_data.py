@@ -13,8 +13,10 @@ from datasets import Dataset
 
 from lib.data.batches import IGNORED, StepRows, evaluation_batches, pad_tokens, random_numbers, training_batches
 from lib.data.blocks import Blocks, token_stream, token_streams
+from lib.data.docstrings import LIBRARIES
 from lib.data.rows import load_rows, map_rows
-from lib.data.samples import LIBRARIES, load_sample, split_of
+from lib.data.samples import load_sample
+from lib.data.splits import split_of
 from lib.distributed import mesh
 from lib.errors import UserError
 from lib.models.hub import load_tokenizer
