@@ -62,6 +62,7 @@ class Config(RunSettings):
     chosen_column: str  # the better answer
     rejected_column: str  # the worse answer
     max_rows: PositiveInt | None  # rows to take of each split, drawn at random; null: all
+    scored_rows: PositiveInt | None  # rows of the validation and of the test split to score; null: all
     seed: Seed  # of the adapter's weights and the order of the rows
     precision: Precision  # of the forward and backward pass; the optimizer's is always fp32
     batch_size: PositiveInt  # pairs an optimizer step, over all ranks
@@ -117,7 +118,8 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
 
     # Data: pairs of conversations to tokens, of which those of the last answers have labels.
     columns = {"prompt": cfg.prompt_column, "chosen": cfg.chosen_column, "rejected": cfg.rejected_column}
-    splits = load_rows(cfg.dataset, cfg.max_rows, messages={name: column for name, column in columns.items() if column})
+    messages = {name: column for name, column in columns.items() if column is not None}
+    splits = load_rows(cfg.dataset, cfg.max_rows, messages=messages, scored_rows=cfg.scored_rows)
     tokenizer = chat.load_tokenizer(cfg.model, cfg.chat_template, cfg.max_length, cfg.trust_remote_code)
     tokenized = map_rows(splits, preferences.tokenize_pairs, tokenizer=tokenizer, max_length=cfg.max_length)
     rows = {split: conversations.with_answers(part) for split, part in tokenized.items()}
@@ -138,7 +140,8 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
             engine, part, collate, run.micro_batch_size, answer=answer, lengths=part["length"], what=what
         )
 
-    reference = {split: of_all(part, f"reference, {split}") for split, part in rows.items()}
+    used = {split: part for split, part in rows.items() if split != "validation" or cfg.eval_every}
+    reference = {split: of_all(part, f"the model before, {split} pairs") for split, part in used.items()}
     train = preferences.with_reference(rows["train"], reference["train"])
 
     def evaluate(split: str) -> dict[str, float]:

@@ -40,7 +40,7 @@ from lib.models import chat, checks, hub, lora, output_layer, packing
 from lib.run.cli import cli
 from lib.run.result import Scores
 from lib.run.run import Run
-from lib.scores.answers import answer_scores, conversation_scores, generate_answers
+from lib.scores.answers import answer_scores, conversation_scores, generate_answers, tokenize_prompts
 from lib.settings.config import Betas, LearningRateSchedule, Precision, Seed, Text
 from lib.settings.run_settings import RunSettings
 
@@ -57,6 +57,7 @@ class Config(RunSettings):
     prompt_column: str  # the column with conversations (lists of messages), or with the user's prompt
     completion_column: str | None  # the column with the answer to the prompt; null: prompt_column has all messages
     max_rows: PositiveInt | None  # rows to take of each split, drawn at random; null: all
+    scored_rows: PositiveInt | None  # rows of the validation and of the test split to score; null: all
     seed: Seed  # of the adapter's weights and the order of the rows
     precision: Precision  # of the forward and backward pass; the optimizer's is always fp32
     batch_size: PositiveInt  # conversations an optimizer step, over all ranks
@@ -99,10 +100,13 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
 
     # Data: conversations to tokens, of which those of the answers have labels.
     columns = {"prompt": cfg.prompt_column} | ({"completion": cfg.completion_column} if cfg.completion_column else {})
-    splits = load_rows(cfg.dataset, cfg.max_rows, messages=columns)
+    splits = load_rows(cfg.dataset, cfg.max_rows, messages=columns, scored_rows=cfg.scored_rows)
     tokenizer = chat.load_tokenizer(cfg.model, cfg.chat_template, cfg.max_length, cfg.trust_remote_code)
     tokenized = map_rows(splits, conversations.tokenize_conversations, tokenizer=tokenizer, max_length=cfg.max_length)
     rows = {split: conversations.with_answers(part) for split, part in tokenized.items()}
+    prompts = map_rows({"test": splits["test"]}, tokenize_prompts, tokenizer=tokenizer, max_length=cfg.max_length)[
+        "test"
+    ]
     run.plan(len(rows["train"]), splits)
 
     # Model, optimizer, engine.
@@ -118,9 +122,8 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
         return conversation_scores(engine, rows[split], collate, run.micro_batch_size, losses_of=losses_of)
 
     def test() -> tuple[dict[str, float], list[str]]:
-        limits = {"max_length": cfg.max_length, "answer_tokens": cfg.answer_tokens}
-        written, expected = generate_answers(engine, splits["test"], tokenizer, run.micro_batch_size, **limits)
-        return evaluate("test") | answer_scores(written, expected), written
+        written = generate_answers(engine, prompts, tokenizer, run.micro_batch_size, cfg.answer_tokens)
+        return evaluate("test") | answer_scores(written, prompts["expected"]), written
 
     before, _ = test()
     lengths = rows["train"]["length"]

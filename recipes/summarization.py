@@ -1,158 +1,136 @@
-"""Train an encoder-decoder to summarize.
+"""Train a language model to summarize.
 
     ./launch.sh summarization --stage 2
-    ./launch.sh summarization --model null
     deepspeed --num_accelerators 2 recipes/summarization.py --deepspeed_config ds_configs/summarization/zero2.json
 
-The default puts a new decoder, with a byte-level BPE of its own, on MiniLM, a pre-trained encoder that stays as it is,
-and trains that decoder to write the first paragraph of a docstring, mostly a sentence, from the rest of it. `--model`
-takes any pre-trained encoder or encoder-decoder, `--decoder` a pre-trained decoder for the encoder; with `--model
-null`, a small T5Gemma and one BPE start from scratch. The summaries are scored beside the lead sentence, and beside the
-summary of the most similar text of the training rows (both read whole texts).
+The default goes on training all weights of SmolLM2-135M-Instruct, which is asked to summarize the rest of a docstring
+and answers with its first paragraph, mostly a sentence. `--model` takes any decoder with a chat template, `--lora_rank
+16` trains a low-rank adapter instead. The summaries are scored beside those of the model before training, the lead
+sentence, and the summary of the most similar text of the training rows. (For an encoder-decoder such as T5 or BART, see
+translation.py, which takes a column of texts and one of summaries as well.)
 
-Method: minimize the mean of the cross entropy of each token of the summary, given the text and the tokens before it,
-with label smoothing (Szegedy et al. 2016, section 7); write by beam search. Batches are grouped by length, and there is
-no dropout.
+Method: minimize the mean of -log p(token | instruction, text and the tokens of the summary before it) over the tokens
+of the summary (Radford et al. 2018, GPT, section 3.3: a task as text); write greedily. The rows of a micro-batch lie
+one after the other, without padding, and do not see each other; there is no dropout.
 
-Change first: the YAML beside this file (model, dataset, columns), then tokenize() and generate(); the model is in
-lib/models/encoder_decoder.py.
+Change first: the YAML beside this file (model, dataset, columns, instruction), then tokenize().
 """
 
 import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import deepspeed
 import torch
 from datasets import Dataset
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from transformers import PreTrainedTokenizerBase
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
-from lib.data.batches import IGNORED, Batch, pad, pad_tokens
+from lib.data import conversations
+from lib.data.batches import Batch
 from lib.data.rows import load_rows, map_rows
 from lib.distributed import ranks
 from lib.distributed.export import export
 from lib.distributed.loading import load_model
 from lib.distributed.optimizer import make_adamw, make_schedule
-from lib.models import encoder_decoder
-from lib.models.losses import token_losses
+from lib.models import chat, checks, hub, lora, output_layer, packing
 from lib.run.cli import cli
 from lib.run.result import Scores
 from lib.run.run import Run
 from lib.scores import baselines
+from lib.scores.answers import generate_answers
 from lib.scores.evaluation import rouge_tokens, summarization_scores
-from lib.scores.generation import generate_texts
-from lib.settings.config import Betas, LearningRateSchedule, LengthPenalty, Precision, Probability, Seed
+from lib.settings.config import Betas, LearningRateSchedule, Precision, Seed, Text
 from lib.settings.run_settings import RunSettings
-
-Tokenizers = tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]  # of the sources, of the targets
 
 
 @dataclass(kw_only=True)
 class Config(RunSettings):
-    model: str | None  # "minilm", a folder or a hub id: an encoder or an encoder-decoder; null: from scratch
-    decoder: str | None  # with an encoder as the model: whose weights its decoder starts from; null: a new decoder
+    model: str  # "smollm2" (installed with the requirements), a folder, or a Hugging Face hub id
     trust_remote_code: bool  # whether code and pickled weights of the model may run; only for sources that you trust
-    vocab_size: PositiveInt  # tokens of the BPE that is learned, if the decoder brings none; at least 259
-    hidden_size: PositiveInt  # width of what starts from scratch; a multiple of num_heads, or of twice that if all does
-    intermediate_size: PositiveInt  # width inside its MLPs
-    num_layers: PositiveInt  # its layers: of the decoder, and of the encoder if that starts from scratch, too
-    num_heads: PositiveInt  # its attention heads
+    chat_template: str | None  # "chatml", "plain" or a Jinja file; null: the tokenizer's own
+    lora_rank: PositiveInt | None  # rank of the adapter's matrices; null: all weights learn, without an adapter
+    lora_alpha: PositiveFloat  # the adapter's output is multiplied by lora_alpha / lora_rank
+    lora_targets: Text  # layers that get an adapter: "all-linear", or names with commas, such as q_proj,v_proj
     dataset: str  # "docstring_pairs" (built in), a file (.jsonl, .csv, .parquet, ...), a folder of them, or a hub id
     text_column: str  # the column to summarize
     summary_column: str  # the column with its summary
+    instruction: Text  # what the model is asked to do with each text, which follows it
     max_rows: PositiveInt | None  # rows to take of each split, drawn at random; null: all
-    seed: Seed  # of the weights and the order of the rows
+    scored_rows: PositiveInt | None  # rows of the validation and of the test split to score; null: all
+    seed: Seed  # of the order of the rows, and of the weights that start at random
     precision: Precision  # of the forward and backward pass; the optimizer's is always fp32
     batch_size: PositiveInt  # rows an optimizer step, over all ranks
     max_steps: PositiveInt | None  # optimizer steps; null: epochs decide
     epochs: PositiveFloat | None  # passes over the training rows; null: max_steps decide
     max_source_length: PositiveInt  # tokens; longer texts are truncated and counted
-    max_target_length: Annotated[int, Field(ge=2)]  # tokens, also of what is generated
-    label_smoothing: Probability  # share of the probability that is spread over the vocabulary
-    learning_rate: PositiveFloat  # of all but the weights that `model` brings; the highest, after the warm-up
-    pretrained_learning_rate: NonNegativeFloat  # of the weights that `model` brings; 0: frozen, which takes less time
+    max_target_length: PositiveInt  # tokens, also of what is generated
+    packing: bool  # whether the rows of a micro-batch lie in one; false: each is one of its own, with padding
+    learning_rate: PositiveFloat  # the highest, after the warm-up
     lr_schedule: LearningRateSchedule  # what the learning rate does after the warm-up
     warmup_steps: NonNegativeInt  # optimizer steps over which the learning rate rises from 0
     weight_decay: NonNegativeFloat  # of matrices and embeddings, not of biases and norms
     adam_betas: Betas  # of AdamW: how much each step keeps of the mean gradient and of the mean squared gradient
     adam_eps: PositiveFloat  # of AdamW: added to the root of the mean squared gradient, by which it divides
     gradient_clipping: NonNegativeFloat  # highest norm of the gradient; 0: no clipping
-    beams: PositiveInt  # of the beam search; 1: greedy
-    length_penalty: LengthPenalty  # of the beam search: the higher, the longer the texts; 1: mean log probability
-    no_repeat_ngram: NonNegativeInt  # no run of so many tokens occurs twice in a summary; 0: it may
 
 
-def tokenize(rows: dict[str, list[Any]], tokenizers: Tokenizers, max_lengths: tuple[int, int]) -> dict[str, list[Any]]:
-    """Columns source and target -> input_ids, labels, and their length together; what notes_on counts.
+def tokenize(
+    rows: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, instruction: str, max_lengths: tuple[int, int]
+) -> dict[str, list[Any]]:
+    """Columns source and target -> input_ids, labels, length, labelled; prompt_ids; what notes_on counts.
 
-    A truncated target lacks its end-of-text token, or the model would learn to stop there.
+    A truncated summary lacks its end token, or the model would learn to stop there.
     """
-    sources = tokenizers[0](rows["source"], truncation=True, max_length=max_lengths[0])
-    targets = tokenizers[1](text_target=rows["target"], truncation=True, max_length=max_lengths[1])
-    truncated, end = [bool(target.overflowing) for target in targets.encodings], tokenizers[1].eos_token_id
-    labels = [
-        ids[:-1] if cut and ids[-1] == end else ids for ids, cut in zip(targets["input_ids"], truncated, strict=True)
-    ]
-    written = tokenizers[1].batch_decode(labels, skip_special_tokens=True)
-    read_back = zip(truncated, rows["target"], written, strict=True)
-    return {
-        "input_ids": sources["input_ids"],
-        "labels": labels,
-        "length": [len(source) + len(target) for source, target in zip(sources["input_ids"], labels, strict=True)],
-        "source_truncated": [bool(source.overflowing) for source in sources.encodings],
-        "target_truncated": truncated,
-        "target_altered": [not cut and text.strip() != back.strip() for cut, text, back in read_back],
-    }
+    names = ("input_ids", "labels", "length", "labelled", "prompt_ids", "source_truncated", "target_truncated")
+    found: dict[str, list[Any]] = {name: [] for name in names}
+    encoded = tokenizer(rows["source"], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    for source, target, places in zip(rows["source"], rows["target"], encoded["offset_mapping"], strict=True):
+        text = source[: places[: max_lengths[0]][-1][1]] if places else source
+        request = {"role": "user", "content": f"{instruction}\n\n{text}"}
+        answer = {"role": "assistant", "content": target}
+        ((whole, spans),) = conversations.answers_in(tokenizer, [request, answer])
+        input_ids, labels, _ = conversations.tokens_and_labels(tokenizer, whole, spans, sys.maxsize)
+        first = next(place for place, label in enumerate(labels) if label >= 0)
+        end = first + max_lengths[1]
+        found["prompt_ids"].append(input_ids[: first + 1])
+        found["input_ids"].append(input_ids[:end])
+        found["labels"].append(labels[:end])
+        found["length"].append(len(found["labels"][-1]))
+        found["labelled"].append(sum(label >= 0 for label in labels[:end]))
+        found["source_truncated"].append(len(places) > max_lengths[0])
+        found["target_truncated"].append(any(label >= 0 for label in labels[end:]))
+    return found
 
 
 def notes_on(train: Dataset) -> list[str]:
-    """What the header says of the training rows: truncated ones, and targets that the tokenizer cannot write as they
-    are."""
-    sources, targets, altered = (
-        sum(train[name]) for name in ("source_truncated", "target_truncated", "target_altered")
-    )
-    pairs, notes = f"of {len(train):,} training", []
-    if sources or targets:
-        notes.append(f"truncated: {sources:,} sources and {targets:,} targets {pairs} pairs")
-    if altered:
-        why = "cannot be written as they are by the model's tokenizer (letter case, accents, spaces)"
-        notes.append(f"{altered:,} {pairs} targets {why}")
-    return notes
+    """What the header says of truncated training rows."""
+    sources, targets = (sum(train[name]) for name in ("source_truncated", "target_truncated"))
+    truncated = f"truncated: {sources:,} texts and {targets:,} summaries of {len(train):,} training pairs"
+    return [truncated] if sources or targets else []
 
 
-def collate(rows: dict[str, list[Any]], tokenizers: Tokenizers, decoder_start: int) -> Batch:
-    """Pairs -> input_ids, attention_mask [rows, longest source]; decoder_input_ids, labels [rows, longest target].
-
-    The decoder reads a start token and then the target; its label at each place is the token that comes next.
-    """
-    shifted = [[decoder_start, *labels[:-1]] for labels in rows["labels"]]
-    targets = {"decoder_input_ids": pad(shifted, tokenizers[1].pad_token_id), "labels": pad(rows["labels"], IGNORED)}
-    return pad_tokens(rows["input_ids"], tokenizers[0].pad_token_id) | targets
-
-
-def count(batch: Batch) -> torch.Tensor:
-    """[2]: labels, and tokens of the sources."""
-    return torch.stack([(batch["labels"] != IGNORED).sum(), batch["attention_mask"].sum()])
+def build_model(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Module:
+    """The decoder, whole, in host memory, with an adapter beside its frozen weights if lora_rank is set."""
+    config = hub.load_config(cfg.model, 0.0, cfg.trust_remote_code)
+    model = hub.load_weights(AutoModelForCausalLM, cfg.model, config, cfg.trust_remote_code)
+    model = chat.fit(model, tokenizer, lora=cfg.lora_rank is not None)
+    checks.check_causal(model)
+    if cfg.packing:
+        packing.check_model(model)
+    if cfg.lora_rank is None:
+        return model
+    return lora.add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
 
 
-def logits_of(engine: Any, batch: Batch) -> torch.Tensor:
-    """[rows, longest target, tokens of the vocabulary], in fp32."""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "decoder_input_ids")}
-    return engine(**inputs).logits.float()
-
-
-def generate(
-    engine: Any, rows: Dataset, collate_pairs: Any, batch_size: int, *, tokenizer: PreTrainedTokenizerBase, cfg: Config
-) -> list[str]:
-    """The summary of each row's source, by beam search."""
-    return generate_texts(
-        engine, rows, collate_pairs, batch_size, tokenizer=tokenizer, max_length=cfg.max_target_length,
-        beams=cfg.beams, length_penalty=cfg.length_penalty, no_repeat_ngram=cfg.no_repeat_ngram,
-    )  # fmt: skip
+def losses_of(engine: Any, batch: Batch) -> torch.Tensor:
+    """The loss of each token in nats, [rows, length]; 0 where it has no label."""
+    places = {"position_ids": batch["position_ids"], **packing.lengths_of(engine.module, batch)}
+    with output_layer.losses_for(engine.module, batch["labels"]) as losses_in:
+        return losses_in(engine(input_ids=batch["input_ids"], use_cache=False, **places))
 
 
 def baseline_scores(texts: tuple[list[str], list[str]], test: Dataset) -> Scores:
@@ -166,48 +144,50 @@ def baseline_scores(texts: tuple[list[str], list[str]], test: Dataset) -> Scores
 def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     run = Run(cfg, ds_config, __file__)
 
-    # Data: pairs of texts to token ids.
-    splits = load_rows(cfg.dataset, cfg.max_rows, text={"source": cfg.text_column, "target": cfg.summary_column})
+    # Data: texts and summaries to conversations of tokens, of which those of the summaries have labels.
+    columns = {"source": cfg.text_column, "target": cfg.summary_column}
+    splits = load_rows(cfg.dataset, cfg.max_rows, text=columns, scored_rows=cfg.scored_rows)
     texts, test = (splits["train"]["source"], splits["train"]["target"]), splits["test"]
-    tokenizers = encoder_decoder.load_tokenizers(cfg, *texts)
     lengths = cfg.max_source_length, cfg.max_target_length
-    tokenized = map_rows(splits, tokenize, tokenizers=tokenizers, max_lengths=lengths)
-    train = tokenized["train"]
-    run.plan(len(train), splits)
+    tokenizer = chat.load_tokenizer(cfg.model, cfg.chat_template, sum(lengths), cfg.trust_remote_code)
+    options: Any = {"tokenizer": tokenizer, "instruction": cfg.instruction, "max_lengths": lengths}
+    rows = map_rows(splits, tokenize, **options)
+    run.plan(len(rows["train"]), splits)
 
     # Model, optimizer, engine.
-    model: Any = load_model(lambda: encoder_decoder.build_model(cfg, tokenizers[1]), ds_config, cfg.seed)
-    optimizer = make_adamw(cfg, model, ds_config, encoder_decoder.pretrained_parameters(cfg, model))
+    model = load_model(lambda: build_model(cfg, tokenizer), ds_config, cfg.seed)
+    optimizer = make_adamw(cfg, model, ds_config)
     schedule = make_schedule(cfg, optimizer, run.total_steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
-    run.attach(engine, {name: len(rows) for name, rows in tokenized.items()}, notes_on(train))
-    start = encoder_decoder.decoder_start(model)
-    collate_pairs = functools.partial(collate, tokenizers=tokenizers, decoder_start=start)
+    run.attach(engine, {name: len(part) for name, part in rows.items()}, notes_on(rows["train"]))
+    collate = functools.partial(conversations.collate_conversations, packing=cfg.packing)
 
     def evaluate(split: str) -> tuple[dict[str, float], list[str]]:
-        how: Any = {"tokenizer": tokenizers[1], "cfg": cfg}
-        written = generate(engine, tokenized[split], collate_pairs, run.micro_batch_size, **how)
+        written = generate_answers(engine, rows[split], tokenizer, run.micro_batch_size, cfg.max_target_length)
         return summarization_scores(written, splits[split]["target"]), written
 
-    for step, micro_batches in run.steps(train, collate_pairs, train["length"]):  # this rank's share of a step
-        labels, sources = ranks.sum_over_ranks(map(count, micro_batches))
+    before, _ = evaluate("test")
+    in_order = rows["train"]["length"], cfg.packing
+    for step, micro_batches in run.steps(rows["train"], collate, *in_order):  # this rank's share of a step
+        labels, tokens = ranks.sum_over_ranks(map(conversations.count, micro_batches))
         step_loss = torch.zeros((), device=run.device)
         for batch in micro_batches:
-            loss = token_losses(logits_of(engine, batch), batch["labels"], cfg.label_smoothing).sum() / labels
+            loss = losses_of(engine, batch).sum() / labels
             engine.backward(run.undivided(loss))  # DeepSpeed divides by accumulation steps and data-parallel ranks
             engine.step()  # changes the weights after the last micro-batch only
             step_loss += loss.detach()
-        run.log_step(step, step_loss, tokens=labels + sources)
+        run.log_step(step, step_loss, tokens=tokens)
         if run.evaluation_due(step):
             run.log_scores(step, "validation", evaluate("validation")[0], higher_is_better="rouge1")
 
-    export(engine, tokenizers[0], run.folder / "model", tokenizers[1])
+    export(engine, tokenizer, run.folder / "model")
     scores, summaries = evaluate("test")
     run.log_scores(run.total_steps, "test", scores)
     for summary, target in zip(summaries[:3], test["target"][:3], strict=True):
         run.say(f"sample   {summary}  (was: {target})")
     run.say(f"ROUGE    over {rouge_tokens(test['target'])}")
-    return run.finish(scores, f"{len(test):,} test rows", baseline_scores(texts, test))
+    found = {"model before training": before, **baseline_scores(texts, test)}
+    return run.finish(scores, f"{len(test):,} test rows", found)
 
 
 if __name__ == "__main__":

@@ -34,9 +34,7 @@ def tokenize_pairs(
             answer = rows[kind][number]
             messages = messages_of(rows["prompt"][number], answer) if "prompt" in rows else messages_of(answer)
             if messages[-1]["role"] != "assistant":
-                raise UserError(
-                    f"a {kind} conversation does not end with the assistant's answer: {short(messages)}"
-                )
+                raise UserError(f"a {kind} conversation does not end with the assistant's answer: {short(messages)}")
             *_, (text, spans) = answers_in(tokenizer, messages)
             ids, labels, cut = tokens_and_labels(tokenizer, text, spans[-1:], max_length)
             found[f"{kind}_ids"].append(ids)

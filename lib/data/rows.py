@@ -45,10 +45,12 @@ def load_rows(
     label: dict[str, str] | None = None,
     answers: dict[str, str] | None = None,
     messages: dict[str, str] | None = None,
+    scored_rows: int | None = None,
 ) -> Splits:
     """The splits "train", "validation" and "test" of a data set, each row checked. Every rank must call it.
 
     dataset: see lib.data.sources.find_sources. max_rows: how many rows of each split to draw at random; None: all.
+    scored_rows: how many of the validation and of the test split at most; None: all.
     messages, text, label, answers: the columns to keep, as {name here: name in the data}.
     - A column of messages has a list of them, {"role": ..., "content": ...} or {"from": ..., "value": ...}, or the text
       of one message. It becomes JSON, which lib.data.conversations.messages_of reads.
@@ -89,8 +91,9 @@ def load_rows(
         for split in SPLITS:
             # `datasets` caches what it makes of the rows under this name; its own choice depends on the file's time.
             rows[split]._fingerprint = f"{facts['fingerprint']}-{split}"
-            if max_rows is not None:
-                rows[split] = rows[split].shuffle(seed=0).select(range(min(max_rows, len(rows[split]))))
+            limits = [limit for limit in (max_rows, None if split == "train" else scored_rows) if limit is not None]
+            if limits:
+                rows[split] = rows[split].shuffle(seed=0).select(range(min(*limits, len(rows[split]))))
         splits = Splits(rows)
         splits.fingerprint, splits.header, splits.notes = facts["fingerprint"], facts["header"], facts["notes"]
         return splits

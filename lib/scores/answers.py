@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerBase
 
 from lib.data.batches import IGNORED, Batch, pad
 from lib.data.conversations import messages_of, render, sums_of_conversations
-from lib.data.rows import map_rows
 from lib.distributed import mesh
 from lib.scores import evaluation, inference
 
@@ -42,12 +41,12 @@ def conversation_scores(
 def tokenize_prompts(
     rows: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> dict[str, list[Any]]:
-    """Columns prompt, and completion if there is one -> input_ids, their length, and `expected`, the last answer.
+    """Columns prompt, and completion if there is one -> prompt_ids, and `expected`, the last answer.
 
     The prompt is all before the last answer; of more than max_length tokens the beginning is cut off. Conversations
     without an answer are left out.
     """
-    found: dict[str, list[Any]] = {"input_ids": [], "length": [], "expected": []}
+    found: dict[str, list[Any]] = {"prompt_ids": [], "expected": []}
     completions = rows.get("completion", [None] * len(rows["prompt"]))
     for prompt, completion in zip(rows["prompt"], completions, strict=True):
         messages = messages_of(prompt, completion)
@@ -55,29 +54,25 @@ def tokenize_prompts(
         if last:
             text = render(tokenizer, messages[:last], add_generation_prompt=True)
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][-max_length:]
-            found["input_ids"].append(ids)
-            found["length"].append(len(ids))
+            found["prompt_ids"].append(ids)
             found["expected"].append(messages[last].get("content", ""))
     return found
 
 
 def collate_prompts(rows: dict[str, Any]) -> Batch:
     """input_ids and attention_mask, [rows, longest], filled up on the left, so that all rows end in one place."""
-    backwards = [list(reversed(ids)) for ids in rows["input_ids"]]
+    backwards = [list(reversed(ids)) for ids in rows["prompt_ids"]]
     mask = pad([[1] * len(ids) for ids in backwards], 0)
     return {"input_ids": pad(backwards, 0).flip(1), "attention_mask": mask.flip(1)}
 
 
 def generate_answers(
-    engine: Any, rows: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int, *, max_length: int,
-    answer_tokens: int,
-) -> tuple[list[str], list[str]]:  # fmt: skip
-    """(answers, expected answers) to the conversations of a split, each the last one of its conversation.
+    engine: Any, prompts: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int, answer_tokens: int
+) -> list[str]:
+    """The answer to each prompt (column prompt_ids), generated greedily up to its end or answer_tokens.
 
-    They are generated greedily, up to the end of the answer or answer_tokens. All ranks must call it, and every rank
-    gets all. max_length: of the prompts, in tokens.
+    All ranks must call it, and every rank gets all.
     """
-    prompts = map_rows({"test": rows}, tokenize_prompts, tokenizer=tokenizer, max_length=max_length)["test"]
 
     def generate(batch: Batch) -> torch.Tensor:
         tokens = engine.module.generate(
@@ -87,11 +82,11 @@ def generate_answers(
         )[:, batch["input_ids"].shape[1] :]  # fmt: skip
         return F.pad(tokens, (0, answer_tokens - tokens.shape[1]), value=tokenizer.pad_token_id)
 
+    lengths = [len(ids) for ids in prompts["prompt_ids"]]
     tokens = inference.for_each_row(
-        engine, prompts, collate_prompts, batch_size, answer=generate, lengths=prompts["length"], what="generating"
+        engine, prompts, collate_prompts, batch_size, answer=generate, lengths=lengths, what="generating"
     )
-    answers = [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
-    return answers, list(prompts["expected"])
+    return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
 
 def answer_scores(answers: Sequence[str], expected: Sequence[str]) -> dict[str, float]:
