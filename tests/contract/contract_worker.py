@@ -23,12 +23,13 @@ import deepspeed
 import plain_torch
 import pytest
 import torch
-from transformers import AutoTokenizer, BertConfig, BertModel, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, set_seed
 
 from lib.data.samples import SAMPLES, load_sample
 from lib.data.splits import SPLITS
 from lib.distributed import ranks
 from lib.errors import ROOT
+from lib.models import scratch
 from lib.models.hub import model_folder
 from lib.run.checkpoint_files import folder_of
 from lib.settings import config
@@ -55,6 +56,18 @@ def small_encoder(folder: Path) -> Path:
         )
         BertModel(config).save_pretrained(folder)
         AutoTokenizer.from_pretrained(model_folder("minilm")).save_pretrained(folder)
+    return folder
+
+
+def small_base_model(folder: Path) -> Path:
+    """A decoder that is no chat model: its tokenizer has neither a chat template nor a token for padding."""
+    if not (folder / "tokenizer.json").exists():
+        tokenizer = scratch.train_tokenizer(["Which library is this from?"] * 9, 300, scratch.END_OF_TEXT)
+        set_seed(0)
+        sizes: Any = {"intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": len(tokenizer)}
+        config = scratch.new_config("llama", AutoModelForCausalLM, 4, 32, pad_token_id=None, **sizes)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -109,6 +122,8 @@ def main(where: str, *cases: str) -> None:
         for setting in ("model", "decoder"):
             if getattr(cfg, setting, None) == "minilm":
                 setattr(cfg, setting, str(ranks.on_rank0(lambda: small_encoder(folder / "inputs" / "encoder"))))
+        if getattr(cfg, "model", None) == "base":
+            cfg.model = str(ranks.on_rank0(lambda: small_base_model(folder / "inputs" / "base")))
         if cfg.dataset in SAMPLES and recipe_name != "word_embeddings":  # whose scores need many words
             learn = name == "learn"
             folder_of_rows = folder / "inputs" / f"{cfg.dataset}{'-learn' if learn else ''}"

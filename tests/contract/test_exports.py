@@ -125,7 +125,15 @@ def test_translations_are_those_of_the_exported_model(learned: Learned) -> None:
 @of("summarization")
 def test_summaries_are_those_of_the_exported_model(learned: Learned) -> None:
     model_folder, scores, test = learned
-    texts = generated(model_folder, [row["body"] for row in test])
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
+    texts = []
+    for row in test:
+        request = [{"role": "user", "content": f"Summarize in one line.\n\n{row['body']}"}]
+        inputs = tokenizer.apply_chat_template(
+            request, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        tokens = model.generate(**inputs, max_new_tokens=128)[0, inputs["input_ids"].shape[1] :]
+        texts.append(tokenizer.decode(tokens, skip_special_tokens=True).strip())
     scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
     found = [scorer.score(row["summary"], text) for row, text in zip(test, texts, strict=True)]
     assert len(set(texts)) > 3
@@ -142,6 +150,36 @@ def generated(folder: Path, sources: list[str]) -> list[str]:
         for source in sources
     ]
     return [target_tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in tokens]
+
+
+@of("sft")
+def test_answers_to_conversations_are_those_of_the_exported_model(learned: Learned) -> None:
+    model_folder, scores, test = learned
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
+    answers, nats, count = [], 0.0, 0
+    for *before, last in (row["messages"] for row in test):
+        messages: Any = {"conversation": before, "return_tensors": "pt", "return_dict": True}
+        prompt = tokenizer.apply_chat_template(**messages, add_generation_prompt=True)["input_ids"]
+        tokens = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=128)
+        answers.append(tokenizer.decode(tokens[0, prompt.shape[1] :], skip_special_tokens=True).strip())
+        assert len(before) == 1 or len(before) == 3
+        whole = tokenizer.apply_chat_template([*before, last], return_tensors="pt", return_dict=True)["input_ids"]
+        begins = [prompt.shape[1]]
+        if len(before) == 3:  # its first answer counts too
+            messages["conversation"] = before[:1]
+            begins.append(tokenizer.apply_chat_template(**messages, add_generation_prompt=True)["input_ids"].shape[1])
+        with torch.no_grad():
+            log_probabilities = model(whole).logits[0, :-1].log_softmax(-1)
+        for begin in begins:
+            end = begin + whole[0, begin:].tolist().index(tokenizer.eos_token_id) + 1
+            nats -= float(log_probabilities[begin - 1 : end - 1].gather(1, whole[0, begin:end, None]).sum())
+            count += end - begin
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    pairs = [(row["messages"][-1]["content"], answer) for row, answer in zip(test, answers, strict=True)]
+    assert scores["rougeL"] == pytest.approx(
+        100 * sum(scorer.score(expected, answer)["rougeL"].fmeasure for expected, answer in pairs) / len(pairs)
+    )
+    assert scores["perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-4)
 
 
 @of("question_answering")

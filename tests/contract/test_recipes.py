@@ -11,12 +11,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
 from conftest import ALL, CONFIGS, MEASURED, PIPELINES, RECIPES, ROOT, execute, read_losses
 from contract_worker import tensors_of
 from safetensors.torch import load_file
+
+from lib.models.hub import model_folder
 
 pytestmark = pytest.mark.slow
 
@@ -27,9 +30,13 @@ VARIANTS = {
     "scratch": ("pretrained_learning_rate", "model=null"),
     "trained": ("pretrained_learning_rate", "pretrained_learning_rate=1e-3"),  # an encoder that is frozen by default
     "warm": ("decoder", "decoder=minilm"),  # a decoder that starts from pre-trained weights
-    "glove": ("method", "method=glove"),
+    "glove": ("negatives", "method=glove"),
     "whole_words": ("whole_words", "whole_words=true"),
     "experts": ("num_experts", "architecture=mixtral,num_experts=4,balance_loss=0.5"),
+    "lora": ("lora_rank", "lora_rank=4,learning_rate=0.02"),
+    "padded": ("packing", "packing=false"),
+    "ipo": ("beta", "method=ipo"),
+    "new_tokens": ("answer_tokens", "model=base,chat_template=chatml"),
 }
 WHOLE_MATRIX = ["recurrent_lm"]  # the cheapest
 # Scores of a few rows that were learned by heart.
@@ -58,10 +65,12 @@ def cases_of(recipe: str, folder: Path) -> dict[str, list[str]]:
     (folder / recipe).mkdir()
     known = kinds_of_settings(recipe)
 
-    def case(name: str, config: str, settings: str, micro: int = MICRO, source: str | None = None) -> str:
+    def case(
+        name: str, config: str, settings: str, micro: int = MICRO, source: str | None = None, **sections: Any
+    ) -> str:
         ds_config = json.loads((ROOT / "ds_configs" / recipe / f"{config}.json").read_text()) | {
-            "train_micro_batch_size_per_gpu": micro
-        }
+            "train_micro_batch_size_per_gpu": micro, **sections
+        }  # fmt: skip
         if config == "zero3":  # so that a small model is partitioned, gathered and released as a large one is
             knobs = [
                 "stage3_param_persistence_threshold",
@@ -70,7 +79,7 @@ def cases_of(recipe: str, folder: Path) -> dict[str, list[str]]:
                 "stage3_prefetch_bucket_size",
             ]
             ds_config["zero_optimization"] |= dict.fromkeys(knobs, 0)
-        path = folder / recipe / f"{config}_{micro}.json"
+        path = folder / recipe / f"{'_'.join([config, str(micro), *sections])}.json"
         path.write_text(json.dumps(ds_config))
         return ":".join([recipe, name, str(path), settings, *([source] if source else [])])
 
@@ -85,19 +94,32 @@ def cases_of(recipe: str, folder: Path) -> dict[str, list[str]]:
         for config in configs_of(recipe)
     }
     shared = {
-        form: [case(f"{config}_fp32", config, FP32) for config in sharing_configs(recipe, form)]
+        form: [
+            case(f"{prefix}{config}_fp32", config, ",".join([FP32, *setting]))
+            for config in sharing_configs(recipe, form)
+            for prefix, setting in [("", []), *((f"{name}_", [VARIANTS[name][1]]) for name in shared_variants(recipe))]
+        ]
         for form in ("tp", "sp")
     }
     bf16 = [case(f"{config}_bf16", config, BF16) for config in configs_of_bf16(recipe)]
     plain = case("plain", "zero0", FP32, BATCH)
     # Whole texts, and all tokens scored: the scores are computed once more from the export (test_exports.py).
-    whole = {"max_source_length": 128, "max_target_length": 128, "label_smoothing": 0, "scored_tokens": 9999} | (
+    whole = {
+        "max_source_length": 128,
+        "max_target_length": 128,
+        "label_smoothing": 0,
+        "scored_tokens": 9999,
+        "answer_tokens": 128,
+    } | (  # fmt: skip
         {"max_length": 192} if "stride" in known else {}
     )
     settings_of_learn = [f"{setting}={value}" for setting, value in whole.items() if setting in known]
     learn = case("learn", "zero2", ",".join(["lr_schedule=constant,max_steps=150", *settings_of_learn]), 4)
     other = case("other", "zero2", f"{other_settings(recipe)},{SAVING}")
     variants = [case(name, "zero3", f"{FP32},{VARIANTS[name][1]}") for name in variants_of(recipe)]
+    if "lora" in variants_of(recipe):
+        settings = f"{FP32},{VARIANTS['lora'][1]}"
+        variants.append(case("checkpointed_lora", "zero3", settings, activation_checkpointing={}))
     plain_variants = [
         case(f"plain_{name}", "zero0", f"{FP32},{VARIANTS[name][1]}", BATCH) for name in variants_of(recipe)
     ]
@@ -117,9 +139,15 @@ def cases_of(recipe: str, folder: Path) -> dict[str, list[str]]:
 
 
 def variants_of(recipe: str) -> list[str]:
-    if recipe == "summarization" and not ALL:  # which has its model from where translation has it
-        return []
-    return [name for name, (needs, _) in VARIANTS.items() if needs in kinds_of_settings(recipe)]
+    left_out = ["lora", "padded"] if recipe == "summarization" and not ALL else []  # which sft has in the same way
+    return [
+        name for name, (needs, _) in VARIANTS.items() if needs in kinds_of_settings(recipe) and name not in left_out
+    ]
+
+
+def shared_variants(recipe: str) -> list[str]:
+    """Those that are trained under tensor and sequence parallelism too."""
+    return [name for name in ("lora", "new_tokens") if name in variants_of(recipe) and (recipe == "sft" or ALL)]
 
 
 def is_whole(recipe: str) -> bool:
@@ -196,18 +224,47 @@ def test_every_variant_trains_as_plain_torch_does(runs: tuple[str, Path]) -> Non
             assert here["grad_norm"] == pytest.approx(there["grad_norm"], rel=1e-4)
             assert here.get("balance", 0.0) == pytest.approx(there.get("balance", 0.0), rel=1e-5)
             assert here.get("tokens_per_expert") == there.get("tokens_per_expert")
-        if name == "experts":
-            inputs, answered = torch.load(folder / f"{name}-2" / "probe.pt")
-            with torch.no_grad():
-                exported = tensors_of(load_export(recipe, folder / f"{name}-2" / "model")(**inputs))
-            torch.testing.assert_close(exported, answered, rtol=1e-5, atol=1e-5)
+        if name in ("experts", "lora", "new_tokens"):
+            assert_is_exported(recipe, folder / f"{name}-2")
+
+
+def test_an_adapter_is_exported_alone(runs: tuple[str, Path]) -> None:
+    recipe, folder = runs
+    if "lora" not in variants_of(recipe):
+        pytest.skip("it trains no adapter")
+    run = folder / "lora-2"
+    matrices = load_file(run / "model" / "adapter_model.safetensors")
+    config = json.loads((run / "model" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "smollm2-tiny" and len(matrices) == 2 * 7 * 2
+    for name, matrix in matrices.items():
+        assert matrix.shape[0 if ".lora_A." in name else 1] == 4 and matrix.dim() == 2
+        assert matrix.abs().max() > 1e-3, name  # B begins as zeros
+    assert difference(runs, "checkpointed_lora-2", "plain_lora-1") < 1e-5
+    held = [
+        sum(path.stat().st_size for path in (folder / f"{case}-2" / "model").glob("*.safetensors"))
+        for case in ("lora", "zero3_fp32")
+    ]
+    assert held[0] < held[1] / 50
+
+
+def test_packing_changes_nothing(runs: tuple[str, Path]) -> None:
+    recipe, _ = runs
+    if "padded" not in variants_of(recipe):
+        pytest.skip("it does not pack")
+    assert difference(runs, "plain_padded-1", "plain-1") < 1e-5
 
 
 def test_ranks_that_share_train_score_and_export_as_one_device_does(runs: tuple[str, Path]) -> None:
     recipe, folder = runs
-    plain = folder / "plain-1"
-    for config in [*sharing_configs(recipe, "tp"), *sharing_configs(recipe, "sp")]:
-        run = folder / f"{config}_fp32-2"
+    for config, variant in [
+        (config, variant)
+        for config in [*sharing_configs(recipe, "tp"), *sharing_configs(recipe, "sp")]
+        for variant in ["", *shared_variants(recipe)]
+    ]:
+        run, plain = (
+            folder / f"{variant and f'{variant}_'}{config}_fp32-2",
+            folder / f"plain{variant and f'_{variant}'}-1",
+        )
         assert difference(runs, run.name, plain.name) < 1e-5
         norms = [
             [entry["grad_norm"] for entry in map(json.loads, (path / "metrics.jsonl").open()) if "loss" in entry]
@@ -216,10 +273,7 @@ def test_ranks_that_share_train_score_and_export_as_one_device_does(runs: tuple[
         assert norms[0] == pytest.approx(norms[1], rel=1e-3)
         scores, expected = (json.loads((path / "scores.json").read_text())["scores"] for path in (run, plain))
         assert scores["model"] == pytest.approx(expected["model"], rel=1e-4)
-        inputs, answered = torch.load(run / "probe.pt")
-        with torch.no_grad():
-            exported = tensors_of(load_export(recipe, run / "model")(**inputs))
-        torch.testing.assert_close(exported, answered, rtol=1e-5, atol=1e-5)
+        assert_is_exported(recipe, run)
 
 
 def test_any_number_of_ranks_trains_alike(runs: tuple[str, Path]) -> None:
@@ -303,10 +357,7 @@ def test_the_export_is_the_trained_model(runs: tuple[str, Path]) -> None:
     recipe, folder = runs
     for config in configs_of(recipe):
         run = folder / f"{config}_fp32-2"
-        model = load_export(recipe, run / "model")
-        inputs, answered = torch.load(run / "probe.pt")
-        with torch.no_grad():
-            torch.testing.assert_close(tensors_of(model(**inputs)), answered, rtol=1e-5, atol=1e-5)
+        model = assert_is_exported(recipe, run)
         assert {path.suffix for path in (run / "model").rglob("*") if path.is_file()} <= {
             ".json",
             ".safetensors",
@@ -347,8 +398,21 @@ def test_the_example_of_its_page_works(runs: tuple[str, Path], documented: dict[
     assert documented[recipe] and "failed:" not in documented[recipe]
 
 
+def assert_is_exported(recipe: str, run: Path) -> Any:
+    """The exported model, which answers as the trained one did in the end."""
+    model = load_export(recipe, run / "model")
+    inputs, answered = torch.load(run / "probe.pt")
+    with torch.no_grad():
+        torch.testing.assert_close(tensors_of(model(**inputs)), answered, rtol=1e-5, atol=1e-5)
+    return model
+
+
 def load_export(recipe: str, folder: Path) -> Any:
-    """The exported model: by transformers, or by the recipe's own class where it has one."""
+    """The exported model: by peft, by transformers, or by the recipe's own class where it has one."""
+    if (folder / "adapter_config.json").exists():
+        name = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        base = transformers.AutoModelForCausalLM.from_pretrained(model_folder(name))
+        return peft.PeftModel.from_pretrained(base, folder).eval()
     config = json.loads((folder / "config.json").read_text())
     if "architectures" in config:
         return getattr(transformers, config["architectures"][0]).from_pretrained(folder).eval()
