@@ -110,9 +110,7 @@ def cases_of(recipe: str, folder: Path) -> dict[str, list[str]]:
         "label_smoothing": 0,
         "scored_tokens": 9999,
         "answer_tokens": 128,
-    } | (  # fmt: skip
-        {"max_length": 192} if "stride" in known else {}
-    )
+    } | ({"max_length": 192} if "stride" in known else {})
     settings_of_learn = [f"{setting}={value}" for setting, value in whole.items() if setting in known]
     learn = case("learn", "zero2", ",".join(["lr_schedule=constant,max_steps=150", *settings_of_learn]), 4)
     other = case("other", "zero2", f"{other_settings(recipe)},{SAVING}")
