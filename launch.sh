@@ -54,7 +54,7 @@ recipes() {
 # `; did you mean 'x'?` for the nearest recipe or command, if one is near.
 did_you_mean() {
   # shellcheck disable=SC2046 # names without spaces
-  python3 - "$1" $(recipes) compare test search results torture <<'EOF' 2>/dev/null || true
+  python3 - "$1" $(recipes) compare test search chat generate merge export results torture <<'EOF' 2>/dev/null || true
 import difflib, sys
 for near in difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1, 0.6):
     print(f"; did you mean '{near}'?", end="")
@@ -131,6 +131,12 @@ main() {
     test) shift; environment; run_tests "$@"; exit 0 ;;
     torture) shift; environment; exec "$python" "$root/tests/by_hand/torture.py" "$@" ;;
     search) shift; environment; exec "$python" -P -m lib.scores.search "$@" ;;
+    chat | generate | merge | export)
+      local command=$1
+      shift
+      environment
+      exec "$python" -P -m "lib.launch.$command" "$@"
+      ;;
     results) shift; environment; exec "$python" -P -m lib.launch.scoreboard "$@" ;;
     compare)
       shift
