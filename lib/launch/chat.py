@@ -38,7 +38,9 @@ class Chat:
         self.model, self.temperature = model, temperature
         limit = model.limit or sys.maxsize
         if max_new_tokens >= limit:
-            raise UserError(f"--max_new_tokens is {max_new_tokens}, but the model reads and writes {limit} tokens in all")
+            raise UserError(
+                f"--max_new_tokens is {max_new_tokens}, but the model reads and writes {limit:,} tokens in all"
+            )
         self.max_new_tokens, self.room = max_new_tokens, limit - max_new_tokens  # for the prompt
         if system is not None and not model.chats:
             raise UserError("--system: this model has no chat template, and so no system messages")
@@ -70,7 +72,8 @@ class Chat:
             kept = kept[1:]
         if len(kept) < len(self.turns):
             gone = len(self.turns) - len(kept)
-            note(f"the talk is longer than the model can read: the oldest {'turn is' if gone == 1 else f'{gone} turns are'} gone")
+            which = "turn is" if gone == 1 else f"{gone} turns are"
+            note(f"the talk is longer than the model can read: the oldest {which} gone")
         self.turns = kept
         stream = Stream(self.model, say)
         with interruptible() as stopped:

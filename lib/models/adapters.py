@@ -110,9 +110,7 @@ def _settle_tied_embeddings(model: PreTrainedModel) -> None:
             model.config.tie_word_embeddings = False
 
 
-def load_tokenizer(
-    name: str, adapter: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, adapter: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of what load_merged loads: the one beside the adapter, or else the one of its base.
 
     If it has no padding token, its end-of-text token becomes one. Raises UserError where there is none.
