@@ -19,6 +19,10 @@ usage() {
 ./launch.sh compare <recipe> [--help]              run it at several ZeRO stages, and report its costs and losses
 ./launch.sh test [--quick|--all] [pytest arguments]   linter, type checker, tests (--quick: no ranks; --all: every case)
 ./launch.sh search <run> "words" [--top N]         search the documents that a run of semantic_search has indexed
+./launch.sh chat <run|model> [--help]              talk to a model; --prompt "..." for one answer
+./launch.sh generate <run|model> --input FILE --output FILE   answer every row of a file [--help]
+./launch.sh merge <run> [--help]                   put the LoRA adapter of a run into its model
+./launch.sh export <run|model> --gguf FILE         write a model for llama.cpp [--help]
 ./launch.sh results [--help]                       run every recipe, and make the README's table of scores
 ./launch.sh torture <recipe> [--help]              kill it, stop it, fill its disk, resume it (an hour)
 ./launch.sh --help                                 this text
