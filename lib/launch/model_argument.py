@@ -115,6 +115,9 @@ def check_folder(path: Path) -> dict[str, Any]:
         raise UserError(f"{display_path(path / name)} cannot be read ({error}); is the folder damaged?") from None
     if not isinstance(config, dict):
         raise UserError(f"{display_path(path / name)} is no JSON object; is the folder damaged?")
+    kinds = config.get("architectures") or []
+    if kinds and "auto_map" not in config and not any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
+        raise UserError(f"{display_path(path)} has a {kinds[0]}, which is no language model of a decoder (ForCausalLM)")
     if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
         raise UserError(f"{display_path(path)} has no weights ({kinds}.safetensors)")
     return config

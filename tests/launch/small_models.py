@@ -19,6 +19,15 @@ from lib.models import smollm2
 TEXT = "The capital of France is Paris, and that of Spain is Madrid: 12 and 34.\n\n  don't  say é 漢字 🙂 "
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """These models are small; on cores that are busy, threads that wait for each other take ten times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def tiny() -> tuple[Any, Any]:
     """The model and the tokenizer of smollm2-tiny, with larger random weights, so that it says more than one word."""
     folder = smollm2.folder("smollm2-tiny")

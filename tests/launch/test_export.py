@@ -7,7 +7,17 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from small_models import TEXT, call, logits, new_tokenizer, refused, save_adapter_run, save_tiny, tiny
+from small_models import (
+    TEXT,
+    call,
+    logits,
+    new_tokenizer,
+    one_thread,  # noqa: F401  # for all of these tests
+    refused,
+    save_adapter_run,
+    save_tiny,
+    tiny,
+)
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
@@ -82,30 +92,36 @@ def read_back(file: Path) -> tuple[Any, Any]:
     return model, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
-def test_a_run_exported_as_gguf_is_read_back_the_same(tmp_path: Path) -> None:
-    expected = save_adapter_run(tmp_path / "run", save_tiny(tmp_path / "base"), new_tokens=("<tool>",))
-    file = tmp_path / "model.gguf"
-    assert "model.gguf" in call(export.main, tmp_path / "run", "--gguf", file)
-    model, tokenizer = read_back(file)
-    torch.testing.assert_close(logits(model, tokenizer, TEXT + "<tool>"), expected, atol=1e-4, rtol=1e-4)
-    before = adapters.load_tokenizer(str(tmp_path / "run" / "model"))
-    for text in (TEXT, "<|im_start|>user\nHi<|im_end|>\n", "x<tool>y", "<repo_name>a/b.py\n\tdef f(x):  return 1"):
-        assert tokenizer(text)["input_ids"] == before(text)["input_ids"]
-    assert tokenizer.chat_template == before.chat_template
-    assert (tokenizer.eos_token, tokenizer.pad_token) == (before.eos_token, before.pad_token)
-    with refused("exists already"):
-        call(export.main, tmp_path / "run", "--gguf", file)
-    with refused("no folder"):
-        call(export.main, tmp_path / "run", "--gguf", tmp_path / "none" / "x.gguf")
-    with refused("did you mean" if False else "--dtype"):
-        call(export.main, tmp_path / "run", "--gguf", tmp_path / "x.gguf", "--dtype", "q4")
-    assert sorted(path.name for path in tmp_path.glob("*.gguf")) == ["model.gguf"]
-
-
 SIZES = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
 }  # fmt: skip
+
+
+def test_a_run_exported_as_gguf_is_read_back_the_same(tmp_path: Path) -> None:
+    tokenizer = new_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"], "pad_token": "<pad>"})
+    tokenizer.add_tokens(["<think>"])  # not special
+    tokenizer.eos_token, tokenizer.chat_template = "<|im_end|>", tiny()[1].chat_template
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, vocab_size=len(tokenizer)))
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "run" / "model")
+    file = tmp_path / "model.gguf"
+    assert "model.gguf" in call(export.main, tmp_path / "run", "--gguf", file)
+    again, tokenizer_again = read_back(file)
+    for text in (TEXT, "<|im_start|>user\nHi<|im_end|>\n", "x<think>y", "a<|endoftext|>b", "\tdef f(x):  return 1"):
+        assert tokenizer_again(text)["input_ids"] == tokenizer(text)["input_ids"]
+        torch.testing.assert_close(logits(again, tokenizer, text), logits(model, tokenizer, text), atol=1e-5, rtol=1e-5)
+    for what in ("chat_template", "eos_token", "pad_token", "bos_token"):
+        assert getattr(tokenizer_again, what) == getattr(tokenizer, what)
+    with refused("exists already"):
+        call(export.main, tmp_path / "run", "--gguf", file)
+    with refused("no folder"):
+        call(export.main, tmp_path / "run", "--gguf", tmp_path / "none" / "x.gguf")
+    with refused("--dtype", "q8_0"):
+        call(export.main, tmp_path / "run", "--gguf", tmp_path / "x.gguf", "--dtype", "q4")
+    assert sorted(path.name for path in tmp_path.glob("*.gguf")) == ["model.gguf"]
 
 
 @pytest.mark.parametrize(
