@@ -108,18 +108,21 @@ def _has_model(path: Path) -> bool:
 
 def check_folder(path: Path) -> dict[str, Any]:
     """The config of a model folder (of the adapter, if it is one). Raises UserError where the folder is damaged."""
-    name, kinds = ("adapter_config.json", "adapter_model") if is_adapter(path) else ("config.json", "model")
+    file, weights = ("adapter_config.json", "adapter_model") if is_adapter(path) else ("config.json", "model")
     try:
-        config = json.loads((path / name).read_text(encoding="utf-8"))
+        config = json.loads((path / file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{display_path(path / name)} cannot be read ({error}); is the folder damaged?") from None
+        raise UserError(f"{display_path(path / file)} cannot be read ({error}); is the folder damaged?") from None
     if not isinstance(config, dict):
-        raise UserError(f"{display_path(path / name)} is no JSON object; is the folder damaged?")
-    kinds = config.get("architectures") or []
-    if kinds and "auto_map" not in config and not any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
-        raise UserError(f"{display_path(path)} has a {kinds[0]}, which is no language model of a decoder (ForCausalLM)")
+        raise UserError(f"{display_path(path / file)} is no JSON object; is the folder damaged?")
+    classes = config.get("architectures") or []
+    decoders = [name for name in classes if name.endswith(("ForCausalLM", "LMHeadModel"))]
+    if classes and not decoders and "auto_map" not in config:
+        raise UserError(
+            f"{display_path(path)} has a {classes[0]}, which is no language model of a decoder (ForCausalLM)"
+        )
     if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
-        raise UserError(f"{display_path(path)} has no weights ({kinds}.safetensors)")
+        raise UserError(f"{display_path(path)} has no weights ({weights}.safetensors)")
     return config
 
 

@@ -62,7 +62,7 @@ def merge_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
     if base_of(folder) is None:
         raise UserError(f"{folder} has no adapter ({CONFIG})")
     try:
-        _resize(model, folder)
+        _prepare(model, folder)
         merged: PreTrainedModel = PeftModel.from_pretrained(model, folder).merge_and_unload()
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         raise UserError(
@@ -74,31 +74,33 @@ def merge_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
     return merged
 
 
-def _resize(model: PreTrainedModel, folder: str) -> None:
-    """Give the model a row of embeddings for each token of the tokenizer beside the adapter."""
-    if not (Path(folder) / "tokenizer.json").is_file():
-        return
-    tokens, embeddings = len(AutoTokenizer.from_pretrained(folder)), model.get_input_embeddings()
-    if tokens <= embeddings.num_embeddings:
-        return
+def _prepare(model: PreTrainedModel, folder: str) -> None:
+    """Give the model the embeddings that the adapter of a folder was trained with."""
+    embeddings, output = model.get_input_embeddings(), model.get_output_embeddings()
     (name,) = (name.split(".")[-1] for name, module in model.named_modules() if module is embeddings)
     with safe_open(Path(folder) / WEIGHTS, "pt") as weights:
         keys = [key for key in weights.keys() if f".{name}." in key]  # noqa: SIM118  # it is no dict
-        whole = [weights.get_slice(key).get_shape()[0] for key in keys if key.endswith(f".{name}.weight")]
+        rows = [weights.get_slice(key).get_shape()[0] for key in keys if key.endswith(f".{name}.weight")]
+    if any(f".{name}.lora_" in key for key in keys) and output is not None and output.weight is embeddings.weight:
+        # In training, LoRA on the input embeddings leaves the output's as they are. Merged into tied ones, it would
+        # change both.
+        output.weight = torch.nn.Parameter(output.weight.detach().clone())
+    if not (Path(folder) / "tokenizer.json").is_file():
+        return
+    tokens, known = len(AutoTokenizer.from_pretrained(folder)), embeddings.num_embeddings
+    if tokens <= known:
+        return
     if not keys:
         raise UserError(
-            f"adapter {folder}: the tokenizer beside it has {tokens:,} tokens, its base {embeddings.num_embeddings:,}, "
+            f"adapter {folder}: the tokenizer beside it has {tokens:,} tokens, its base {known:,}, "
             "and it holds no embeddings for the new ones"
         )
     # The adapter has the values of the new rows; there may be more of them than tokens, to make a round number.
-    model.resize_token_embeddings(max([tokens, *whole]), mean_resizing=False)
+    model.resize_token_embeddings(max([tokens, *rows]), mean_resizing=False)
 
 
 def _settle_tied_embeddings(model: PreTrainedModel) -> None:
-    """Let the config say whether input and output embeddings are the same, as they are now.
-
-    An adapter that holds the input embeddings leaves the output with those of the base.
-    """
+    """Tie the embeddings again if they are equal still; else let the config say that they are not."""
     output = model.get_output_embeddings()
     if not model.config.tie_word_embeddings or output is None:
         return

@@ -57,6 +57,9 @@ def test_an_adapter_brings_new_tokens_and_lies_on_an_adapter(tmp_path: Path) -> 
     model, tokenizer = adapters.load_merged(name), adapters.load_tokenizer(name)
     assert len(tokenizer) == model.get_input_embeddings().num_embeddings == tiny()[0].config.vocab_size + 2
     torch.testing.assert_close(logits(model, tokenizer, TEXT + "<tool></tool>"), expected, atol=1e-4, rtol=1e-4)
+    call(merge.main, tmp_path / "run")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged, tokenizer, TEXT + "<tool></tool>"), expected, atol=1e-4, rtol=1e-4)
     on_base = adapters.load_merged(base, name)
     torch.testing.assert_close(logits(on_base, tokenizer, TEXT + "<tool></tool>"), expected, atol=1e-4, rtol=1e-4)
 

@@ -97,6 +97,8 @@ def test_it_goes_on_with_what_is_there_and_refuses_what_is_not_its_own(model: st
     assert time.monotonic() - started < 2  # without loading the model
     with refused("max_new_tokens 6", "now it is 7"):
         run("--max_new_tokens", 7)
+    with refused(f"model {model}", "now it is smollm2-tiny"):
+        call(generate.main, "smollm2-tiny", "--input", questions, "--output", output, "--max_new_tokens", 6)
     other = write_rows(tmp_path / "other.jsonl", [*ROWS[:5], ROWS[5] | {"prompt": "other"}, *ROWS[6:]])
     with refused("line 6", "not the row"):
         run(input=other)
