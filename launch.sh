@@ -19,6 +19,10 @@ usage() {
 ./launch.sh compare <recipe> [--help]              run it at several ZeRO stages, and report its costs and losses
 ./launch.sh test [--quick|--all] [pytest arguments]   linter, type checker, tests (--quick: no ranks; --all: every case)
 ./launch.sh search <run> "words" [--top N]         search the documents that a run of semantic_search has indexed
+./launch.sh chat <run|model> [--help]              talk to a model; --prompt "..." for one answer
+./launch.sh generate <run|model> --input FILE --output FILE   answer every row of a file [--help]
+./launch.sh merge <run> [--help]                   put the LoRA adapter of a run into its model
+./launch.sh export <run|model> --gguf FILE         write a model for llama.cpp [--help]
 ./launch.sh results [--help]                       run every recipe, and make the README's table of scores
 ./launch.sh torture <recipe> [--help]              kill it, stop it, fill its disk, resume it (an hour)
 ./launch.sh --help                                 this text
@@ -54,7 +58,7 @@ recipes() {
 # `; did you mean 'x'?` for the nearest recipe or command, if one is near.
 did_you_mean() {
   # shellcheck disable=SC2046 # names without spaces
-  python3 - "$1" $(recipes) compare test search results torture <<'EOF' 2>/dev/null || true
+  python3 - "$1" $(recipes) compare test search chat generate merge export results torture <<'EOF' 2>/dev/null || true
 import difflib, sys
 for near in difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1, 0.6):
     print(f"; did you mean '{near}'?", end="")
@@ -131,6 +135,12 @@ main() {
     test) shift; environment; run_tests "$@"; exit 0 ;;
     torture) shift; environment; exec "$python" "$root/tests/by_hand/torture.py" "$@" ;;
     search) shift; environment; exec "$python" -P -m lib.scores.search "$@" ;;
+    chat | generate | merge | export)
+      local command=$1
+      shift
+      environment
+      exec "$python" -P -m "lib.launch.$command" "$@"
+      ;;
     results) shift; environment; exec "$python" -P -m lib.launch.scoreboard "$@" ;;
     compare)
       shift

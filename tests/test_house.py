@@ -61,7 +61,9 @@ def test_imports_point_down(module: Path) -> None:
 
 @pytest.mark.parametrize("module", MODULES, ids=name_of)
 def test_no_import_of_lib_is_delayed(module: Path) -> None:
-    """It would hide a circle."""
+    """It would hide a circle. Nothing imports the commands in launch, which say a mistake before they import torch."""
+    if name_of(module).startswith("lib.launch."):
+        return
     body = ast.parse(module.read_text()).body
     at_top = [node.lineno for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
     for node in ast.walk(ast.parse(module.read_text())):
