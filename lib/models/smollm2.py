@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lib.cache import cache_folder
@@ -62,7 +63,12 @@ def _convert(source: Path, target: Path) -> None:
     model.tie_weights()
     model.generation_config = quantized.generation_config
     model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(source, gguf_file=FILE).save_pretrained(target)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=FILE)
+    # The file says so by the name "smollm", which transformers does not know: numbers are split into digits.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.save_pretrained(target)
 
 
 def _write_tiny(source: str, target: Path) -> None:

@@ -125,7 +125,7 @@ def preference_rules(rows: Any, reference: Sequence[tuple[float, float]]) -> dic
         return len(_words(answer) & _words(prompt))
 
     prompts, chosen, rejected = (rows[f"{name}_text"] for name in ("prompt", "chosen", "rejected"))
-    differences = {
+    differences: dict[str, list[float]] = {
         "model before training": [first - second for first, second in reference],
         "the shorter answer": [len(second) - len(first) for first, second in zip(chosen, rejected, strict=True)],
         "more words of the prompt": [

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from lib.launch import export, merge
-from lib.models import adapters, gguf_file
+from lib.models import adapters, gguf_file, hub
 
 
 def test_a_merged_run_is_its_adapter_on_its_base(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_an_adapter_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     base = save_tiny(tmp_path / "base")
     save_adapter_run(tmp_path / "run", base)
     folder = tmp_path / "run" / "model"
-    assert adapters.base_of(folder) == base and adapters.base_of(base) is None
+    assert hub.base_of(folder) == base and hub.base_of(base) is None
     tokenizer = adapters.load_tokenizer(str(folder))
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(folder)

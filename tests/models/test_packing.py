@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lib.data.batches import IGNORED, Batch
 from lib.data.conversations import lay_out
@@ -55,7 +56,7 @@ def loss_and_gradients(model: Any, batches: list[Batch]) -> tuple[float, torch.T
         with output_layer.losses_for(model, batch["labels"]) as losses_in:
             losses.append(losses_in(model(input_ids=batch["input_ids"], use_cache=False, **places)).sum())
     total = torch.stack(losses).sum()
-    total.backward()
+    torch.autograd.backward(total)
     gradients = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
     return float(total.detach()), torch.cat(gradients)
 
@@ -68,7 +69,7 @@ def plain_loss_and_gradients(model: Any, ids: list[list[int]], labels: list[list
         for row, expected in zip(ids, labels, strict=True)
     ]
     total = torch.cat(losses, 1).sum()
-    total.backward()
+    torch.autograd.backward(total)
     gradients = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
     return float(total.detach()), torch.cat(gradients)
 
@@ -106,7 +107,7 @@ def test_a_model_that_mixes_conversations_is_refused() -> None:
     model = model_of("llama")
     packing.check_model(model)
     model.model.layers[0].self_attn.config._attn_implementation = "mixing"
-    packing.ALL_ATTENTION_FUNCTIONS["mixing"] = lambda module, query, key, value, mask, **options: (
+    ALL_ATTENTION_FUNCTIONS["mixing"] = lambda module, query, key, value, mask, **options: (
         value.mean(2, keepdim=True).repeat(1, 2, query.shape[2], 1).transpose(1, 2), None
     )  # fmt: skip
     with pytest.raises(UserError, match="mixes them, conversations in one row; set --packing false"):
@@ -123,7 +124,12 @@ def test_the_loss_in_chunks(architecture: str, monkeypatch: pytest.MonkeyPatch) 
     widest: list[int] = []
     layer = model.get_output_embeddings()
     forward = layer.forward
-    layer.forward = lambda hidden: widest.append(hidden.shape[:-1].numel()) or forward(hidden)
+
+    def watched(hidden: torch.Tensor) -> torch.Tensor:
+        widest.append(hidden.shape[:-1].numel())
+        return forward(hidden)
+
+    layer.forward = watched
     loss, found = loss_and_gradients(model, [batch])
     assert loss == pytest.approx(expected, rel=1e-6)
     torch.testing.assert_close(found, gradients, rtol=1e-5, atol=1e-5 * float(gradients.abs().max()))
