@@ -30,7 +30,7 @@ def _sdpa(
         return _whole_rows(module, query, key, value, attention_mask, **options)
     window = options.get("sliding_window")
     outputs, begin = [], 0
-    parts = (torch.split(tensor, packed_lengths, 2) for tensor in (query, key, value))
+    parts = (torch.split(tensor, list(packed_lengths), 2) for tensor in (query, key, value))
     for length, *part in zip(packed_lengths, *parts, strict=True):
         end = begin + length
         needs_mask = window is not None and window < length
