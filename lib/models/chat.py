@@ -52,6 +52,7 @@ def load_tokenizer(
             f"model {model}: its tokenizer has no chat template, as it is no chat model; set --chat_template chatml, "
             "or plain, which adds no tokens"
         )
+    tokenizer.split_special_tokens = False  # as causal_lm's are: a chat template writes special tokens into the text
     end_of_answer(tokenizer)
     return tokenizer
 

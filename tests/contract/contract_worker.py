@@ -4,8 +4,8 @@ case ...
 A case is RECIPE:NAME:JSON:setting=value,... or, to go on from the checkpoint that another case wrote after 10 of its
 steps, RECIPE:NAME:JSON:setting=value,...:RUN. It leaves its run in folder/RECIPE/NAME-WORLD_SIZE, the scores that
 main() returned in scores.json, and in probe.pt the last training inputs of the engine and what it answers to them after
-training. A recipe that starts from MiniLM starts from a smaller encoder here, and trains on some rows of its sample,
-the case `learn` on a few.
+training. A recipe that starts from MiniLM or SmolLM2 starts from a smaller model here, and trains on some rows of its
+sample, the case `learn` on a few.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from lib.data.samples import SAMPLES, load_sample
 from lib.data.splits import SPLITS
 from lib.distributed import ranks
 from lib.errors import ROOT
-from lib.models import scratch
+from lib.models import chat, scratch
 from lib.models.hub import model_folder
 from lib.run.checkpoint_files import folder_of
 from lib.settings import config
@@ -59,15 +59,31 @@ def small_encoder(folder: Path) -> Path:
     return folder
 
 
-def small_base_model(folder: Path) -> Path:
-    """A decoder that is no chat model: its tokenizer has neither a chat template nor a token for padding."""
-    if not (folder / "tokenizer.json").exists():
-        tokenizer = scratch.train_tokenizer(["Which library is this from?"] * 9, 300, scratch.END_OF_TEXT)
+def small_decoder(folder: Path, chats: bool) -> Path:
+    """A decoder of two narrow layers and 600 tokens, for the 49,152 of SmolLM2 are what the cases would spend their
+    time on.
+
+    One that does not chat has neither a chat template nor a token for padding. Every rank must call it.
+    """
+    if (folder / "tokenizer.json").exists():
+        return folder
+    conversations = load_sample("instructions")["test"]["messages"]
+    texts = [message["content"] for messages in conversations for message in messages]
+    tokenizer = scratch.train_tokenizer(texts, 600, scratch.END_OF_TEXT)
+    if chats:
+        tokenizer.add_special_tokens({"additional_special_tokens": chat.CHATML_TOKENS})
+        tokenizer.eos_token = tokenizer.pad_token = chat.CHATML_TOKENS[1]
+        tokenizer.chat_template, tokenizer.split_special_tokens = chat.TEMPLATES["chatml"], False
+
+    def write() -> None:
         set_seed(0)
         sizes: Any = {"intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": len(tokenizer)}
-        config = scratch.new_config("llama", AutoModelForCausalLM, 4, 32, pad_token_id=None, **sizes)
+        ends: Any = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+        config = scratch.new_config("llama", AutoModelForCausalLM, 4, 32, bos_token_id=None, **sizes, **ends)
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+    ranks.on_rank0(write)
     return folder
 
 
@@ -122,8 +138,8 @@ def main(where: str, *cases: str) -> None:
         for setting in ("model", "decoder"):
             if getattr(cfg, setting, None) == "minilm":
                 setattr(cfg, setting, str(ranks.on_rank0(lambda: small_encoder(folder / "inputs" / "encoder"))))
-        if getattr(cfg, "model", None) == "base":
-            cfg.model = str(ranks.on_rank0(lambda: small_base_model(folder / "inputs" / "base")))
+        if getattr(cfg, "model", None) in ("smollm2-tiny", "base"):
+            cfg.model = str(small_decoder(folder / "inputs" / cfg.model, chats=cfg.model != "base"))
         if cfg.dataset in SAMPLES and recipe_name != "word_embeddings":  # whose scores need many words
             learn = name == "learn"
             folder_of_rows = folder / "inputs" / f"{cfg.dataset}{'-learn' if learn else ''}"
@@ -154,7 +170,7 @@ def main(where: str, *cases: str) -> None:
         ) -> None:
             real_export(engine, *rest)
             engine.eval()
-            probe = dict(inputs)
+            probe = {name: value for name, value in inputs.items() if name != "packed_lengths"}  # of whole rows
             with torch.no_grad():
                 answered = tensors_of(engine(**probe))
             if ranks.rank() == 0:
