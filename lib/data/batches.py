@@ -58,7 +58,7 @@ class StepRows:
 
 def training_batches(
     rows: Any, collate: Callable[[dict[str, Any]], Batch], *, batch_size: int, micro_batch_size: int, seed: int,
-    device: torch.device, lengths: Sequence[int] | None = None, packing: bool = False, start: int = 0,
+    device: torch.device, lengths: Sequence[int] | None = None, packing: bool | None = None, start: int = 0,
 ) -> Iterator[list[Batch]]:  # fmt: skip
     """For each optimizer step, this rank's micro-batches: a list of accumulation_steps dicts of tensors on `device`.
 
@@ -66,27 +66,32 @@ def training_batches(
     tensors of that. Beside the columns it gets "draw", one random 64-bit number a row and step: what is random in a
     batch and made from these (masks, negatives) does not depend on the number of ranks. batch_size: rows a step over
     all ranks; a multiple of micro_batch_size * the data-parallel ranks. lengths: the rows' lengths, which put rows of
-    nearly one length into a step, so that little is padded (StepRows). With packing, where nothing is padded, they put
-    rows of any lengths into a step, and nearly as many tokens into each of its micro-batches.
+    nearly one length into a step, so that little is padded (StepRows). packing: None for that; otherwise a step has
+    rows of any lengths, the same with packing and without. With it, each of its micro-batches gets nearly as many
+    tokens; without it, rows of nearly one length.
     """
-    step_rows = StepRows(len(rows), batch_size, seed, None if packing else lengths)
+    step_rows = StepRows(len(rows), batch_size, seed, lengths if packing is None else None)
     for step in itertools.count(start):
         draws = np.random.SeedSequence((seed, step, 2)).generate_state(batch_size, np.uint64)
         # Neighbours in length go to different ranks at the same time, so that no rank waits long for another.
         micro_batches = np.arange(batch_size).reshape(-1, micro_batch_size)
-        if packing and lengths is not None:
-            micro_batches = alike_sums(np.asarray(lengths)[step_rows[step]], micro_batch_size)
+        if packing is not None:
+            micro_batches = deal(np.asarray(lengths)[step_rows[step]], micro_batch_size, alike_sums=packing)
         local = micro_batches[mesh.data_parallel_rank() :: mesh.data_parallel_size()]
         batches = (collate({**rows[step_rows[step][part].tolist()], "draw": draws[part]}) for part in local)
         yield [to_device(part_of_rows(batch), device) for batch in batches]
 
 
-def alike_sums(lengths: np.ndarray, size: int) -> np.ndarray:
-    """[batches, size]: the places of the lengths, dealt to batches of `size` so that their sums are nearly equal.
+def deal(lengths: np.ndarray, size: int, alike_sums: bool) -> np.ndarray:
+    """[batches, size]: the places of the lengths, dealt to batches of `size`: so that each has nearly the same sum, or
+    nearly equal lengths.
 
-    They are dealt from the longest on, to the batches in turn, and in each round the other way round.
+    For equal sums they are dealt from the longest on, to the batches in turn, and in each round the other way round.
     """
-    dealt = np.argsort(-lengths, kind="stable").reshape(size, -1)
+    from_longest = np.argsort(-lengths, kind="stable")
+    if not alike_sums:
+        return from_longest.reshape(-1, size)
+    dealt = from_longest.reshape(size, -1)
     dealt[1::2] = dealt[1::2, ::-1]
     return dealt.T
 

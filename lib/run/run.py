@@ -99,7 +99,7 @@ class Run:
 
     def steps(
         self, rows: Any, collate: Callable[[dict[str, Any]], Batch], lengths: Sequence[int] | None = None,
-        packing: bool = False,
+        packing: bool | None = None,
     ) -> Iterator[tuple[int, list[Batch]]]:  # fmt: skip
         """(step, this rank's micro-batches) for each optimizer step still to do. Arguments: see training_batches.
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
-from transformers import AddedToken, AutoTokenizer
+from transformers import AddedToken, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
+from lib.data import preferences
 from lib.data.batches import IGNORED
 from lib.models.encoder_decoder import SPECIAL_TOKENS
 from lib.models.hub import model_folder
@@ -197,3 +199,51 @@ def test_a_word_predicts_its_neighbours_within_a_document() -> None:
             ]
             assert batch["target"][row] == [1] * 6 + [0] * 4
             assert batch["weight"][row][6:] == [len(beside)] * 4 and batch["pairs"][row] == [len(beside)]
+
+
+# --- preferences ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["dpo", "ipo"])
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_loss_of_pairs_is_the_papers(method: str, packing: bool) -> None:
+    """Beside log-probabilities of one answer at a time, from plain logits."""
+    dpo, beta = recipe("dpo"), 0.3
+    set_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, pad_token_id=None))
+    chosen, rejected = [[3, 4, 5, 6], [7, 8]], [[3, 4, 9], [7, 10, 11, 12, 13]]
+    rows = {
+        f"{kind}_{what}": [[IGNORED, *ids[2:], 1] if what == "labels" else ids for ids in sequences]
+        for kind, sequences in (("chosen", chosen), ("rejected", rejected))
+        for what in ("ids", "labels")
+    }
+    reference = torch.tensor([[-5.0, -6.0], [-8.0, -7.5]])
+    rows |= {f"reference_{kind}": reference[:, number].tolist() for number, kind in enumerate(("chosen", "rejected"))}
+
+    def log_probability(ids: list[int], labels: list[int]) -> torch.Tensor:
+        found = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        return torch.stack([found[n, label] for n, label in enumerate(labels) if label != IGNORED]).sum()
+
+    losses = []
+    for number in range(2):
+        ratios = [
+            log_probability(rows[f"{kind}_ids"][number], rows[f"{kind}_labels"][number]) - reference[number, place]
+            for place, kind in enumerate(("chosen", "rejected"))
+        ]
+        margin = ratios[0] - ratios[1]
+        losses.append((margin - 1 / (2 * beta)) ** 2 if method == "ipo" else -torch.log(torch.sigmoid(beta * margin)))
+    expected = torch.stack(losses)
+    torch.autograd.backward(expected.mean())
+    gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+    model.zero_grad()
+    engine: Any = lambda **inputs: model(**inputs)  # noqa: E731  # as DeepSpeed's, it has the model as its module
+    engine.module = model
+    batch = preferences.collate_pairs(rows, packing)
+    margins = dpo.margins(dpo.log_probabilities(engine, batch, 2), batch["reference"])
+    found = dpo.preference_losses(SimpleNamespace(method=method, beta=beta), margins)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.autograd.backward(found.mean())
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-6)

@@ -11,8 +11,9 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lib.data import conversations
-from lib.data.batches import IGNORED, alike_sums
+from lib.data.batches import IGNORED, deal
 from lib.data.conversations import messages_of, tokenize_conversations
+from lib.data.preferences import collate_pairs, tokenize_pairs
 from lib.data.rows import load_rows
 from lib.errors import UserError
 from lib.models import chat, hub
@@ -223,9 +224,38 @@ def test_rows_that_are_packed_and_rows_that_are_padded() -> None:
         assert conversations.sums_of_conversations(torch.tensor(values), batch, 2).tolist() == [3, 7]
 
 
-def test_micro_batches_have_nearly_as_many_tokens() -> None:
+def test_micro_batches_have_nearly_as_many_tokens_or_rows_of_nearly_one_length() -> None:
     lengths = np.random.default_rng(0).integers(10, 500, 64)
-    dealt = alike_sums(lengths, 8)
-    assert sorted(dealt.flatten()) == list(range(64)) and dealt.shape == (8, 8)
-    sums, in_order = lengths[dealt].sum(1), lengths.reshape(8, 8).sum(1)
+    packed, padded = (deal(lengths, 8, alike_sums) for alike_sums in (True, False))
+    assert sorted(packed.flatten()) == sorted(padded.flatten()) == list(range(64))
+    assert packed.shape == padded.shape == (8, 8)
+    sums, in_order = lengths[packed].sum(1), lengths.reshape(8, 8).sum(1)
     assert np.ptp(sums) < 0.05 * sums.mean() < np.ptp(in_order)
+    assert (8 * lengths[padded].max(1)).sum() < 1.15 * lengths.sum() < (8 * lengths.reshape(8, 8).max(1)).sum()
+
+
+def test_pairs_of_answers() -> None:
+    """The last answer of each has labels; earlier ones, which both have, none."""
+    tokenizer = tokenizer_with("chatml")
+    rows = {
+        "prompt": [json.dumps([ASK, FOUR, ASK_MORE])] * 2,
+        "chosen": [json.dumps("It is 6."), json.dumps("It is 6.")],
+        "rejected": [json.dumps("Seven."), json.dumps("word " * 80)],
+    }
+    made = tokenize_pairs(rows, tokenizer, 90)
+    for kind, text in (("chosen", "It is 6."), ("rejected", "Seven.")):
+        row = {"labels": made[f"{kind}_labels"][0]}
+        assert labelled(tokenizer, row) == [f"{text}<|im_end|>"] and made[f"{kind}_text"][0] == text
+    assert made["prompt_text"][0].endswith("And 3 + 3?<|im_end|>\n<|im_start|>assistant\n")
+    assert made["truncated"] == [False, True] and made["length"][0] == sum(
+        len(made[f"{kind}_ids"][0]) for kind in ("chosen", "rejected")
+    )
+    batch = collate_pairs({name: column[:1] for name, column in made.items()}, packing=True)
+    assert batch["conversation"].max() == 1 and (batch["position_ids"] == 0).sum() == 2
+    whole = {"chosen": [json.dumps([ASK, FOUR])], "rejected": [json.dumps([ASK, SIX])]}
+    assert labelled(tokenizer, {"labels": tokenize_pairs(whole, tokenizer, 90)["chosen_labels"][0]}) == [
+        "It is 4.<|im_end|>"
+    ]
+    assert tokenize_pairs(whole, tokenizer, 20)["labelled"] == [0]  # no answer is left
+    with pytest.raises(UserError, match="a chosen conversation does not end with the assistant's answer"):
+        tokenize_pairs({"chosen": [json.dumps([ASK])], "rejected": [json.dumps([ASK])]}, tokenizer, 90)

@@ -276,3 +276,23 @@ def test_gensims_word_vectors_know_the_company_that_words_keep() -> None:
     assert (train()[1] == vectors).all()
     assert (train(sample=2)[1] == vectors).all()  # 2 is a frequency that no word exceeds, not a number of occurrences
     assert (train(sample=0.01)[1] != vectors).any()
+
+
+def test_rules_of_preference() -> None:
+    rows = {
+        "prompt_text": ["the old river", "the old river", "the old river"],
+        "chosen_text": ["old river", "a b c d e f", "same"],
+        "rejected_text": ["some lake there", "the river", "same"],
+    }
+    rules = baselines.preference_rules(rows, [(-1, -2), (-3, -2), (-2, -2)])
+    assert {rule: found["accuracy"] for rule, found in rules.items()} == {
+        "model before training": 0.5,  # right, wrong, and neither
+        "the shorter answer": 0.5,
+        "more words of the prompt": 0.5,
+    }
+    rows["chosen_text"][1] = "the old river"
+    assert baselines.preference_rules(rows, [(-1, -2)] * 3) == {
+        "model before training": {"accuracy": 1},
+        "the shorter answer": {"accuracy": 0.5},
+        "more words of the prompt": {"accuracy": pytest.approx(2.5 / 3)},
+    }
