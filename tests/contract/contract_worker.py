@@ -99,7 +99,7 @@ def small_data(folder: Path, sample: str, max_rows: int, learn: bool) -> Path:
         return {**row, "text": row["text"][:300]} if sample == "sotu" else row
 
     def is_short(row: dict[str, Any]) -> bool:
-        return max(len(value) for value in row.values() if isinstance(value, str)) <= 300
+        return max(len(str(value)) for value in row.values()) <= (300 if "messages" not in row else 500)
 
     if not folder.exists():
         folder.mkdir(parents=True)

