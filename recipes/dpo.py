@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from transformers import PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
 from lib.data import conversations, preferences
@@ -37,7 +36,7 @@ from lib.distributed import mesh, ranks
 from lib.distributed.export import export
 from lib.distributed.loading import load_model
 from lib.distributed.optimizer import make_adamw, make_schedule
-from lib.models import adapters, chat, checks, lora, output_layer, packing
+from lib.models import chat, output_layer, packing
 from lib.run.cli import cli
 from lib.run.result import Scores
 from lib.run.run import Run
@@ -79,18 +78,6 @@ class Config(RunSettings):
     gradient_clipping: NonNegativeFloat  # highest norm of the gradient; 0: no clipping
 
 
-def build_model(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Module:
-    """The decoder, whole, in host memory, with an adapter beside its frozen weights if lora_rank is set."""
-    model = adapters.load_merged(cfg.model, None, cfg.trust_remote_code)
-    model = chat.fit(model, tokenizer, lora=cfg.lora_rank is not None)
-    checks.check_causal(model)
-    if cfg.packing:
-        packing.check_model(model)
-    if cfg.lora_rank is None:
-        return model
-    return lora.add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
-
-
 def log_probabilities(engine: Any, batch: Batch, pairs: int) -> torch.Tensor:
     """[pairs, 2]: of the chosen and of the rejected answer, the sum over its tokens of log p(token | those before)."""
     places = {"position_ids": batch["position_ids"], **packing.lengths_of(engine.module, batch)}
@@ -102,7 +89,8 @@ def log_probabilities(engine: Any, batch: Batch, pairs: int) -> torch.Tensor:
 
 def margins(found: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """[pairs]: how much more likely the chosen answer has become than the rejected one; both arguments [pairs, 2]."""
-    return (found - reference) @ torch.tensor([1.0, -1.0], device=found.device, dtype=found.dtype)
+    chosen, rejected = (found - reference).unbind(1)
+    return chosen - rejected
 
 
 def preference_losses(cfg: Config, margin: torch.Tensor) -> torch.Tensor:
@@ -125,7 +113,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     run.plan(len(rows["train"]), splits)
 
     # Model, optimizer, engine.
-    model = load_model(lambda: build_model(cfg, tokenizer), ds_config, cfg.seed)
+    model = load_model(lambda: chat.build_model(cfg, tokenizer), ds_config, cfg.seed)
     optimizer = make_adamw(cfg, model, ds_config)
     schedule = make_schedule(cfg, optimizer, run.total_steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)

@@ -36,7 +36,7 @@ from lib.distributed import ranks
 from lib.distributed.export import export
 from lib.distributed.loading import load_model
 from lib.distributed.optimizer import make_adamw, make_schedule
-from lib.models import adapters, chat, checks, lora, output_layer, packing
+from lib.models import chat, output_layer, packing
 from lib.run.cli import cli
 from lib.run.result import Scores
 from lib.run.run import Run
@@ -113,18 +113,6 @@ def notes_on(train: Dataset) -> list[str]:
     return [truncated] if sources or targets else []
 
 
-def build_model(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Module:
-    """The decoder, whole, in host memory, with an adapter beside its frozen weights if lora_rank is set."""
-    model = adapters.load_merged(cfg.model, None, cfg.trust_remote_code)
-    model = chat.fit(model, tokenizer, lora=cfg.lora_rank is not None)
-    checks.check_causal(model)
-    if cfg.packing:
-        packing.check_model(model)
-    if cfg.lora_rank is None:
-        return model
-    return lora.add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
-
-
 def losses_of(engine: Any, batch: Batch) -> torch.Tensor:
     """The loss of each token in nats, [rows, length]; 0 where it has no label."""
     places = {"position_ids": batch["position_ids"], **packing.lengths_of(engine.module, batch)}
@@ -154,7 +142,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     run.plan(len(rows["train"]), splits)
 
     # Model, optimizer, engine.
-    model = load_model(lambda: build_model(cfg, tokenizer), ds_config, cfg.seed)
+    model = load_model(lambda: chat.build_model(cfg, tokenizer), ds_config, cfg.seed)
     optimizer = make_adamw(cfg, model, ds_config)
     schedule = make_schedule(cfg, optimizer, run.total_steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.data.conversations import end_of_answer
 from lib.errors import UserError
-from lib.models import hub
+from lib.models import adapters, checks, hub, lora, packing
 
 TEMPLATES = {
     # OpenAI's ChatML, with two tokens that the tokenizer may lack.
@@ -57,14 +57,31 @@ def load_tokenizer(
     return tokenizer
 
 
-def fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lora: bool) -> PreTrainedModel:
+def build_model(cfg: Any, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The decoder that `cfg` asks for, whole, in host memory: with an adapter beside its frozen weights if lora_rank is
+    set.
+
+    cfg: model, trust_remote_code, packing, lora_rank, lora_alpha, lora_targets. Raises UserError where the model cannot
+    be trained in this way.
+    """
+    model = fit(adapters.load_merged(cfg.model, None, cfg.trust_remote_code), tokenizer, cfg.lora_rank is not None)
+    checks.check_causal(model)
+    checks.check_generates(model, "take another model")
+    if cfg.packing:
+        packing.check_model(model)
+    if cfg.lora_rank is None:
+        return model
+    return lora.add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
+
+
+def fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, has_lora: bool) -> PreTrainedModel:
     """The model with embeddings for all tokens of the tokenizer, which generates up to the end of an answer.
 
     Raises UserError where an adapter is to be trained and tokens are new: it would leave their embeddings at random.
     """
     tokens, known = max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().num_embeddings
     if tokens > known:
-        if lora:
+        if has_lora:
             raise UserError(
                 f"chat_template adds {tokens - known} tokens, whose embeddings an adapter would leave at random; set "
                 "--lora_rank null, or --chat_template plain"
