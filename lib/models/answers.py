@@ -5,11 +5,10 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jinja2
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lib.errors import UserError
+from lib.data.conversations import render
 from lib.models import adapters, hub
 
 Message = dict[str, str]  # {"role": "user", "content": ...}
@@ -46,10 +45,7 @@ class Model:
         """
         if isinstance(prompt, str):
             return list(self.tokenizer(prompt)["input_ids"])
-        try:
-            text = self.tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise UserError(f"the chat template does not take these messages: {error}") from None
+        text = render(self.tokenizer, prompt, add_generation_prompt=True)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def answer(

@@ -32,7 +32,7 @@ class RunSettings:
 # Settings that another start of the same run may change, as none of them changes what a step does. Of a dataset the
 # rows themselves are compared.
 MAY_CHANGE = {field.name for field in dataclasses.fields(RunSettings)}
-MAY_CHANGE |= {"dataset", "max_steps", "epochs", "trust_remote_code"}
+MAY_CHANGE |= {"dataset", "max_steps", "epochs", "trust_remote_code", "packing", "scored_rows"}
 
 # Settings that older checkpoints lack, and what they were trained with.
 NEWER = {"adam_betas": [0.9, 0.999], "adam_eps": 1e-8}

@@ -277,6 +277,55 @@ MUTATIONS = [
         "    found = [mine for _ in found]\n",
         "tests/distributed/test_parallel.py -k 'trains and expert'",
     ),
+    Mutation(
+        "let the loss fall on the line break behind an answer",
+        "lib/data/conversations.py",
+        "end = len(whole.rstrip())",
+        "end = len(whole)",
+        "tests/data/test_conversations.py",
+    ),
+    Mutation(
+        "give an answer that is cut off an end",
+        "lib/data/conversations.py",
+        "return ids[:-1], labels[1:], len",
+        "labels[-1] = 2  # <|im_end|>\n    return ids[:-1], labels[1:], len",
+        "tests/data/test_conversations.py",
+    ),
+    Mutation(
+        "let the conversations of a row see each other",
+        "lib/models/packing.py",
+        "mask = attention_mask[..., begin:end, begin:end] if needs_mask else None",
+        "mask = None\n        key, value = key.flip(2), value.flip(2)",
+        "tests/models/test_packing.py",
+    ),
+    Mutation(
+        "take no gradient from the last piece of a loss in pieces",
+        "lib/models/output_layer.py",
+        "for part in parts",
+        "for part in [*parts[:-1], [tensor.detach() for tensor in parts[-1]]]",
+        "tests/models/test_packing.py",
+    ),
+    Mutation(
+        "take the margin of two answers the wrong way round",
+        "recipes/dpo.py",
+        "return chosen - rejected",
+        "return rejected - chosen",
+        "tests/contract/test_methods.py",
+    ),
+    Mutation(
+        "let ranks that share rows go on from their own part of a log-probability",
+        "lib/distributed/mesh.py",
+        "total: torch.Tensor = differentiable_all_reduce(tensor, group=_mesh.row_group)",
+        "total: torch.Tensor = tensor  # differentiable_all_reduce(tensor, group=_mesh.row_group)",
+        "tests/contract/test_recipes.py -k dpo",
+    ),
+    Mutation(
+        "cut the wrong one of an adapter's matrices where its layer is cut",
+        "lib/distributed/loading.py",
+        'part = {"colwise": "lora_B", "rowwise": "lora_A"}.get(style)',
+        'part = {"colwise": "lora_A", "rowwise": "lora_B"}.get(style)',
+        "tests/contract/test_recipes.py -k sft",
+    ),
 ]
 
 
