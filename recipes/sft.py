@@ -88,11 +88,10 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     columns = {"prompt": cfg.prompt_column} | ({"completion": cfg.completion_column} if cfg.completion_column else {})
     splits = load_rows(cfg.dataset, cfg.max_rows, messages=columns, scored_rows=cfg.scored_rows)
     tokenizer = chat.load_tokenizer(cfg.model, cfg.chat_template, cfg.max_length, cfg.trust_remote_code)
-    tokenized = map_rows(splits, conversations.tokenize_conversations, tokenizer=tokenizer, max_length=cfg.max_length)
+    options: Any = {"tokenizer": tokenizer, "max_length": cfg.max_length}
+    tokenized = map_rows(splits, conversations.tokenize_conversations, **options)
     rows = {split: conversations.with_answers(part) for split, part in tokenized.items()}
-    prompts = map_rows({"test": splits["test"]}, tokenize_prompts, tokenizer=tokenizer, max_length=cfg.max_length)[
-        "test"
-    ]
+    prompts = map_rows({"test": splits["test"]}, tokenize_prompts, **options)
     run.plan(len(rows["train"]), splits)
 
     # Model, optimizer, engine.
@@ -108,8 +107,8 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
         return conversation_scores(engine, rows[split], collate, run.micro_batch_size, losses_of=losses_of)
 
     def test() -> tuple[dict[str, float], list[str]]:
-        written = generate_answers(engine, prompts, tokenizer, run.micro_batch_size, cfg.answer_tokens)
-        return evaluate("test") | answer_scores(written, prompts["expected"]), written
+        written = generate_answers(engine, prompts["test"], tokenizer, run.micro_batch_size, cfg.answer_tokens)
+        return evaluate("test") | answer_scores(written, prompts["test"]["expected"]), written
 
     before, _ = test()
     lengths = rows["train"]["length"]
