@@ -125,7 +125,7 @@ run_tests() {
   "$bin/ruff" check .
   "$bin/ruff" format --check .
   "$bin/mypy"
-  "$bin/shellcheck" launch.sh .ci/run
+  "$bin/shellcheck" launch.sh .ci/run docs/story.sh
   "$python" -m pytest "$@"
 }
 
