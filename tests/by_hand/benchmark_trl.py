@@ -13,8 +13,8 @@ checkpointing, which it turns on by default, is off, as the recipe's JSON has no
 
 equal   fp32, 1 rank. The data set is as large as the batch, so that the order of the rows does not matter. Of DPO, the
         first loss is log 2 whatever the data, so that the later steps are those that compare something.
-speed   2 ranks, SmolLM2 cut to its first 6 layers, conversations of the sample `instructions`, 8 a rank and step. A rank
-        of TRL with packing gets 2 blocks of 512 tokens a step, which is nearest to that.
+speed   2 ranks, SmolLM2 cut to its first 6 layers, conversations of the sample `instructions`, 8 a rank and step. With
+        packing, a rank of TRL gets 2 blocks of 512 tokens a step, which is nearest to that.
 memory  1 rank, 1 step of 8 rows of 1,024 tokens, with labels on their second halves, over 49,152 tokens of vocabulary.
 
 Useful tokens are those of conversations, without padding. Peak memory is the ru_maxrss of the largest rank, from its
@@ -22,6 +22,33 @@ start to its end; the recipe's also holds the generation before and after traini
 
 On a CPU, TRL computes the logits of all tokens, as it does wherever there is no Triton; on a GPU only those of the
 labelled ones. "labelled only" is TRL with the GPU's choice made on the CPU (one function of it replaced).
+
+Seen on 2026-11-27, 2 CPU cores (EPYC, avx512_bf16), TRL 1.16.0, transformers 5.23.0, torch 2.13.0, deepspeed 0.19.8:
+
+equal                     step 0, recipe           TRL  difference  later steps
+smollm2-tiny, TRL padded      10.7958946    10.7958946     0.0e+00      9.1e-08
+smollm2-tiny, TRL packing     10.7958946    10.7958946     0.0e+00      1.8e-07
+smollm2-tiny, dpo              0.6931472     0.6931472     0.0e+00      2.4e-06
+smollm2-tiny, ipo             25.0000000    25.0000000     0.0e+00      5.1e-01   another formula in TRL
+smollm2, TRL padded            1.4379581     1.4379668     6.1e-06      1.2e-05
+smollm2, TRL packing           1.4379581     1.4379666     5.9e-06      1.3e-05
+smollm2, dpo                   0.6931472     0.6931472     0.0e+00      4.1e-07
+
+speed --steps 9 (bf16)          tokens/s of the 3 series   recipe is, median   peak of a rank
+recipe                          1,000   1,035   606*                               2,153 MB
+TRL, packing                      262     298   239                    3.47x       2,673 MB
+TRL, packing, labelled only       414*    783   767                    1.32x       1,902 MB
+TRL, padded                        99*    125   131                    8.30x       5,502 MB
+TRL, padded, labelled only        521     485*  529                    1.92x       2,271 MB
+* Other processes had much of both cores. The machine was not quiet for the whole of any series: take the ratios for
+rough. Of TRL's padded tokens, 56 % were padding.
+
+memory (bf16)                       loss  peak of the rank
+recipe                           10.9203          1,689 MB
+recipe, packing false            10.9203          1,723 MB
+TRL, packing                     10.9203          5,524 MB
+TRL, padded                      10.9203          5,219 MB
+TRL, padded, labelled only       10.9203          5,116 MB
 """
 
 import argparse
@@ -245,9 +272,8 @@ def trl_rank(job: Job) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as in the recipes
     if job.labelled_only:
         utils._use_triton = lambda device: True  # by which the output layer, but not the kernel, goes
-    trainer_class, config_class = {"sft": (trl.SFTTrainer, trl.SFTConfig), "dpo": (trl.DPOTrainer, trl.DPOConfig)}[
-        job.trainer
-    ]
+    trainer_class: Any = {"sft": trl.SFTTrainer, "dpo": trl.DPOTrainer}[job.trainer]
+    config_class: Any = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig}[job.trainer]
     seen: list[tuple[int, int, float]] = []  # (useful tokens, tokens with padding, loss) of each step of this rank
 
     class Counting(trainer_class):  # type: ignore[misc]  # TRL is not followed by mypy
@@ -332,19 +358,20 @@ def equal(folder: Path, options: argparse.Namespace) -> None:
     table = []
     for model, count, steps, rate in (("smollm2-tiny", 16, 4, 1e-3), ("smollm2", 4, 3, 1e-5)):
         for recipe, sample in (("sft", "instructions"), ("dpo", "preferences")):
-            rows = [row for row in load_sample(sample)["train"].select(range(count))]
+            rows = list(load_sample(sample)["train"].select(range(count)))
             data = write_data(folder / f"{recipe}-{model}", rows)
             file = folder / f"{recipe}-{model}.parquet"
             write_rows_for_trl(tokenized(data, recipe, model, BLOCK), recipe, file)
-            kinds: dict[str, dict[str, Any]] = {"sft": {"padded": {}, "packing": {"packing": True}}, "dpo": {}}[recipe]
+            kinds: dict[str, dict[str, Any]] = {"padded": {}, "packing": {"packing": True}}
             if recipe == "dpo":
-                kinds = {"sigmoid": {}} | ({"ipo": {"loss_type": "ipo"}} if model == "smollm2-tiny" else {})
+                kinds = {"dpo": {}} | ({"ipo": {"loss_type": "ipo"}} if model == "smollm2-tiny" else {})
             for kind, changes in kinds.items():
                 settings = settings_of(
                     recipe, "fp32", dataset=data, model=model, max_length=BLOCK, batch_size=count, max_steps=steps,
-                    learning_rate=rate, run_dir=folder / "run", **({"method": "ipo"} if kind == "ipo" else {}),
+                    learning_rate=rate, run_dir=folder / "run", **({} if recipe == "sft" else {"method": kind}),
                 )  # fmt: skip
-                entries, _ = run_recipe(recipe, settings, 1)
+                if kind != "packing":  # of TRL; the recipe always packs
+                    entries, _ = run_recipe(recipe, settings, 1)
                 job = Job(
                     trainer=recipe, model=model_folder(model), rows=str(file), result=str(folder / "result.json"),
                     ds_config=filled_in(recipe, settings, 1), steps=steps, micro_batch=count, learning_rate=rate,
@@ -353,13 +380,14 @@ def equal(folder: Path, options: argparse.Namespace) -> None:
                 result, _ = run_trl(job, 1)
                 ours, theirs = [entry["loss"] for entry in entries], result["losses"]
                 differences = [abs(one - other) / abs(other) for one, other in zip(ours, theirs, strict=True)]
-                table.append((f"{model}, {recipe} {kind}", ours, theirs, differences))
-                print(f"{table[-1][0]}: recipe {ours}, TRL {theirs}", flush=True)
+                name = f"{model}, {'TRL ' if recipe == 'sft' else ''}{kind}"
+                table.append((name, ours, theirs, differences))
+                print(f"{name}: recipe {ours}, TRL {theirs}", flush=True)
     print(f"\n{'':30}{'step 0, recipe':>16}{'TRL':>14}{'difference':>12}{'later steps':>13}")
     for name, ours, theirs, differences in table:
         later = max(differences[1:])
         print(f"{name:30}{ours[0]:>16.7f}{theirs[0]:>14.7f}{differences[0]:>12.1e}{later:>13.1e}")
-    print("TRL's ipo is another formula: it takes the mean over an answer's tokens where the recipe, as the paper, sums.")
+    print("TRL's ipo is another formula: the mean over an answer's tokens in the place of the sum.")
     wrong = [name for name, _, _, differences in table if not differences[0] <= TOLERANCE]
     if wrong:
         raise SystemExit(f"not equal at step 0: {', '.join(wrong)}")
@@ -368,7 +396,7 @@ def equal(folder: Path, options: argparse.Namespace) -> None:
 def speed(folder: Path, options: argparse.Namespace) -> None:
     from lib.data.samples import load_sample
 
-    rows = [row for row in load_sample("instructions")["train"].select(range(BATCH * options.steps))]
+    rows = list(load_sample("instructions")["train"].select(range(BATCH * options.steps)))
     data, model = write_data(folder / "data", rows), cut_smollm2(folder / "model")
     file = write_rows_for_trl(tokenized(data, "sft", str(model), BLOCK), "sft", folder / "rows.parquet")
     settings = settings_of(
@@ -416,10 +444,8 @@ def memory(folder: Path, options: argparse.Namespace) -> None:
     model = narrow_model(folder / "model")
     data = write_data(folder / "data", [long_conversation(model, number) for number in range(LONG_ROWS)])
     rows = tokenized(data, "sft", str(model), LONG_ROW + 1)
-    assert set(rows["length"]) == {LONG_ROW} and set(rows["labelled"]) == {LONG_ROW // 2}, (
-        set(rows["length"]),
-        set(rows["labelled"]),
-    )
+    assert set(rows["length"]) == {LONG_ROW}
+    assert set(rows["labelled"]) == {LONG_ROW // 2}
     file = write_rows_for_trl(rows, "sft", folder / "rows.parquet")
     settings = settings_of(
         "sft", options.precision, dataset=data, model=model, max_length=LONG_ROW + 1, batch_size=LONG_ROWS,
@@ -436,8 +462,8 @@ def memory(folder: Path, options: argparse.Namespace) -> None:
     }
     entries, peak = run_recipe("sft", settings, 1)
     found = {"recipe": (entries[0]["loss"], peak)}
-    _, found_padded = run_recipe("sft", settings | {"packing": "false"}, 1)
-    found["recipe, packing false"] = (entries[0]["loss"], found_padded)
+    entries, peak = run_recipe("sft", settings | {"packing": "false"}, 1)
+    found["recipe, packing false"] = (entries[0]["loss"], peak)
     for name, one in jobs.items():
         result, peak = run_trl(one, 1)
         found[name] = (result["losses"][0], peak)
