@@ -23,10 +23,11 @@ start to its end; the recipe's also holds the generation before and after traini
 On a CPU, TRL computes the logits of all tokens, as it does wherever there is no Triton; on a GPU only those of the
 labelled ones. "labelled only" is TRL with the GPU's choice made on the CPU (one function of it replaced).
 
+`equal` was seen in two parts, not in one run (of smollm2, dpo was run by itself).
 Seen on 2026-11-27, 2 CPU cores (EPYC, avx512_bf16), TRL 1.16.0, transformers 5.23.0, torch 2.13.0, deepspeed 0.19.8:
 
 equal                     step 0, recipe           TRL  difference  later steps
-smollm2-tiny, TRL padded      10.7958946    10.7958946     0.0e+00      9.1e-08
+smollm2-tiny, TRL padded      10.7958946    10.7958946     0.0e+00      8.9e-08
 smollm2-tiny, TRL packing     10.7958946    10.7958946     0.0e+00      1.8e-07
 smollm2-tiny, dpo              0.6931472     0.6931472     0.0e+00      2.4e-06
 smollm2-tiny, ipo             25.0000000    25.0000000     0.0e+00      5.1e-01   another formula in TRL
@@ -36,12 +37,12 @@ smollm2, dpo                   0.6931472     0.6931472     0.0e+00      4.1e-07
 
 speed --steps 9 (bf16)          tokens/s of the 3 series   recipe is, median   peak of a rank
 recipe                          1,000   1,035   606*                               2,153 MB
-TRL, packing                      262     298   239                    3.47x       2,673 MB
+TRL, packing                      262*    298   239*                   3.47x       2,673 MB
 TRL, packing, labelled only       414*    783   767                    1.32x       1,902 MB
 TRL, padded                        99*    125   131                    8.30x       5,502 MB
 TRL, padded, labelled only        521     485*  529                    1.92x       2,271 MB
-* Other processes had much of both cores. The machine was not quiet for the whole of any series: take the ratios for
-rough. Of TRL's padded tokens, 56 % were padding.
+* As far as a log of the load tells, other processes had a part of the cores meanwhile; so only series 2 is clean, but
+for its last figure. To be measured again. Of TRL's padded tokens, 56 % were padding. fp32 was not measured.
 
 memory (bf16)                       loss  peak of the rank
 recipe                           10.9203          1,689 MB
