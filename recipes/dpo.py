@@ -31,7 +31,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
 from lib.data import conversations, preferences
 from lib.data.batches import Batch
-from lib.data.rows import load_rows, map_rows
+from lib.data.rows import Splits, load_rows, map_rows
 from lib.distributed import mesh, ranks
 from lib.distributed.export import export
 from lib.distributed.loading import load_model
@@ -41,6 +41,7 @@ from lib.run.cli import cli
 from lib.run.result import Scores
 from lib.run.run import Run
 from lib.scores import baselines
+from lib.scores.answers import preference_scores
 from lib.scores.inference import for_each_row
 from lib.settings.config import Betas, LearningRateSchedule, Precision, Seed, Text
 from lib.settings.run_settings import RunSettings
@@ -100,16 +101,27 @@ def preference_losses(cfg: Config, margin: torch.Tensor) -> torch.Tensor:
     return -F.logsigmoid(cfg.beta * margin)
 
 
+def load_pairs(cfg: Config) -> Splits:
+    """The rows with the columns chosen, rejected and, if there is one, prompt."""
+    columns = {"prompt": cfg.prompt_column, "chosen": cfg.chosen_column, "rejected": cfg.rejected_column}
+    messages = {name: column for name, column in columns.items() if column is not None}
+    return load_rows(cfg.dataset, cfg.max_rows, messages=messages, scored_rows=cfg.scored_rows)
+
+
+def of_all(engine: Any, rows: Dataset, collate: Any, pairs: int, what: str) -> torch.Tensor:
+    """[rows, 2]: the log-probabilities of all pairs, `pairs` at a time. Every rank must call it."""
+    answer = functools.partial(log_probabilities, engine, pairs=pairs)
+    return for_each_row(engine, rows, collate, pairs, answer=answer, lengths=rows["length"], what=what)
+
+
 def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     run = Run(cfg, ds_config, __file__)
 
     # Data: pairs of conversations to tokens, of which those of the last answers have labels.
-    columns = {"prompt": cfg.prompt_column, "chosen": cfg.chosen_column, "rejected": cfg.rejected_column}
-    messages = {name: column for name, column in columns.items() if column is not None}
-    splits = load_rows(cfg.dataset, cfg.max_rows, messages=messages, scored_rows=cfg.scored_rows)
-    tokenizer = chat.load_tokenizer(cfg.model, cfg.chat_template, cfg.max_length, cfg.trust_remote_code)
+    splits = load_pairs(cfg)
+    tokenizer = chat.load_tokenizer(cfg, cfg.max_length)
     tokenized = map_rows(splits, preferences.tokenize_pairs, tokenizer=tokenizer, max_length=cfg.max_length)
-    rows = {split: conversations.with_answers(part) for split, part in tokenized.items()}
+    rows, notes = conversations.with_answers(splits, tokenized)
     run.plan(len(rows["train"]), splits)
 
     # Model, optimizer, engine.
@@ -117,43 +129,34 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     optimizer = make_adamw(cfg, model, ds_config)
     schedule = make_schedule(cfg, optimizer, run.total_steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
-    notes = conversations.notes_on(len(splits["train"]), tokenized["train"])
     run.attach(engine, {name: len(part) for name, part in rows.items()}, notes)
     collate = functools.partial(preferences.collate_pairs, packing=cfg.packing)
-
-    def of_all(part: Dataset, what: str) -> torch.Tensor:
-        answer = functools.partial(log_probabilities, engine, pairs=run.micro_batch_size)
-        return for_each_row(
-            engine, part, collate, run.micro_batch_size, answer=answer, lengths=part["length"], what=what
-        )
-
     used = {split: part for split, part in rows.items() if split != "validation" or cfg.eval_every}
-    reference = {split: of_all(part, f"the model before, {split} pairs") for split, part in used.items()}
+    how = collate, run.micro_batch_size
+    reference = {split: of_all(engine, part, *how, f"the model before, {split} pairs") for split, part in used.items()}
     train = preferences.with_reference(rows["train"], reference["train"])
 
     def evaluate(split: str) -> dict[str, float]:
-        margin = margins(of_all(rows[split], "evaluating"), reference[split])
-        return {"accuracy": float((margin > 0).float().mean()), "margin": float(cfg.beta * margin.mean())}
+        return preference_scores(of_all(engine, rows[split], *how, "evaluating"), reference[split], cfg.beta)
 
+    share = cfg.batch_size * mesh.sequence_size()  # ranks that share rows all have the losses of these
     for step, micro_batches in run.steps(train, collate, train["length"], cfg.packing):  # this rank's share of a step
         _, tokens = ranks.sum_over_ranks(map(conversations.count, micro_batches))
-        step_loss, right = torch.zeros(2, device=run.device)
+        totals = torch.zeros(2, device=run.device)
         for batch in micro_batches:
             margin = margins(log_probabilities(engine, batch, run.micro_batch_size), batch["reference"])
-            share = cfg.batch_size * mesh.sequence_size()  # of which each rank that shares the rows adds the loss
             loss = preference_losses(cfg, margin).sum() / share
             engine.backward(run.undivided(loss))  # DeepSpeed divides by accumulation steps and data-parallel ranks
             engine.step()  # changes the weights after the last micro-batch only
-            step_loss += loss.detach()
-            right += (margin > 0).sum() / share
-        run.log_step(step, step_loss, tokens=tokens, accuracy=right)
+            totals += torch.stack([loss.detach(), (margin > 0).sum() / share])
+        run.log_step(step, totals[0], tokens=tokens, reward_accuracy=totals[1])
         if run.evaluation_due(step):
-            run.log_scores(step, "validation", evaluate("validation"), higher_is_better="accuracy")
+            run.log_scores(step, "validation", evaluate("validation"), higher_is_better="reward_accuracy")
 
     export(engine, tokenizer, run.folder / "model")
     scores = evaluate("test")
     run.log_scores(run.total_steps, "test", scores)
-    rules = baselines.preference_rules(rows["test"], reference["test"].tolist())
+    rules = baselines.preference_rules(rows["test"], reference["test"])
     return run.finish(scores, f"{len(rows['test']):,} test pairs", rules)
 
 

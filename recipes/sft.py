@@ -30,7 +30,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
 from lib.data import conversations
 from lib.data.batches import Batch
-from lib.data.rows import load_rows, map_rows
+from lib.data.rows import Splits, load_rows, map_rows
 from lib.distributed import ranks
 from lib.distributed.export import export
 from lib.distributed.loading import load_model
@@ -81,17 +81,26 @@ def losses_of(engine: Any, batch: Batch) -> torch.Tensor:
         return losses_in(engine(input_ids=batch["input_ids"], use_cache=False, **places))
 
 
+def load_conversations(cfg: Config) -> Splits:
+    """The rows with the column prompt, which has whole conversations if there is no column completion."""
+    columns = {"prompt": cfg.prompt_column} | ({"completion": cfg.completion_column} if cfg.completion_column else {})
+    return load_rows(cfg.dataset, cfg.max_rows, messages=columns, scored_rows=cfg.scored_rows)
+
+
+def limits_of(cfg: Config) -> dict[str, Any]:
+    """How long a prompt of the test rows and its answer may be, in tokens."""
+    return {"max_length": cfg.max_length, "answer_tokens": cfg.answer_tokens}
+
+
 def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     run = Run(cfg, ds_config, __file__)
 
     # Data: conversations to tokens, of which those of the answers have labels.
-    columns = {"prompt": cfg.prompt_column} | ({"completion": cfg.completion_column} if cfg.completion_column else {})
-    splits = load_rows(cfg.dataset, cfg.max_rows, messages=columns, scored_rows=cfg.scored_rows)
-    tokenizer = chat.load_tokenizer(cfg.model, cfg.chat_template, cfg.max_length, cfg.trust_remote_code)
-    options: Any = {"tokenizer": tokenizer, "max_length": cfg.max_length}
-    tokenized = map_rows(splits, conversations.tokenize_conversations, **options)
-    rows = {split: conversations.with_answers(part) for split, part in tokenized.items()}
-    prompts = map_rows({"test": splits["test"]}, tokenize_prompts, **options)
+    splits = load_conversations(cfg)
+    tokenizer = chat.load_tokenizer(cfg, cfg.max_length)
+    tokenized = map_rows(splits, conversations.tokenize_conversations, tokenizer=tokenizer, max_length=cfg.max_length)
+    prompts = map_rows({"test": splits["test"]}, tokenize_prompts, tokenizer=tokenizer, **limits_of(cfg))
+    rows, notes = conversations.with_answers(splits, tokenized)
     run.plan(len(rows["train"]), splits)
 
     # Model, optimizer, engine.
@@ -99,7 +108,6 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     optimizer = make_adamw(cfg, model, ds_config)
     schedule = make_schedule(cfg, optimizer, run.total_steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
-    notes = conversations.notes_on(len(splits["train"]), tokenized["train"])
     run.attach(engine, {name: len(part) for name, part in rows.items()}, notes)
     collate = functools.partial(conversations.collate_conversations, packing=cfg.packing)
 
@@ -110,9 +118,9 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
         written = generate_answers(engine, prompts["test"], tokenizer, run.micro_batch_size, cfg.answer_tokens)
         return evaluate("test") | answer_scores(written, prompts["test"]["expected"]), written
 
-    before, _ = test()
-    lengths = rows["train"]["length"]
-    for step, micro_batches in run.steps(rows["train"], collate, lengths, cfg.packing):  # this rank's share of a step
+    before = test()[0]
+    in_order = rows["train"]["length"], cfg.packing
+    for step, micro_batches in run.steps(rows["train"], collate, *in_order):  # this rank's share of a step
         labels, tokens = ranks.sum_over_ranks(map(conversations.count, micro_batches))
         step_loss = torch.zeros((), device=run.device)
         for batch in micro_batches:
@@ -127,8 +135,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     export(engine, tokenizer, run.folder / "model")
     scores, answers = test()
     run.log_scores(run.total_steps, "test", scores)
-    for answer in answers[:3]:
-        run.say(f"sample   {' '.join(answer.split())}")
+    run.say("\n".join(f"sample   {' '.join(answer.split())}" for answer in answers[:3]))
     return run.finish(scores, f"{len(rows['test']):,} test conversations", {"model before training": before})
 
 

@@ -120,12 +120,13 @@ def losses_of(engine: Any, batch: Batch) -> torch.Tensor:
         return losses_in(engine(input_ids=batch["input_ids"], use_cache=False, **places))
 
 
-def baseline_scores(texts: tuple[list[str], list[str]], test: Dataset) -> Scores:
-    """Of the target of the most similar training source, and of the text's first sentence."""
+def baseline_scores(before: dict[str, float], texts: tuple[list[str], list[str]], test: Dataset) -> Scores:
+    """Of the model before training, the target of the most similar training source, and the text's first sentence."""
     nearest = ranks.on_rank0(lambda: baselines.nearest_training_target(*texts, test["source"]))
     lead = [baselines.first_sentence(text) for text in test["source"]]
     written = {"nearest training text's": nearest, "lead sentence": lead}
-    return {name: summarization_scores(found, test["target"]) for name, found in written.items()}
+    scores = {name: summarization_scores(found, test["target"]) for name, found in written.items()}
+    return {"model before training": before, **scores}
 
 
 def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
@@ -135,10 +136,9 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     columns = {"source": cfg.text_column, "target": cfg.summary_column}
     splits = load_rows(cfg.dataset, cfg.max_rows, text=columns, scored_rows=cfg.scored_rows)
     texts, test = (splits["train"]["source"], splits["train"]["target"]), splits["test"]
-    lengths = cfg.max_source_length, cfg.max_target_length
-    tokenizer = chat.load_tokenizer(cfg.model, cfg.chat_template, sum(lengths), cfg.trust_remote_code)
-    options: Any = {"tokenizer": tokenizer, "instruction": cfg.instruction, "max_lengths": lengths}
-    rows = map_rows(splits, tokenize, **options)
+    limits = cfg.max_source_length, cfg.max_target_length
+    tokenizer = chat.load_tokenizer(cfg, sum(limits), "max_source_length")
+    rows = map_rows(splits, tokenize, tokenizer=tokenizer, instruction=cfg.instruction, max_lengths=limits)
     run.plan(len(rows["train"]), splits)
 
     # Model, optimizer, engine.
@@ -154,8 +154,8 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
         return summarization_scores(written, splits[split]["target"]), written
 
     before, _ = evaluate("test")
-    in_order = rows["train"]["length"], cfg.packing
-    for step, micro_batches in run.steps(rows["train"], collate, *in_order):  # this rank's share of a step
+    train, lengths = rows["train"], rows["train"]["length"]
+    for step, micro_batches in run.steps(train, collate, lengths, cfg.packing):  # this rank's share of a step
         labels, tokens = ranks.sum_over_ranks(map(conversations.count, micro_batches))
         step_loss = torch.zeros((), device=run.device)
         for batch in micro_batches:
@@ -173,8 +173,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     for summary, target in zip(summaries[:3], test["target"][:3], strict=True):
         run.say(f"sample   {summary}  (was: {target})")
     run.say(f"ROUGE    over {rouge_tokens(test['target'])}")
-    found = {"model before training": before, **baseline_scores(texts, test)}
-    return run.finish(scores, f"{len(test):,} test rows", found)
+    return run.finish(scores, f"{len(test):,} test rows", baseline_scores(before, texts, test))
 
 
 if __name__ == "__main__":

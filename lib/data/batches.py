@@ -17,6 +17,7 @@ from lib.errors import UserError
 IGNORED = -100  # the label that torch's cross entropy leaves out
 
 Batch = dict[str, torch.Tensor]
+Collate = Callable[[dict[str, Any]], Batch]  # {column: values} of some rows -> their batch
 
 
 class StepRows:
@@ -57,7 +58,7 @@ class StepRows:
 
 
 def training_batches(
-    rows: Any, collate: Callable[[dict[str, Any]], Batch], *, batch_size: int, micro_batch_size: int, seed: int,
+    rows: Any, collate: Collate, *, batch_size: int, micro_batch_size: int, seed: int,
     device: torch.device, lengths: Sequence[int] | None = None, packing: bool | None = None, start: int = 0,
 ) -> Iterator[list[Batch]]:  # fmt: skip
     """For each optimizer step, this rank's micro-batches: a list of accumulation_steps dicts of tensors on `device`.
@@ -70,13 +71,15 @@ def training_batches(
     rows of any lengths, the same with packing and without. With it, each of its micro-batches gets nearly as many
     tokens; without it, rows of nearly one length.
     """
-    step_rows = StepRows(len(rows), batch_size, seed, lengths if packing is None else None)
+    sizes = None if lengths is None else np.asarray(lengths)  # once: a column of a data set is read from its file
+    step_rows = StepRows(len(rows), batch_size, seed, sizes if packing is None else None)
     for step in itertools.count(start):
         draws = np.random.SeedSequence((seed, step, 2)).generate_state(batch_size, np.uint64)
         # Neighbours in length go to different ranks at the same time, so that no rank waits long for another.
         micro_batches = np.arange(batch_size).reshape(-1, micro_batch_size)
         if packing is not None:
-            micro_batches = deal(np.asarray(lengths)[step_rows[step]], micro_batch_size, alike_sums=packing)
+            assert sizes is not None
+            micro_batches = deal(sizes[step_rows[step]], micro_batch_size, alike_sums=packing)
         local = micro_batches[mesh.data_parallel_rank() :: mesh.data_parallel_size()]
         batches = (collate({**rows[step_rows[step][part].tolist()], "draw": draws[part]}) for part in local)
         yield [to_device(part_of_rows(batch), device) for batch in batches]
@@ -119,7 +122,7 @@ def part_of_rows(batch: Batch) -> Batch:
 
 
 def evaluation_batches(
-    rows: Any, collate: Callable[[dict[str, Any]], Batch], batch_size: int, device: torch.device,
+    rows: Any, collate: Collate, batch_size: int, device: torch.device,
     lengths: Sequence[int] | None = None,
 ) -> Iterator[tuple[Batch, torch.Tensor]]:  # fmt: skip
     """(batch, row numbers [batch_size]) until every row was on exactly one rank.

@@ -6,7 +6,7 @@ is for the chat template, by which the tokenizer makes text of it.
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -32,6 +32,11 @@ def messages_of(prompt: str, completion: str | None = None) -> list[Message]:
     messages: list[Message] = []
     for column, role in ((prompt, "user"), (completion, "assistant")):
         found = [] if column is None else json.loads(column)
+        if isinstance(found, list) and found and role == "assistant" and found[0]["role"] != role:
+            raise UserError(
+                f"the answer to a prompt begins with a message of the role {found[0]['role']}, as a whole conversation "
+                f"does: {short(found)}; if it has the prompt too, name no column of prompts (--prompt_column null)"
+            )
         messages += [{"role": role, "content": found}] if isinstance(found, str) else found
     return messages
 
@@ -57,10 +62,10 @@ def answers_in(
     """
     text, spans = "", list[tuple[int, int]]()
     for number, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or number == 0:  # nobody has asked for the first one
             continue
         whole = render(tokenizer, messages[: number + 1])
-        prompt = render(tokenizer, messages[:number], add_generation_prompt=True) if number else ""
+        prompt = render(tokenizer, messages[:number], add_generation_prompt=True)
         if not whole.startswith(text):
             yield text, spans
             spans = []
@@ -111,7 +116,7 @@ def tokenize_conversations(
     found: dict[str, list[Any]] = {name: [] for name in ("input_ids", "labels", "length", "labelled", "truncated")}
     completions = rows.get("completion", [None] * len(rows["prompt"]))
     for prompt, completion in zip(rows["prompt"], completions, strict=True):
-        for text, spans in answers_in(tokenizer, messages_of(prompt, completion)):
+        for text, spans in list(answers_in(tokenizer, messages_of(prompt, completion))) or [("", [])]:
             input_ids, labels, truncated = tokens_and_labels(tokenizer, text, spans, max_length)
             found["input_ids"].append(input_ids)
             found["labels"].append(labels)
@@ -135,31 +140,36 @@ def tokens_and_labels(
     return ids[:-1], labels[1:], len(encoded["input_ids"]) > max_length  # nothing comes after the last token
 
 
-def with_answers(rows: Dataset) -> Dataset:
-    """The rows that have a label. Raises UserError where none has."""
+def with_answers(
+    splits: Mapping[str, Dataset], tokenized: Mapping[str, Dataset]
+) -> tuple[dict[str, Dataset], list[str]]:
+    """(the tokenized rows that have a label, what the header says of the training rows).
+
+    tokenized: what was made of the conversations in `splits`, with columns labelled and truncated. Raises UserError
+    where no row of a split has a label.
+    """
+    kept = {split: _labelled(split, rows) for split, rows in tokenized.items()}
+    conversations, rows, notes = len(splits["train"]), tokenized["train"], []
+    if len(rows) != conversations:
+        notes.append(
+            f"{conversations:,} training conversations became {len(rows):,}: the chat template changes earlier turns"
+        )
+    if cut := sum(rows["truncated"]):
+        notes.append(f"truncated: {cut:,} of {len(rows):,} training conversations")
+    if empty := len(rows) - len(kept["train"]):
+        notes.append(f"left out: {empty:,} training conversations without an answer, or cut off before it")
+    return kept, notes
+
+
+def _labelled(split: str, rows: Dataset) -> Dataset:
     labelled = np.flatnonzero(np.asarray(rows["labelled"]))
     if not len(labelled):
         raise UserError(
-            f"of {len(rows):,} conversations none has a token of an answer; give conversations with messages of the "
-            "role assistant, or a greater --max_length"
+            f"none of the {len(rows):,} {split} conversations has an answer to a prompt within max_length: give "
+            "messages of the role assistant, or a column with the answers (--completion_column), or a greater "
+            "--max_length"
         )
     return rows if len(labelled) == len(rows) else rows.select(labelled)
-
-
-def notes_on(conversations: int, rows: Dataset) -> list[str]:
-    """What the header says of the training rows that tokenize_conversations made of so many conversations."""
-    notes, cut = [], sum(rows["truncated"])
-    empty = len(rows) - len(with_answers(rows))
-    if len(rows) != conversations:
-        notes.append(
-            f"{conversations:,} training conversations became {len(rows):,}: the chat template changes earlier turns, "
-            "or some have no answer"
-        )
-    if cut:
-        notes.append(f"truncated: {cut:,} of {len(rows):,} training conversations")
-    if empty:
-        notes.append(f"left out: {empty:,} training conversations without any token of an answer")
-    return notes
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def tokenize_pairs(
             found[f"{kind}_text"].append(messages[-1].get("content", ""))
             labelled.append(sum(label >= 0 for label in labels))
             length, truncated = length + len(ids), truncated or cut
-        found["prompt_text"].append(text[: spans[-1][0]])
+        found["prompt_text"].append("\n".join(message.get("content", "") for message in messages[:-1]))
         found["length"].append(length)
         found["labelled"].append(min(labelled))
         found["truncated"].append(truncated)

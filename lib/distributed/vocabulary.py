@@ -25,6 +25,8 @@ def share_logits(model: torch.nn.Module) -> None:
 
 
 def _whole(layer: Any, logits: torch.Tensor) -> torch.Tensor:
+    if logits.shape[-1] != layer.vocab_end_index - layer.vocab_start_index:
+        return logits  # they are losses (lib/models/output_layer.py)
     widest = max(layer._partition_sizes)  # all ranks must give tensors of one size
     padded = torch.nn.functional.pad(logits, (0, widest - logits.shape[-1])).contiguous()
     parts = [torch.empty_like(padded) for _ in layer._partition_sizes]

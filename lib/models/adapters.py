@@ -49,7 +49,7 @@ def merge_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
         ) from None
     _settle_tied_embeddings(merged)
     merged.config.name_or_path = folder
-    return merged
+    return merged.requires_grad_(True)  # which peft had frozen
 
 
 def _prepare(model: PreTrainedModel, folder: str) -> None:

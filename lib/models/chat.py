@@ -29,22 +29,28 @@ TEMPLATES = {
 CHATML_TOKENS = ["<|im_start|>", "<|im_end|>"]
 
 
-def load_tokenizer(
-    model: str, chat_template: str | None, max_length: int, trust_remote_code: bool
-) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or hub id, with a chat template. Every rank must call it.
+def load_tokenizer(cfg: Any, max_length: int, setting: str = "max_length") -> PreTrainedTokenizerBase:
+    """The tokenizer of `cfg.model`, with a chat template. Every rank must call it.
 
-    chat_template: None for the tokenizer's own, one of TEMPLATES, or a file with one in Jinja. Raises UserError where
-    there is none, and where it would not let a model learn to end an answer.
+    cfg: model, trust_remote_code, lora_rank, and chat_template: None for the tokenizer's own, one of TEMPLATES, or a
+    file with one in Jinja. max_length, setting: see hub.load_tokenizer. Raises UserError where there is no template,
+    where it would not let a model learn to end an answer, and where it needs new tokens beside an adapter, which would
+    leave their embeddings at random.
     """
-    tokenizer = hub.load_tokenizer(model, max_length, trust_remote_code)
+    model, chat_template = cfg.model, cfg.chat_template
+    tokenizer = hub.load_tokenizer(model, max_length, cfg.trust_remote_code, setting)
     if chat_template is not None:
         if chat_template not in TEMPLATES and not Path(chat_template).is_file():
             raise UserError(
                 f"chat_template {chat_template}: it is neither {' nor '.join(TEMPLATES)} nor a file with a template"
             )
         if chat_template == "chatml":
-            tokenizer.add_special_tokens({"additional_special_tokens": CHATML_TOKENS})
+            new_tokens = tokenizer.add_special_tokens({"additional_special_tokens": CHATML_TOKENS})
+            if new_tokens and cfg.lora_rank is not None:
+                raise UserError(
+                    f"chat_template chatml adds {new_tokens} tokens, whose embeddings an adapter would leave at "
+                    "random; set --lora_rank null, or --chat_template plain"
+                )
             tokenizer.eos_token = CHATML_TOKENS[1]
         tokenizer.chat_template = TEMPLATES.get(chat_template) or Path(chat_template).read_text(encoding="utf-8")
     if tokenizer.chat_template is None:
@@ -64,7 +70,7 @@ def build_model(cfg: Any, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel
     cfg: model, trust_remote_code, packing, lora_rank, lora_alpha, lora_targets. Raises UserError where the model cannot
     be trained in this way.
     """
-    model = fit(adapters.load_merged(cfg.model, None, cfg.trust_remote_code), tokenizer, cfg.lora_rank is not None)
+    model = fit(adapters.load_merged(cfg.model, None, cfg.trust_remote_code), tokenizer)
     checks.check_causal(model)
     checks.check_generates(model, "take another model")
     if cfg.packing:
@@ -74,18 +80,10 @@ def build_model(cfg: Any, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel
     return lora.add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
 
 
-def fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, has_lora: bool) -> PreTrainedModel:
-    """The model with embeddings for all tokens of the tokenizer, which generates up to the end of an answer.
-
-    Raises UserError where an adapter is to be trained and tokens are new: it would leave their embeddings at random.
-    """
-    tokens, known = max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().num_embeddings
-    if tokens > known:
-        if has_lora:
-            raise UserError(
-                f"chat_template adds {tokens - known} tokens, whose embeddings an adapter would leave at random; set "
-                "--lora_rank null, or --chat_template plain"
-            )
+def fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model with embeddings for all tokens of the tokenizer, which generates up to the end of an answer."""
+    tokens = max(tokenizer.get_vocab().values()) + 1
+    if tokens > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(tokens)
     generation: Any = model.generation_config
     ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]

@@ -28,7 +28,7 @@ def _sdpa(
     """transformers' sdpa, for each of the conversations of a row by itself if it is given their lengths."""
     if len(packed_lengths) < 2:
         return _whole_rows(module, query, key, value, attention_mask, **options)
-    window = options.get("sliding_window")
+    window = options["sliding_window"] if "sliding_window" in options else _window_of(module)
     outputs, begin = [], 0
     parts = (torch.split(tensor, list(packed_lengths), 2) for tensor in (query, key, value))
     for length, *part in zip(packed_lengths, *parts, strict=True):
@@ -38,6 +38,11 @@ def _sdpa(
         outputs.append(_whole_rows(module, *part, mask, **options)[0])
         begin = end
     return torch.cat(outputs, 1), None
+
+
+def _window_of(module: Any) -> int | None:
+    """How many tokens a layer sees that does not say so itself; 0, for which the mask decides, if that is unknown."""
+    return getattr(module.config, "sliding_window", None) if hasattr(module, "config") else 0
 
 
 # transformers looks attention up by its name. It is replaced now, because sequence parallelism wraps what it finds.
@@ -75,7 +80,7 @@ def check_model(model: PreTrainedModel) -> None:
     try:
         with torch.no_grad():
             apart = [model.eval()(input_ids=ids, use_cache=False)[0] for ids in conversations]
-            together = model(input_ids=torch.cat(conversations, 1), use_cache=False, **packed)[0]
+            together = model.eval()(input_ids=torch.cat(conversations, 1), use_cache=False, **packed)[0]
         problem = "" if torch.allclose(together, torch.cat(apart, 1), atol=1e-4, rtol=1e-3) else "mixes them"
     except Exception as error:  # each architecture fails in its own way
         problem = f"cannot be given their places ({type(error).__name__}: {' '.join(str(error).split())[:150]})"

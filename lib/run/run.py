@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from transformers import set_seed
 
 from lib.data import batches
-from lib.data.batches import Batch
+from lib.data.batches import Batch, Collate
 from lib.data.rows import Splits
 from lib.distributed import mesh, ranks
 from lib.distributed.repairs import repair_stage0, repair_tensor_parallel, veto_if_not_finite
@@ -60,13 +60,15 @@ class Run:
     def plan(self, rows: int, splits: Splits | None = None) -> None:
         """Set total_steps to what the settings max_steps and epochs ask for on so many training rows.
 
-        splits: the data that these are made from, which the header shows and a resumed run must have again.
+        splits: the data that these are made from, which the header shows, and which a resumed run must have again.
         """
         self.splits = splits
         self._data = {"rows": rows, "data": splits.fingerprint if splits is not None else None}
         max_steps, epochs = self.cfg.max_steps, self.cfg.epochs  # just one of them is given
         steps = max_steps if max_steps is not None else max(1, math.ceil(epochs * rows / self.cfg.batch_size))
         self.total_steps = self.metrics.total_steps = steps
+        if self.checkpoint is not None:
+            check_data(self.checkpoint, self._data, steps, self.cfg.dataset)
 
     def attach(self, engine: Any, rows: dict[str, int], notes: Sequence[str] = ()) -> None:
         """Take the engine of deepspeed.initialize: repair its stage 0, connect its monitors, and print the header.
@@ -93,14 +95,12 @@ class Run:
     def _begin(self) -> None:
         """Only now, when training begins, does anything change in a run folder that was there before."""
         if self.checkpoint is not None:
-            check_data(self.checkpoint, self._data, self.total_steps, self.cfg.dataset)
             self.resumed_at = self.checkpoints.resume(self.checkpoint)
         ranks.on_rank0(lambda: self._run_folder.begin(self.resumed_at))
 
     def steps(
-        self, rows: Any, collate: Callable[[dict[str, Any]], Batch], lengths: Sequence[int] | None = None,
-        packing: bool | None = None,
-    ) -> Iterator[tuple[int, list[Batch]]]:  # fmt: skip
+        self, rows: Any, collate: Collate, lengths: Sequence[int] | None = None, packing: bool | None = None
+    ) -> Iterator[tuple[int, list[Batch]]]:
         """(step, this rank's micro-batches) for each optimizer step still to do. Arguments: see training_batches.
 
         Before the first step the run resumes, or begins anew. Before each step the random generators are seeded by the
@@ -110,10 +110,9 @@ class Run:
         """
         self._begin()
         cfg = self.cfg
-        step_batches = batches.training_batches(
-            rows, collate, batch_size=cfg.batch_size, micro_batch_size=self.micro_batch_size, seed=cfg.seed,
-            device=self.device, lengths=lengths, packing=packing, start=self.resumed_at,
-        )  # fmt: skip
+        sizes = {"batch_size": cfg.batch_size, "micro_batch_size": self.micro_batch_size, "seed": cfg.seed}
+        order: Any = {"lengths": lengths, "packing": packing, "start": self.resumed_at}
+        step_batches = batches.training_batches(rows, collate, device=self.device, **sizes, **order)
         self.output.begin_steps(self.resumed_at, self.total_steps)
         self.metrics.restart_clock()
         for step in range(self.resumed_at + 1, self.total_steps + 1):

@@ -39,12 +39,12 @@ def conversation_scores(
 
 
 def tokenize_prompts(
-    rows: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, max_length: int
+    rows: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, max_length: int, answer_tokens: int
 ) -> dict[str, list[Any]]:
     """Columns prompt, and completion if there is one -> prompt_ids, and `expected`, the last answer.
 
-    The prompt is all before the last answer; of more than max_length tokens the beginning is cut off. Conversations
-    without an answer are left out.
+    The prompt is all before the last answer. Its beginning is cut off where it would have more than max_length tokens
+    with an answer of answer_tokens. Conversations without an answer are left out.
     """
     found: dict[str, list[Any]] = {"prompt_ids": [], "expected": []}
     completions = rows.get("completion", [None] * len(rows["prompt"]))
@@ -53,7 +53,9 @@ def tokenize_prompts(
         last = max((n for n, message in enumerate(messages) if n and message["role"] == "assistant"), default=0)
         if last:
             text = render(tokenizer, messages[:last], add_generation_prompt=True)
-            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][-max_length:]
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][
+                -max(1, max_length - answer_tokens) :
+            ]
             found["prompt_ids"].append(ids)
             found["expected"].append(messages[last].get("content", ""))
     return found
@@ -95,3 +97,16 @@ def answer_scores(answers: Sequence[str], expected: Sequence[str]) -> dict[str, 
         "rougeL": evaluation.summarization_scores(answers, expected)["rougeL"],
         "exact_match": evaluation.question_answering_scores(answers, [[text] for text in expected])["exact_match"],
     }
+
+
+def preference_scores(found: torch.Tensor, reference: torch.Tensor, beta: float) -> dict[str, float]:
+    """How often a model prefers the chosen answer of a pair, 0 to 1; pairs in which it prefers none count half.
+
+    accuracy: finds it more likely. reward_accuracy: has come to find it more likely, compared with the model before
+    training; margin: by how much, times beta, the mean over pairs. found, reference: [pairs, 2] log-probabilities of
+    the chosen and the rejected answer, by the model and by the model before training.
+    """
+    likelier, margin = (values[:, 0] - values[:, 1] for values in (found, found - reference))
+    shares = {"accuracy": likelier, "reward_accuracy": margin}
+    scores = {name: float(values.sign().double().mean() / 2 + 0.5) for name, values in shares.items()}
+    return scores | {"margin": float(beta * margin.double().mean())}

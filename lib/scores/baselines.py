@@ -114,11 +114,11 @@ def _words(text: str) -> set[str]:
     return set(re.findall(r"\w+", spaced(text.lower())))
 
 
-def preference_rules(rows: Any, reference: Sequence[tuple[float, float]]) -> dict[str, dict[str, float]]:
+def preference_rules(rows: Any, reference: Any) -> dict[str, dict[str, float]]:
     """{rule: {"accuracy": how often it prefers the chosen answer}}, 0 to 1; where it prefers none of the two, 0.5.
 
-    rows: columns prompt_text, chosen_text, rejected_text. reference: the log-probabilities of both answers of each row
-    by the model before training.
+    rows: columns prompt_text, chosen_text, rejected_text. reference: [rows, 2] log-probabilities of both answers by the
+    model before training, whose preference is the more likely one.
     """
 
     def shared(answer: str, prompt: str) -> int:
@@ -126,7 +126,7 @@ def preference_rules(rows: Any, reference: Sequence[tuple[float, float]]) -> dic
 
     prompts, chosen, rejected = (rows[f"{name}_text"] for name in ("prompt", "chosen", "rejected"))
     differences: dict[str, list[float]] = {
-        "model before training": [first - second for first, second in reference],
+        "model before training": [float(first - second) for first, second in reference],
         "the shorter answer": [len(second) - len(first) for first, second in zip(chosen, rejected, strict=True)],
         "more words of the prompt": [
             shared(first, prompt) - shared(second, prompt)

@@ -64,6 +64,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -173,7 +174,8 @@ def tokenized(data: Path, recipe: str, model: str, max_length: int) -> Any:
 
     columns = {"sft": {"prompt": "messages"}, "dpo": {name: name for name in ("prompt", "chosen", "rejected")}}[recipe]
     tokenize = {"sft": conversations.tokenize_conversations, "dpo": preferences.tokenize_pairs}[recipe]
-    tokenizer = chat.load_tokenizer(model, None, max_length, False)
+    settings = {"model": model, "chat_template": None, "lora_rank": None, "trust_remote_code": False}
+    tokenizer = chat.load_tokenizer(SimpleNamespace(**settings), max_length)
     train = {"train": load_rows(str(data), None, messages=columns)["train"]}
     return map_rows(train, tokenize, tokenizer=tokenizer, max_length=max_length)["train"]
 

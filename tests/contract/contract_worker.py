@@ -29,7 +29,7 @@ from lib.data.samples import SAMPLES, load_sample
 from lib.data.splits import SPLITS
 from lib.distributed import ranks
 from lib.errors import ROOT
-from lib.models import chat, scratch
+from lib.models import chat, output_layer, scratch
 from lib.models.hub import model_folder
 from lib.run.checkpoint_files import folder_of
 from lib.settings import config
@@ -120,6 +120,7 @@ def small_data(folder: Path, sample: str, max_rows: int, learn: bool) -> Path:
 
 def main(where: str, *cases: str) -> None:
     folder = Path(where)
+    output_layer.TOKENS_AT_ONCE = 8  # so that the loss of a micro-batch is computed in pieces
     ranks.init(timeout_minutes=10)
     for case in cases:
         recipe_name, name, json_path, settings, *source = case.split(":")

@@ -2,6 +2,7 @@
 
 import json
 from itertools import groupby
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,9 @@ def labelled(tokenizer: Any, row: dict[str, Any]) -> list[str]:
         ("chatml", (SYSTEM, ASK, FOUR, ASK_MORE, SIX), [["It is 4.<|im_end|>", "It is 6.<|im_end|>"]]),
         ("chatml", (ASK, FOUR, ASK_MORE), [["It is 4.<|im_end|>"]]),  # nobody has answered that
         ("chatml", (ASK, {"role": "assistant", "content": ""}), [["<|im_end|>"]]),
+        ("chatml", (FOUR, ASK_MORE, SIX), [["It is 6.<|im_end|>"]]),  # nobody has asked for the first one
+        ("chatml", (ASK, FOUR, SIX), [["It is 4.<|im_end|>", "It is 6.<|im_end|>"]]),
+        ("chatml", (SYSTEM, ASK), [[]]),
         ("chatml", (ASK, {"role": "assistant", "content": "One\n\ntwo  "}), [["One\n\ntwo  <|im_end|>"]]),
         ("llama3", (SYSTEM, ASK, FOUR, ASK_MORE, SIX), [["It is 4.<|eot_id|>", "It is 6.<|eot_id|>"]]),
         ("gemma", (ASK, FOUR, ASK_MORE, SIX), [["It is 4.<end_of_turn>", "It is 6.<end_of_turn>"]]),
@@ -140,14 +144,16 @@ def test_a_truncated_answer_has_no_end() -> None:
 def test_a_row_without_an_answer_is_counted_and_left_out() -> None:
     tokenizer = tokenizer_with("chatml")
     prompts = [json.dumps(messages) for messages in ([ASK, FOUR], [{**ASK, "content": "word " * 60}, FOUR])]
-    rows = Dataset.from_dict(tokenize_conversations({"prompt": prompts}, tokenizer, 50))
-    assert len(rows) == 2 and len(conversations.with_answers(rows)) == 1
-    assert conversations.notes_on(2, rows) == [
+    splits = {"train": Dataset.from_dict({"prompt": prompts})}
+    tokenized = {"train": Dataset.from_dict(tokenize_conversations({"prompt": prompts}, tokenizer, 50))}
+    kept, notes = conversations.with_answers(splits, tokenized)
+    assert len(tokenized["train"]) == 2 and len(kept["train"]) == 1
+    assert notes == [
         "truncated: 1 of 2 training conversations",
-        "left out: 1 training conversations without any token of an answer",
+        "left out: 1 training conversations without an answer, or cut off before it",
     ]
-    with pytest.raises(UserError, match="of 1 conversations none has a token of an answer"):
-        conversations.with_answers(rows.select([1]))
+    with pytest.raises(UserError, match="none of the 1 train conversations has an answer to a prompt"):
+        conversations.with_answers(splits, {"train": tokenized["train"].select([1])})
 
 
 def test_a_prompt_and_its_answer_may_be_two_columns() -> None:
@@ -155,6 +161,8 @@ def test_a_prompt_and_its_answer_may_be_two_columns() -> None:
     apart = {"prompt": [json.dumps("What is 2 + 2?")], "completion": [json.dumps("It is 4.")]}
     assert tokenize_conversations(apart, tokenizer, 512)["labels"] == [rows_of(tokenizer, ASK, FOUR)[0]["labels"]]
     assert messages_of(json.dumps([SYSTEM, ASK]), json.dumps("It is 4.")) == [SYSTEM, ASK, FOUR]
+    with pytest.raises(UserError, match="begins with a message of the role user, as a whole conversation"):
+        messages_of(json.dumps("What is 2 + 2?"), json.dumps([ASK, FOUR]))
 
 
 def test_messages_are_read_from_a_file(tmp_path: Any) -> None:
@@ -198,7 +206,8 @@ def test_the_end_of_an_answer_is_a_token() -> None:
 
 @pytest.mark.parametrize("template", chat.TEMPLATES)
 def test_the_templates_of_this_repository(template: str) -> None:
-    tokenizer = chat.load_tokenizer("smollm2-tiny", template, 512, False)
+    settings = {"model": "smollm2-tiny", "trust_remote_code": False, "lora_rank": None, "chat_template": template}
+    tokenizer = chat.load_tokenizer(SimpleNamespace(**settings), 512)
     (row,) = rows_of(tokenizer, SYSTEM, ASK, FOUR, ASK_MORE, SIX)
     assert labelled(tokenizer, row) == ["It is 4.<|im_end|>", "It is 6.<|im_end|>"]
 
@@ -246,7 +255,7 @@ def test_pairs_of_answers() -> None:
     for kind, text in (("chosen", "It is 6."), ("rejected", "Seven.")):
         row = {"labels": made[f"{kind}_labels"][0]}
         assert labelled(tokenizer, row) == [f"{text}<|im_end|>"] and made[f"{kind}_text"][0] == text
-    assert made["prompt_text"][0].endswith("And 3 + 3?<|im_end|>\n<|im_start|>assistant\n")
+    assert made["prompt_text"][0] == "What is 2 + 2?\nIt is 4.\nAnd 3 + 3?"
     assert made["truncated"] == [False, True] and made["length"][0] == sum(
         len(made[f"{kind}_ids"][0]) for kind in ("chosen", "rejected")
     )

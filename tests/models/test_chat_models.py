@@ -17,6 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 @dataclasses.dataclass
 class Settings:
     model: str
+    chat_template: str | None = None
     trust_remote_code: bool = False
     packing: bool = True
     lora_rank: int | None = None
@@ -40,7 +41,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, one_rank: None) -> str:
 
 
 def build(settings: Settings, template: str | None) -> tuple[Any, PreTrainedTokenizerBase]:
-    tokenizer = chat.load_tokenizer(settings.model, template, 64, False)
+    tokenizer = chat.load_tokenizer(dataclasses.replace(settings, chat_template=template), 64)
     return chat.build_model(settings, tokenizer), tokenizer
 
 
@@ -83,5 +84,7 @@ def test_an_adapter_is_a_model(base: str, tmp_path: Path) -> None:
     second, _ = build(Settings(str(folder), lora_rank=2), None)
     assert second.peft_config["default"].base_model_name_or_path == str(folder)
     torch.testing.assert_close(second.eval()(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+    all_weights, _ = build(Settings(str(folder)), None)
+    assert all(parameter.requires_grad for parameter in all_weights.parameters())
     whole, _ = build(Settings(base), "plain")
     assert not torch.allclose(second(ids).logits, whole.eval()(ids).logits, atol=1e-2)

@@ -18,9 +18,15 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": None, "bos_token_id": 0,
     "eos_token_id": 0,
 }  # fmt: skip
-MORE: dict[str, dict[str, Any]] = {  # granite divides its logits behind the output layer
-    "llama": {}, "mistral": {"sliding_window": 4}, "qwen3": {}, "gpt2": {}, "granite": {"logits_scaling": 2.0}
-}  # fmt: skip
+MORE: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 4},
+    # Its layers do not tell the attention of their window.
+    "phimoe": {"sliding_window": 4, "router_jitter_noise": 0.0, "input_jitter_noise": 0.0},
+    "qwen3": {},
+    "gpt2": {},
+    "granite": {"logits_scaling": 2.0},  # it divides its logits behind the output layer
+}
 LENGTHS = (7, 1, 12, 3)
 
 

@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import pytrec_eval
+import torch
 from conftest import execute
 from gensim.models import KeyedVectors
 from gensim.test.utils import datapath
 from rouge_score.rouge_scorer import RougeScorer
 
 from lib.scores import baselines, evaluation
+from lib.scores.answers import preference_scores
 
 WORDS = sorted(set(re.findall(r"[A-Za-z][a-z]+|[,;:'%-]", np.einsum.__doc__ or "")))  # the words of a real text
 
@@ -276,6 +278,13 @@ def test_gensims_word_vectors_know_the_company_that_words_keep() -> None:
     assert (train()[1] == vectors).all()
     assert (train(sample=2)[1] == vectors).all()  # 2 is a frequency that no word exceeds, not a number of occurrences
     assert (train(sample=0.01)[1] != vectors).any()
+
+
+def test_scores_of_preference() -> None:
+    found, reference = torch.tensor([[-1.0, -2.0], [-5.0, -3.0], [-2.0, -2.0]]), torch.tensor([[-1.0, -2.0]] * 3)
+    assert preference_scores(found, reference, 0.5) == exactly(
+        {"accuracy": 0.5, "reward_accuracy": 0.5 / 3, "margin": 0.5 * (0 - 3 - 1) / 3}
+    )
 
 
 def test_rules_of_preference() -> None:
