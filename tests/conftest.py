@@ -42,8 +42,8 @@ MEASURED: list[str] = []  # figures that tests found, shown at the end
 
 # Seconds on 2 otherwise idle cores. test_exports.py and test_recipes.py share runs, which the first of them starts.
 BUDGETS = {
-    "test_exports.py": 330,
-    "test_recipes.py": 330,
+    "test_exports.py": 480,
+    "test_recipes.py": 480,
     "test_launch.py": 180,
     "test_compare.py": 180,
     "test_checkpoints.py": 100,
