@@ -209,7 +209,7 @@ def test_faulty_jsons(tmp_path: Path, seed: int) -> None:
     draw = random.Random(1000 + seed)
     name = draw.choice(RECIPES)
     recipe: Any = importlib.import_module(f"recipes.{name}")
-    cfg: Any = config.load(recipe.Config, ROOT / "recipes" / f"{name}.yaml", {})
+    cfg: Any = config.load(recipe.Config, ROOT / "recipes" / f"{name}.yaml", {"precision": "fp32"})
     files = sorted((ROOT / "ds_configs" / name).glob("*.json"))
     path = tmp_path / "faulty.json"
     path.write_text(json_fault(draw, json.loads(draw.choice(files).read_text())))
