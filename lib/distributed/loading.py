@@ -7,7 +7,6 @@ import deepspeed
 import torch
 from deepspeed.module_inject.tp_plan_converter import TPPlanConverter
 from deepspeed.runtime.tensor_parallel.config import _get_hf_tp_plan
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import EncoderDecoderModel, PreTrainedModel, initialization, set_seed
 
@@ -141,6 +140,8 @@ def _plan_adapters(model: Any) -> None:
 
     Where W is cut along its outputs, B is, and A is whole on each rank; where along its inputs, A is, and B is whole.
     """
+    from peft.tuners.tuners_utils import BaseTunerLayer  # here, as most recipes need no peft (0.25 s)
+
     plan = dict(model.config.base_model_tp_plan or {})
     for pattern, style in list(plan.items()):
         part = {"colwise": "lora_B", "rowwise": "lora_A"}.get(style)

@@ -98,11 +98,7 @@ def load_tokenizer(name: str, adapter: str | None = None, trust_remote_code: boo
     folder, base = adapter or name, hub.base_of(adapter or name)
     if base is not None and not (Path(folder) / "tokenizer.json").is_file():
         return load_tokenizer(name if adapter else base, None, trust_remote_code)
-    with hub.hub_errors(folder):
-        tokenizer = AutoTokenizer.from_pretrained(hub.model_folder(folder), trust_remote_code=trust_remote_code)
-    # Where there are no tokenizer files, transformers makes a tokenizer that has next to no tokens.
-    if not tokenizer.is_fast or len(tokenizer) < 16:
-        raise UserError(f"model {folder}: it has no fast tokenizer beside it (tokenizer.json); save one there")
+    tokenizer = hub.read_tokenizer(folder, trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer

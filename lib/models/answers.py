@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lib.data.conversations import render
+from lib.data.conversations import Message, render
 from lib.models import adapters, hub
 
-Message = dict[str, str]  # {"role": "user", "content": ...}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

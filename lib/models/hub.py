@@ -164,11 +164,7 @@ def load_tokenizer(
     """
     config = load_config(name, 0.0, trust_remote_code)
     check_length(getattr(config, "encoder", config), max_length, setting)
-    with hub_errors(name):
-        tokenizer = AutoTokenizer.from_pretrained(model_folder(name), trust_remote_code=trust_remote_code)
-    # Where there are no tokenizer files, transformers makes a tokenizer that has next to no tokens.
-    if not tokenizer.is_fast or len(tokenizer) < 16:
-        raise UserError(f"model {name}: it has no fast tokenizer beside it (tokenizer.json); save one there")
+    tokenizer = read_tokenizer(name, trust_remote_code)
     check_tokens(f"model {name}: it", getattr(config, "encoder", config), tokenizer)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -176,6 +172,16 @@ def load_tokenizer(
                 f"model {name}: its tokenizer has neither a padding nor an end-of-text token; add one and save it"
             )
         tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def read_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub id, as it is there. Raises UserError where there is no fast one."""
+    with hub_errors(name):
+        tokenizer = AutoTokenizer.from_pretrained(model_folder(name), trust_remote_code=trust_remote_code)
+    # Where there are no tokenizer files, transformers makes a tokenizer that has next to no tokens.
+    if not tokenizer.is_fast or len(tokenizer) < 16:
+        raise UserError(f"model {name}: it has no fast tokenizer beside it (tokenizer.json); save one there")
     return tokenizer
 
 

@@ -15,9 +15,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lib.data.batches import Batch
 from lib.distributed import mesh
+from lib.distributed.sequence_parallel import ALIKE_LAYERS
 from lib.errors import UserError
 
-ALIKE_LAYERS = {"full_attention", "sliding_attention"}  # whose masks follow from the places in the row
 _whole_rows = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
@@ -52,7 +52,7 @@ ALL_ATTENTION_FUNCTIONS["sdpa"] = _sdpa
 def lengths_of(model: torch.nn.Module, batch: Batch) -> dict[str, Any]:
     """{"packed_lengths": those of the conversations in a batch of one row}, for the forward pass of the model.
 
-    Empty where attention keeps the conversations apart without. The ranks of a sequence-parallel group, which have a
+    Empty where attention keeps the conversations apart without it. The ranks of a sequence-parallel group, which have a
     part of the row each in training, must call it together.
     """
     positions = batch["position_ids"]
