@@ -542,6 +542,7 @@ def main() -> None:
     comm.get_msg_size_from_args = meter.sent.message_size(comm.get_msg_size_from_args)
     UlyssesSPAttentionHF.forward = meter.sent.attention(UlyssesSPAttentionHF.forward)
     batches.training_batches = meter.training_batches(batches.training_batches)
+    # mypy wants methods to stay as they are; these two are watched.
     checkpoints.Checkpoints.save = meter.record.save(checkpoints.Checkpoints.save)  # type: ignore[method-assign]
     run.Run.log_scores = meter.record.log_scores(run.Run.log_scores)  # type: ignore[method-assign]
     try:
