@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import deepspeed
+import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
@@ -30,7 +31,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
 from lib.data import conversations, preferences
-from lib.data.batches import Batch
+from lib.data.batches import Batch, rows_of_steps
 from lib.data.rows import Splits, load_rows, map_rows
 from lib.distributed import mesh, ranks
 from lib.distributed.export import export
@@ -108,10 +109,24 @@ def load_pairs(cfg: Config) -> Splits:
     return load_rows(cfg.dataset, cfg.max_rows, messages=messages, scored_rows=cfg.scored_rows)
 
 
-def of_all(engine: Any, rows: Dataset, collate: Any, pairs: int, what: str) -> torch.Tensor:
+def of_all(engine: Any, rows: Dataset, collate: Any, pairs: int, what: str = "evaluating") -> torch.Tensor:
     """[rows, 2]: the log-probabilities of all pairs, `pairs` at a time. Every rank must call it."""
     answer = functools.partial(log_probabilities, engine, pairs=pairs)
     return for_each_row(engine, rows, collate, pairs, answer=answer, lengths=rows["length"], what=what)
+
+
+def before_training(run: Run, engine: Any, rows: Dataset, collate: Any, split: str) -> torch.Tensor:
+    """[rows, 2]: the log-probabilities of the pairs by the model before training; NaN of pairs that no step takes."""
+    count = len(rows)
+    in_steps = rows_of_steps(run.total_steps, count, run.cfg.batch_size, run.cfg.seed)
+    needed = in_steps if split == "train" else np.arange(count)
+    what = f"log-probabilities of {len(needed):,} {split} pairs"
+    found = run.kept(
+        what, lambda: of_all(engine, rows.select(needed), collate, run.micro_batch_size, f"{what} before").tolist()
+    )
+    reference = torch.full((count, 2), torch.nan)
+    reference[torch.from_numpy(needed)] = torch.tensor(found)
+    return reference.to(run.device)
 
 
 def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
@@ -132,12 +147,12 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     run.attach(engine, {name: len(part) for name, part in rows.items()}, notes)
     collate = functools.partial(preferences.collate_pairs, packing=cfg.packing)
     used = {split: part for split, part in rows.items() if split != "validation" or cfg.eval_every}
-    how = collate, run.micro_batch_size
-    reference = {split: of_all(engine, part, *how, f"the model before, {split} pairs") for split, part in used.items()}
+    reference = {split: before_training(run, engine, part, collate, split) for split, part in used.items()}
     train = preferences.with_reference(rows["train"], reference["train"])
 
     def evaluate(split: str) -> dict[str, float]:
-        return preference_scores(of_all(engine, rows[split], *how, "evaluating"), reference[split], cfg.beta)
+        found = of_all(engine, rows[split], collate, run.micro_batch_size)
+        return preference_scores(found, reference[split], cfg.beta)
 
     share = cfg.batch_size * mesh.sequence_size()  # ranks that share rows all have the losses of these
     for step, micro_batches in run.steps(train, collate, train["length"], cfg.packing):  # this rank's share of a step

@@ -224,7 +224,8 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     test = splits["test"]
     baseline_scores = {"BM25": ranks.on_rank0(lambda: search.Corpus(test["query"], test["document"]).bm25_scores())}
     if cfg.score_before:
-        baseline_scores["this model, before"], _, _ = evaluate("test")
+        name = f"scores on {len(test):,} test pairs"
+        baseline_scores["this model, before"] = run.kept(name, lambda: evaluate("test")[0])
     for step, micro_batches in run.steps(train, collate_rows, train["length"]):  # this rank's share of a step
         tokens = ranks.sum_over_ranks(count_tokens(batch) for batch in micro_batches)
         vectors = step_vectors(engine, micro_batches)

@@ -116,9 +116,9 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
 
     def test() -> tuple[dict[str, float], list[str]]:
         written = generate_answers(engine, prompts["test"], tokenizer, run.micro_batch_size, cfg.answer_tokens)
-        return evaluate("test") | answer_scores(written, prompts["test"]["expected"]), written
+        return answer_scores(written, prompts["test"]["expected"]) | evaluate("test"), written
 
-    before = test()[0]
+    before = run.kept(f"scores on {len(rows['test']):,} test conversations", lambda: test()[0])
     in_order = rows["train"]["length"], cfg.packing
     for step, micro_batches in run.steps(rows["train"], collate, *in_order):  # this rank's share of a step
         labels, tokens = ranks.sum_over_ranks(map(conversations.count, micro_batches))

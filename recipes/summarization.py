@@ -153,7 +153,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
         written = generate_answers(engine, rows[split], tokenizer, run.micro_batch_size, cfg.max_target_length)
         return summarization_scores(written, splits[split]["target"]), written
 
-    before, _ = evaluate("test")
+    before = run.kept(f"scores on {len(test):,} test rows", lambda: evaluate("test")[0])
     train, lengths = rows["train"], rows["train"]["length"]
     for step, micro_batches in run.steps(train, collate, lengths, cfg.packing):  # this rank's share of a step
         labels, tokens = ranks.sum_over_ranks(map(conversations.count, micro_batches))

@@ -57,6 +57,12 @@ class StepRows:
         return self.window(step // self.steps_per_window)[step % self.steps_per_window]
 
 
+def rows_of_steps(steps: int, total: int, batch_size: int, seed: int) -> np.ndarray:
+    """The numbers of the rows, of `total`, that so many steps take in StepRows without lengths, in order."""
+    step_rows = StepRows(total, batch_size, seed)
+    return np.unique(np.concatenate([step_rows[step] for step in range(min(steps, -(-total // batch_size)))]))
+
+
 def training_batches(
     rows: Any, collate: Collate, *, batch_size: int, micro_batch_size: int, seed: int,
     device: torch.device, lengths: Sequence[int] | None = None, packing: bool | None = None, start: int = 0,

@@ -69,8 +69,7 @@ def answers_in(
         if not whole.startswith(text):
             yield text, spans
             spans = []
-        # A prompt may hold more than the template shows in a conversation, such as the beginning of the reasoning.
-        begin = max(_common_prefix(prompt, whole), spans[-1][1] if spans else 0)
+        begin = max(_end_of_prompt(tokenizer, prompt, whole), spans[-1][1] if spans else 0)
         end = len(whole.rstrip())
         spans.append((begin, end if whole[:end].endswith(_tokens_by_name(tokenizer)) else len(whole)))
         text = whole
@@ -78,10 +77,22 @@ def answers_in(
         yield text, spans
 
 
-def _common_prefix(first: str, second: str) -> int:
-    """How many characters two texts begin with alike."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
+def _end_of_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, whole: str) -> int:
+    """Where in the whole text the prompt for an answer ends.
+
+    A prompt may hold more than the template shows in a conversation, such as the beginning of the reasoning. Then it
+    ends with the last token that both have: `<think>` and an answer `<b>` begin with one character, not with one token.
+    """
+    if whole.startswith(prompt):
+        return len(prompt)
+    asked, shown = (
+        tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        for text in (prompt, whole)
+    )
+    ends = [end for _, end in shown["offset_mapping"]]
+    pairs = enumerate(zip(asked["input_ids"], shown["input_ids"], strict=False))
+    alike = next((place for place, (one, other) in pairs if one != other), min(len(asked["input_ids"]), len(ends)))
+    return int(ends[alike - 1]) if alike else 0
 
 
 def _tokens_by_name(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:

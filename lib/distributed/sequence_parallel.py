@@ -44,9 +44,9 @@ def _what_stands_against(model: PreTrainedModel, config: Any, size: int) -> str 
     other_layers = set(getattr(config, "layer_types", None) or ()) - ALIKE_LAYERS
     if other_layers:
         return f"has layers of other kinds: {', '.join(sorted(other_layers))}"
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in CHANGING_POSITIONS:
-        return f"has positions ({rope['rope_type']}) that depend on the length of the row"
+    changing = changing_positions(config)
+    if changing is not None:
+        return f"has positions ({changing}) that depend on the length of the row"
     calls: list[str | None] = []  # what is wrong with each call of the attention function
 
     def own_value(
@@ -75,6 +75,13 @@ def _what_stands_against(model: PreTrainedModel, config: Any, size: int) -> str 
     if problem is None and not (whole.dim() == 3 and torch.allclose(whole[:, 4:], part, atol=1e-4, rtol=1e-3)):
         return "mixes tokens outside attention"
     return problem
+
+
+def changing_positions(config: Any) -> str | None:
+    """The kind of a model's rotary positions, if they are of a kind that depends on the length of the row."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    of_layers = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # some have them by kind of layer
+    return next((part["rope_type"] for part in of_layers if part.get("rope_type") in CHANGING_POSITIONS), None)
 
 
 def _what_is_wrong(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, size: int) -> str | None:

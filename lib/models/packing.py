@@ -15,8 +15,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lib.data.batches import Batch
 from lib.distributed import mesh
-from lib.distributed.sequence_parallel import ALIKE_LAYERS
+from lib.distributed.sequence_parallel import ALIKE_LAYERS, changing_positions
 from lib.errors import UserError
+
+MIXES = "mixes the conversations of a row"
 
 _whole_rows = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
@@ -81,8 +83,11 @@ def check_model(model: PreTrainedModel) -> None:
         with torch.no_grad():
             apart = [model.eval()(input_ids=ids, use_cache=False)[0] for ids in conversations]
             together = model.eval()(input_ids=torch.cat(conversations, 1), use_cache=False, **packed)[0]
-        problem = "" if torch.allclose(together, torch.cat(apart, 1), atol=1e-4, rtol=1e-3) else "mixes them"
+        problem = None if torch.allclose(together, torch.cat(apart, 1), atol=1e-4, rtol=1e-3) else MIXES
     except Exception as error:  # each architecture fails in its own way
-        problem = f"cannot be given their places ({type(error).__name__}: {' '.join(str(error).split())[:150]})"
-    if problem:
-        raise UserError(f"packing: {type(model).__name__} {problem}, conversations in one row; set --packing false")
+        problem = f"cannot be given the places of tokens ({type(error).__name__}: {' '.join(str(error).split())[:150]})"
+    changing = changing_positions(model.config.get_text_config())
+    if changing is not None:  # rows of few tokens do not show it
+        problem = f"has positions ({changing}) that depend on the length of the row"
+    if problem is not None:
+        raise UserError(f"packing: {type(model).__name__} {problem}; set --packing false")

@@ -1,5 +1,6 @@
-"""The run folder: config.yaml, ds_config.json, versions.json, log.txt, metrics.jsonl, checkpoints, monitor events, the
-exported model in model/, and last result.json, which says that the run ended well and with which scores.
+"""The run folder: config.yaml, ds_config.json, versions.json, log.txt, metrics.jsonl, before.json (what the model
+before training gave, where a recipe needs it), checkpoints, monitor events, the exported model in model/, and last
+result.json, which says that the run ended well and with which scores.
 """
 
 import atexit
@@ -19,6 +20,7 @@ import yaml
 
 from lib.distributed import ranks
 from lib.errors import Stopped, UserError, display_path, new_folder
+from lib.run import kept
 from lib.run.resume import finished_before, steps_until, versions
 from lib.settings.ds_config import offload_device, stage_of
 
@@ -110,10 +112,12 @@ class RunFolder:
         """How much room there will be when the run that this one overwrites is deleted. For rank 0."""
         return sum(path.lstat().st_size for path in self._old if path.is_file())
 
-    def begin(self, steps_done: int) -> None:
+    def begin(self, steps_done: int, before: dict[str, Any]) -> None:
         """Training begins: delete the run that this one overwrites, and write what runs now. For rank 0."""
         self._delete_overwritten()
         self.write_facts(steps_done)
+        if before:
+            self.write(kept.FILE, json.dumps(before))
 
     def _delete_overwritten(self) -> None:
         """All of it but what this run's monitors have written anew."""

@@ -21,6 +21,7 @@ from lib.errors import Stopped, from_home
 from lib.run.checkpoints import Checkpoints
 from lib.run.folder import RunFolder
 from lib.run.header import header_lines
+from lib.run.kept import Kept
 from lib.run.metrics import Metrics
 from lib.run.output import Output
 from lib.run.result import Scores, write_result
@@ -32,8 +33,8 @@ from lib.settings.ds_config import NOTES, stage_of
 class Run:
     """One training run. Every rank makes it, and calls the same methods in the same order.
 
-    folder: where it is kept. device: this rank's. total_steps: of the whole run, once it is planned. resumed_at: the
-    steps that earlier starts had done, once the loop has begun.
+    folder: where it is kept. kept: what the model gave before training. device: this rank's. total_steps: of the whole
+    run, once it is planned. resumed_at: the steps that earlier starts had done, once the loop has begun.
     """
 
     def __init__(self, cfg: Any, ds_config: dict[str, Any], recipe: str):
@@ -45,6 +46,7 @@ class Run:
         self.folder = self._run_folder.path
         self.checkpoint, notes = find_checkpoint(self.folder, self.recipe, cfg)  # what --resume goes on from
         self.notes = [*ds_config.pop(NOTES, []), *notes]
+        self.kept = Kept(self.folder, resumed=self.checkpoint is not None)
         overwrites = self._run_folder.overwrites
         if self.checkpoint is None and not overwrites:  # else in _begin: a start that is refused changes nothing
             ranks.on_rank0(lambda: self._run_folder.write_facts(0))
@@ -96,7 +98,7 @@ class Run:
         """Only now, when training begins, does anything change in a run folder that was there before."""
         if self.checkpoint is not None:
             self.resumed_at = self.checkpoints.resume(self.checkpoint)
-        ranks.on_rank0(lambda: self._run_folder.begin(self.resumed_at))
+        ranks.on_rank0(lambda: self._run_folder.begin(self.resumed_at, self.kept.values))
 
     def steps(
         self, rows: Any, collate: Collate, lengths: Sequence[int] | None = None, packing: bool | None = None
@@ -160,10 +162,9 @@ class Run:
     ) -> None:
         """Write and say scores, which are the same on all ranks. keep_best goes by the one that is named, if one is."""
         self.metrics.write_scores(step, split, scores)
-        if higher_is_better:
-            self.checkpoints.note_score(step, scores[higher_is_better])
-        if lower_is_better:
-            self.checkpoints.note_score(step, -scores[lower_is_better])
+        for name, sign in ((higher_is_better, 1), (lower_is_better, -1)):
+            if name:
+                self.checkpoints.note_score(step, sign * scores[name])
 
     def finish(self, scores: dict[str, float], tested_on: str, baselines: Scores) -> Scores:
         """Say the test scores as a table and write result.json. Returns the scores of "model" and of each baseline.

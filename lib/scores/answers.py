@@ -19,6 +19,8 @@ GREEDY: dict[str, Any] = {
     "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "temperature": None, "top_p": None, "top_k": None,
 }  # fmt: skip
 
+ROWS_AT_ONCE = 4  # rows that are generated together, for each of a micro-batch: no activations are kept for them
+
 
 def conversation_scores(
     engine: Any, rows: Dataset, collate: Callable[[dict[str, Any]], Batch], batch_size: int, *,
@@ -73,8 +75,12 @@ def generate_answers(
 ) -> list[str]:
     """The answer to each prompt (column prompt_ids), generated greedily up to its end or answer_tokens.
 
-    All ranks must call it, and every rank gets all.
+    batch_size: of training. All ranks must call it, and every rank gets all.
     """
+    # A token costs a pass over all weights, whatever the number of rows; they are shared out evenly, without fillers.
+    share = -(-len(prompts) // mesh.gradient_size())
+    batches = -(-share // (ROWS_AT_ONCE * batch_size))
+    at_once = -(-share // batches)
 
     def generate(batch: Batch) -> torch.Tensor:
         tokens = engine.module.generate(
@@ -86,7 +92,7 @@ def generate_answers(
 
     lengths = [len(ids) for ids in prompts["prompt_ids"]]
     tokens = inference.for_each_row(
-        engine, prompts, collate_prompts, batch_size, answer=generate, lengths=lengths, what="generating"
+        engine, prompts, collate_prompts, at_once, answer=generate, lengths=lengths, what="generating"
     )
     return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 

@@ -42,12 +42,19 @@ REASONING = (
     "{% for call in message.get('tool_calls', []) %}{{ '<tool_call>' + call['function']['name'] + '</tool_call>' }}"
     "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}{{ '<|im_start|>assistant\n' if add_generation_prompt else '' }}"
 )
+# The prompt for an answer begins the reasoning, of which a conversation shows nothing (as DeepSeek-R1 has it).
+BEGUN = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{{ '<|im_start|>assistant\n<think>\n' if add_generation_prompt else '' }}"
+)
 SPECIAL_TOKENS = {
     "llama3": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
     "gemma": ["<bos>", "<start_of_turn>", "<end_of_turn>"],
     "reasoning": ["<think>", "</think>", "<tool_call>", "</tool_call>"],
+    "begun": ["<think>", "</think>"],
 }
-TEMPLATES = {"chatml": None, "llama3": LLAMA3, "gemma": GEMMA, "reasoning": REASONING}
+TEMPLATES = {"chatml": None, "llama3": LLAMA3, "gemma": GEMMA, "reasoning": REASONING, "begun": BEGUN}
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 ASK = {"role": "user", "content": "What is 2 + 2?"}
@@ -89,6 +96,8 @@ def labelled(tokenizer: Any, row: dict[str, Any]) -> list[str]:
         ("chatml", (ASK, {"role": "assistant", "content": "One\n\ntwo  "}), [["One\n\ntwo  <|im_end|>"]]),
         ("llama3", (SYSTEM, ASK, FOUR, ASK_MORE, SIX), [["It is 4.<|eot_id|>", "It is 6.<|eot_id|>"]]),
         ("gemma", (ASK, FOUR, ASK_MORE, SIX), [["It is 4.<end_of_turn>", "It is 6.<end_of_turn>"]]),
+        ("begun", (ASK, FOUR), [["It is 4.<|im_end|>"]]),
+        ("begun", (ASK, {"role": "assistant", "content": "<b>4</b>"}), [["<b>4</b><|im_end|>"]]),
         ("reasoning", (ASK, FOUR), [["<think>\n\n</think>\n\nIt is 4.<|im_end|>"]]),
         (
             "reasoning",  # the first turn is shown otherwise once there is a second one

@@ -11,7 +11,15 @@ import pytest
 import torch
 from datasets import Dataset
 
-from lib.data.batches import IGNORED, StepRows, evaluation_batches, pad_tokens, random_numbers, training_batches
+from lib.data.batches import (
+    IGNORED,
+    StepRows,
+    evaluation_batches,
+    pad_tokens,
+    random_numbers,
+    rows_of_steps,
+    training_batches,
+)
 from lib.data.blocks import Blocks, token_stream, token_streams
 from lib.data.docstrings import LIBRARIES
 from lib.data.rows import load_rows, map_rows
@@ -172,6 +180,14 @@ def test_every_row_comes_once_an_epoch(total: int, batch_size: int, lengths: boo
     assert (np.bincount(taken, minlength=total) == len(taken) // total).all()
     for step in (7, 3):  # the rows are a function of the step, whatever was asked for before
         assert (steps[step] == StepRows(total, batch_size, 3, steps.lengths)[step]).all()
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 99])
+def test_the_rows_of_some_steps_are_those_that_they_take(steps: int) -> None:
+    rows, lengths = Dataset.from_dict({"value": list(range(50))}), list(range(50))
+    batches = training_batches(rows, collate, **BATCHES, lengths=lengths, packing=True)
+    taken = {int(value) for _ in range(steps) for batch in next(batches) for value in batch["value"]}
+    assert rows_of_steps(steps, 50, BATCHES["batch_size"], BATCHES["seed"]).tolist() == sorted(taken)
 
 
 def test_the_order_depends_on_the_seed_and_groups_lengths() -> None:

@@ -116,7 +116,17 @@ def test_a_model_that_mixes_conversations_is_refused() -> None:
     ALL_ATTENTION_FUNCTIONS["mixing"] = lambda module, query, key, value, mask, **options: (
         value.mean(2, keepdim=True).repeat(1, 2, query.shape[2], 1).transpose(1, 2), None
     )  # fmt: skip
-    with pytest.raises(UserError, match="mixes them, conversations in one row; set --packing false"):
+    with pytest.raises(UserError, match="mixes the conversations of a row; set --packing false"):
+        packing.check_model(model)
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_positions_that_depend_on_the_length_of_the_row_are_refused(by_layer: bool) -> None:
+    """A packed row is longer than its conversations."""
+    model = model_of("llama")
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model.config.rope_parameters = {"full_attention": rope} if by_layer else rope
+    with pytest.raises(UserError, match=r"positions \(dynamic\) that depend on the length of the row; set --packing"):
         packing.check_model(model)
 
 

@@ -280,6 +280,24 @@ def test_an_overwrite_that_begins_leaves_nothing_of_the_old_run(tmp_path: Path) 
     assert (run / "log.txt").read_text() == "of the new run\n"
 
 
+def test_what_was_before_training_is_computed_once(tmp_path: Path) -> None:
+    def kept(training: Training, name: str, value: Any) -> Any:
+        return training.run.kept(name, lambda: value)
+
+    first = Training(tmp_path / "run", save_every=2, max_steps=2)
+    assert kept(first, "scores on 3 rows", {"loss": 0.1}) == {"loss": 0.1}
+    first.train()
+    first.run.close()
+    again = Training(tmp_path / "run", resume=True, max_steps=4)
+    assert kept(again, "scores on 3 rows", {"loss": 9.0}) == {"loss": 0.1}
+    assert kept(again, "scores on 4 rows", {"loss": 8.0}) == {"loss": 8.0}
+    again.train()
+    again.run.close()
+    anew = Training(tmp_path / "run", overwrite=True)
+    assert kept(anew, "scores on 3 rows", {"loss": 7.0}) == {"loss": 7.0}
+    anew.run.close()
+
+
 def test_room_that_the_old_run_takes_counts_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained(tmp_path / "run")
     (tmp_path / "run" / "metrics.jsonl").write_bytes(bytes(1000))
