@@ -195,6 +195,8 @@ main() {
   local found options
   found=$("$python" -P -m lib.launch.preflight "$root/recipes/$recipe.py" "$ranks" ${settings[@]+"${settings[@]}"})
   read -ra options <<<"$found" # the accelerator, then options for deepspeed
+  # Batches are of many lengths: without it, what one length leaves free does not fit the next.
+  export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}
   [ "${options[0]}" = cuda ] || export DS_ACCELERATOR=${DS_ACCELERATOR:-${options[0]}} # DeepSpeed need not look again
 
   exec "$python" -P -m lib.launch.supervise \

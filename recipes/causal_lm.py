@@ -37,8 +37,7 @@ from lib.distributed.export import export
 from lib.distributed.loading import load_model
 from lib.distributed.optimizer import make_adamw, make_schedule
 from lib.errors import UserError
-from lib.models import adapters, checks, experts, hub, scratch
-from lib.models.losses import token_losses
+from lib.models import adapters, checks, experts, hub, output_layer, scratch
 from lib.run.cli import cli
 from lib.run.result import Scores
 from lib.run.run import Run
@@ -124,9 +123,10 @@ def check_model(cfg: Config, model: Any, tokenizer: PreTrainedTokenizerBase) -> 
     return model
 
 
-def logits_of(engine: Any, batch: Batch) -> torch.Tensor:
-    """[rows, length, tokens of the vocabulary], in fp32."""
-    return engine(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits.float()
+def losses_of(engine: Any, batch: Batch) -> torch.Tensor:
+    """The loss of each label in nats, [rows, length]."""
+    with output_layer.losses_for(engine.module, batch["labels"]) as losses_in:
+        return losses_in(engine(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False))
 
 
 def generate(engine: Any, tokenizer: PreTrainedTokenizerBase, cfg: Config) -> list[str]:
@@ -172,13 +172,13 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
 
     def evaluate(split: str) -> dict[str, float]:
         texts = splits[split]["text"]
-        return language_model_scores(engine, blocks[split], run.micro_batch_size, logits_of=logits_of, texts=texts)
+        return language_model_scores(engine, blocks[split], run.micro_batch_size, losses_of=losses_of, texts=texts)
 
     for step, micro_batches in run.steps(blocks["train"], collate_blocks):  # this rank's share of a step
         labels = ranks.sum_over_ranks((batch["labels"] != IGNORED).sum() for batch in micro_batches)
         step_loss = torch.zeros((), device=run.device)
         for batch in micro_batches:
-            loss = token_losses(logits_of(engine, batch), batch["labels"]).sum() / labels
+            loss = losses_of(engine, batch).sum() / labels
             balance = cfg.balance_loss * routers.balance(batch["input_ids"]) / cfg.batch_size
             engine.backward(run.undivided(loss + balance))  # DeepSpeed divides by accumulation steps and ranks
             engine.step()  # changes the weights after the last micro-batch only

@@ -39,7 +39,7 @@ from lib.distributed.export import export
 from lib.distributed.loading import load_model
 from lib.distributed.optimizer import make_adamw, make_schedule
 from lib.errors import UserError
-from lib.models import hub, scratch
+from lib.models import hub, output_layer, scratch
 from lib.models.losses import token_losses
 from lib.run.cli import cli
 from lib.run.result import Scores
@@ -176,17 +176,24 @@ def count(batch: Batch) -> torch.Tensor:
     return torch.stack([(batch["labels"] != IGNORED).sum(), batch["attention_mask"].sum()])
 
 
-def logits_of(engine: Any, batch: Batch) -> torch.Tensor:
-    """[rows, longest, tokens of the vocabulary], in fp32."""
-    return engine(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+def losses_of(engine: Any, batch: Batch) -> torch.Tensor:
+    """The loss of each label in nats, [rows, longest]."""
+    with output_layer.losses_for(engine.module, batch["labels"]) as losses_in:
+        return losses_in(engine(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]))
+
+
+def loss_and_hit(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """[..., 2]: the loss of each label, and whether it is the likeliest token."""
+    return torch.stack([token_losses(logits, labels), (logits.argmax(-1) == labels).float()], dim=-1)
 
 
 def evaluate(engine: Any, one_hidden: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> dict[str, float]:
     """Pseudo-perplexity, and how often the likeliest token is the right one, over blocks with one hidden token each."""
 
     def sums(batch: Batch) -> torch.Tensor:
-        logits, labels = logits_of(engine, batch), batch["labels"]
-        return torch.stack([token_losses(logits, labels).sum(1), (logits.argmax(-1) == labels).sum(1)], dim=1).double()
+        with output_layer.at_labels(engine.module, batch["labels"], loss_and_hit) as found_in:
+            found = found_in(engine(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]))
+        return found.sum(1).double()
 
     collate_hidden = functools.partial(collate, tokenizer=tokenizer)
     nats, right = inference.for_each_row(engine, one_hidden, collate_hidden, batch_size, answer=sums).sum(0).tolist()
@@ -218,7 +225,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
         labels, tokens = ranks.sum_over_ranks(map(count, micro_batches))
         step_loss = torch.zeros((), device=run.device)
         for batch in micro_batches:
-            loss = token_losses(logits_of(engine, batch), batch["labels"]).sum() / labels.clamp(min=1)  # chance: none
+            loss = losses_of(engine, batch).sum() / labels.clamp(min=1)  # chance: none
             engine.backward(run.undivided(loss))  # DeepSpeed divides by accumulation steps and data-parallel ranks
             engine.step()  # changes the weights after the last micro-batch only
             step_loss += loss.detach()

@@ -88,9 +88,9 @@ class RecurrentLM(torch.nn.Module):
         return logits
 
 
-def logits_of(engine: Any, batch: Batch) -> torch.Tensor:
-    """[rows, max_length, tokens of the vocabulary], in fp32."""
-    return engine(input_ids=batch["input_ids"]).float()
+def losses_of(engine: Any, batch: Batch) -> torch.Tensor:
+    """The loss of each label in nats, [rows, max_length]."""
+    return token_losses(engine(input_ids=batch["input_ids"]).float(), batch["labels"])
 
 
 def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
@@ -113,13 +113,13 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
 
     def evaluate(split: str) -> dict[str, float]:
         texts = splits[split]["text"]
-        return language_model_scores(engine, blocks[split], run.micro_batch_size, logits_of=logits_of, texts=texts)
+        return language_model_scores(engine, blocks[split], run.micro_batch_size, losses_of=losses_of, texts=texts)
 
     for step, micro_batches in run.steps(blocks["train"], collate_blocks):  # this rank's share of a step
         labels = ranks.sum_over_ranks((batch["labels"] != IGNORED).sum() for batch in micro_batches)
         step_loss = torch.zeros((), device=run.device)
         for batch in micro_batches:
-            loss = token_losses(logits_of(engine, batch), batch["labels"]).sum() / labels
+            loss = losses_of(engine, batch).sum() / labels
             engine.backward(run.undivided(loss))  # DeepSpeed divides by accumulation steps and data-parallel ranks
             engine.step()  # changes the weights after the last micro-batch only
             step_loss += loss.detach()

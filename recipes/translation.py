@@ -37,8 +37,7 @@ from lib.distributed import ranks
 from lib.distributed.export import export
 from lib.distributed.loading import load_model
 from lib.distributed.optimizer import make_adamw, make_schedule
-from lib.models import encoder_decoder
-from lib.models.losses import token_losses
+from lib.models import encoder_decoder, output_layer
 from lib.run.cli import cli
 from lib.run.result import Scores
 from lib.run.run import Run
@@ -146,10 +145,11 @@ def count(batch: Batch) -> torch.Tensor:
     return torch.stack([(batch["labels"] != IGNORED).sum(), batch["attention_mask"].sum()])
 
 
-def logits_of(engine: Any, batch: Batch) -> torch.Tensor:
-    """[rows, longest target, tokens of the vocabulary], in fp32."""
+def losses_of(engine: Any, batch: Batch, label_smoothing: float) -> torch.Tensor:
+    """The loss of each label in nats, [rows, longest target]."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "decoder_input_ids")}
-    return engine(**inputs).logits.float()
+    with output_layer.losses_for(engine.module, batch["labels"], label_smoothing) as losses_in:
+        return losses_in(engine(**inputs, use_cache=False))
 
 
 def generate(
@@ -199,7 +199,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
         labels, sources = ranks.sum_over_ranks(map(count, micro_batches))
         step_loss = torch.zeros((), device=run.device)
         for batch in micro_batches:
-            loss = token_losses(logits_of(engine, batch), batch["labels"], cfg.label_smoothing).sum() / labels
+            loss = losses_of(engine, batch, cfg.label_smoothing).sum() / labels
             engine.backward(run.undivided(loss))  # DeepSpeed divides by accumulation steps and data-parallel ranks
             engine.step()  # changes the weights after the last micro-batch only
             step_loss += loss.detach()

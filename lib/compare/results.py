@@ -18,7 +18,12 @@ from lib.compare import theory
 from lib.errors import UserError, display_path
 
 Row = dict[str, Any]
-TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3, "fp16": 2e-3}  # relative differences of a loss up to this are rounding
+TOLERANCE = {
+    "fp32": 1e-5,
+    "tf32": 1e-3,
+    "bf16": 2e-3,
+    "fp16": 2e-3,
+}  # relative differences of a loss up to this are rounding
 BUBBLE_OFF = 0.05  # of a step; a bubble that is larger by more is noted
 STATES_OFF, TRAFFIC_OFF = 0.01, 0.05  # a figure that differs from theory by a larger part is not described by theory
 NOTED = 0.01  # differences from the paper that are larger than this part of the paper's figure are noted
@@ -299,7 +304,7 @@ def _row(
     row["tokens_per_second"] = sum(tokens[step] for _, step in totals) / sum(totals.values())
     flops_per_token = 3 * sum(rank["forward_flops"] for rank in measured) / max(1, tokens[INSPECTED])
     row["model_flops_per_second"] = flops_per_token * row["tokens_per_second"]
-    peak = theory.peak_flops(facts["device"], facts["element_bytes"])
+    peak = theory.peak_flops(facts["device"], row["precision"])
     row["mfu"] = row["model_flops_per_second"] / (peak * ranks) if peak else None
     return row, losses, totals
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lib.settings.ds_config import offload_device, stage_of
+from lib.settings.states import bytes_each
 
 REUSE_DISTANCE = 1_000_000_000  # elements; DeepSpeed's default of stage3_max_reuse_distance
 PAPER_STAGE3 = (
@@ -32,13 +33,13 @@ STAGES_DIFFER = (
 )
 
 # Peak matrix FLOP/s of devices, dense, without sparsity: {part of the name: (16-bit, fp32)}, from the vendors' data
-# sheets; fp32 is without TF32, which PyTorch leaves off. The first part that a device's name contains counts.
+# sheets; TF32, where there is one, has half of the 16-bit figure. The first part that a device's name contains counts.
 PEAK_FLOPS = {
     "H100 PCIe": (756e12, 51e12), "H100 NVL": (835e12, 60e12), "H100": (989e12, 67e12), "H200": (989e12, 67e12),
-    "H800": (989e12, 67e12), "B200": (2250e12, 75e12), "A100": (312e12, 19.5e12), "A800": (312e12, 19.5e12),
-    "A40": (149.7e12, 37.4e12), "A10G": (70e12, 35e12), "A10": (125e12, 31.2e12), "L40S": (362e12, 91.6e12),
-    "L40": (181e12, 90.5e12), "L4": (121e12, 30.3e12), "V100": (125e12, 15.7e12), "T4": (65e12, 8.1e12),
-    "MI300X": (1307e12, 163e12),
+    "GH200": (989e12, 67e12), "H800": (989e12, 67e12), "H20": (148e12, 44e12), "B200": (2250e12, 75e12),
+    "A100": (312e12, 19.5e12), "A800": (312e12, 19.5e12), "A40": (149.7e12, 37.4e12), "A10G": (70e12, 35e12),
+    "A10": (125e12, 31.2e12), "L40S": (362e12, 91.6e12), "L40": (181e12, 90.5e12), "L4": (121e12, 30.3e12),
+    "V100": (125e12, 15.7e12), "T4": (65e12, 8.1e12), "MI300X": (1307e12, 163e12),
 }  # fmt: skip
 
 
@@ -58,11 +59,13 @@ class Expected:
             self.differences.append((amount, why))
 
 
-def peak_flops(device: str, element_bytes: int) -> float | None:
-    """Peak FLOP/s of the device of this name, for 16-bit or fp32 matrices; None where it is unknown, as for CPUs."""
-    return next(
-        (peaks[element_bytes == 4] for part, peaks in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", device)), None
-    )
+def peak_flops(device: str, precision: str) -> float | None:
+    """Peak FLOP/s of the device of this name in a precision; None where it is unknown, as for CPUs."""
+    found = next((peaks for part, peaks in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", device)), None)
+    if found is None:
+        return None
+    half, single = found
+    return {"fp32": single, "tf32": half / 2}.get(precision, half)
 
 
 def _parts(facts: dict[str, Any]) -> list[dict[str, Any]]:
@@ -104,16 +107,12 @@ def _states(ds_config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Expec
     if stage == 3:  # divides what a group does not share over the group too
         psi, trained = divided, divided_trained
     offloads, zero = offload_device(ds_config, "optimizer") != "none", ds_config.get("zero_optimization", {})
-    bytes_each = {
-        "parameters": size / (ranks if stage == 3 else 1),
-        "gradients": size / (ranks if stage >= 2 else 1),
-        "optimizer": (8 if size == 4 else 12) / (ranks if stage >= 1 else 1),
-    }
-    parameters = Expected(bytes_each["parameters"] * divided)
-    gradients, optimizer = (Expected(bytes_each[kind] * divided_trained) for kind in ("gradients", "optimizer"))
-    parameters.differs(bytes_each["parameters"] * (psi - divided), why)
-    gradients.differs(bytes_each["gradients"] * (trained - divided_trained), why)
-    optimizer.differs(bytes_each["optimizer"] * (trained - divided_trained), why)
+    each = bytes_each(stage, ranks, size)
+    parameters = Expected(each["parameters"] * divided)
+    gradients, optimizer = (Expected(each[kind] * divided_trained) for kind in ("gradients", "optimizer"))
+    parameters.differs(each["parameters"] * (psi - divided), why)
+    gradients.differs(each["gradients"] * (trained - divided_trained), why)
+    optimizer.differs(each["optimizer"] * (trained - divided_trained), why)
     if stage >= 1 and size == 4:
         optimizer.differs(
             4 * trained / ranks,

@@ -6,6 +6,7 @@ decide who computes which rows of a step, never which rows a step has."""
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -75,20 +76,29 @@ def training_batches(
     all ranks; a multiple of micro_batch_size * the data-parallel ranks. lengths: the rows' lengths, which put rows of
     nearly one length into a step, so that little is padded (StepRows). packing: None for that; otherwise a step has
     rows of any lengths, the same with packing and without. With it, each of its micro-batches gets nearly as many
-    tokens; without it, rows of nearly one length.
+    tokens; without it, rows of nearly one length. A thread makes the batches of the next step while the device computes
+    this one, so collate must not draw from torch's or numpy's global generator.
     """
     sizes = None if lengths is None else np.asarray(lengths)  # once: a column of a data set is read from its file
     step_rows = StepRows(len(rows), batch_size, seed, sizes if packing is None else None)
-    for step in itertools.count(start):
+    rank, data_parallel_size = mesh.data_parallel_rank(), mesh.data_parallel_size()
+
+    def batches_of(step: int) -> list[Batch]:
         draws = np.random.SeedSequence((seed, step, 2)).generate_state(batch_size, np.uint64)
         # Neighbours in length go to different ranks at the same time, so that no rank waits long for another.
         micro_batches = np.arange(batch_size).reshape(-1, micro_batch_size)
         if packing is not None:
             assert sizes is not None
             micro_batches = deal(sizes[step_rows[step]], micro_batch_size, alike_sums=packing)
-        local = micro_batches[mesh.data_parallel_rank() :: mesh.data_parallel_size()]
+        local = micro_batches[rank::data_parallel_size]
         batches = (collate({**rows[step_rows[step][part].tolist()], "draw": draws[part]}) for part in local)
-        yield [to_device(part_of_rows(batch), device) for batch in batches]
+        return [in_reach_of(device, part_of_rows(batch)) for batch in batches]
+
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as one_ahead:
+        following = one_ahead.submit(batches_of, start)
+        for step in itertools.count(start + 1):
+            ready, following = following, one_ahead.submit(batches_of, step)
+            yield [to_device(batch, device) for batch in ready.result()]
 
 
 def deal(lengths: np.ndarray, size: int, alike_sums: bool) -> np.ndarray:
@@ -176,6 +186,11 @@ def random_numbers(draws: np.ndarray, count: int) -> np.ndarray:
 
 def tensors_of(**arrays: np.ndarray) -> Batch:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def in_reach_of(device: torch.device, batch: Batch) -> Batch:
+    """The batch in memory from which the device copies while it computes; on a CPU as it is."""
+    return {name: tensor.pin_memory() for name, tensor in batch.items()} if device.type == "cuda" else batch
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

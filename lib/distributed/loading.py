@@ -10,7 +10,7 @@ from deepspeed.runtime.tensor_parallel.config import _get_hf_tp_plan
 from torch import nn
 from transformers import EncoderDecoderModel, PreTrainedModel, initialization, set_seed
 
-from lib.distributed import expert_parallel, ranks, sequence_parallel
+from lib.distributed import expert_parallel, memory, ranks, sequence_parallel
 from lib.errors import UserError
 from lib.progress import progress
 from lib.settings.ds_config import (
@@ -90,6 +90,8 @@ def load_model(build: Callable[[], torch.nn.Module], ds_config: dict[str, Any], 
                 "leave the section out"
             )
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    memory.note(model)
+    memory.fit_buckets(ds_config)
     model.train()  # from_pretrained leaves a model in evaluation mode, without dropout and activation checkpointing
     return model
 

@@ -25,9 +25,9 @@ def make_adamw(
 
     `cfg` has learning_rate, weight_decay, adam_betas and adam_eps, and pretrained_learning_rate where there are
     pretrained parameters, which have that learning rate; where it is 0, they are frozen: they need neither gradients
-    nor optimizer states. It is torch's AdamW, which compiles nothing. With the optimizer offloaded, DeepSpeed asks for
-    its own CPU version (compiled at first use, a minute or more, and faster from then on) unless the JSON says
-    "zero_force_ds_cpu_optimizer": false.
+    nor optimizer states. It is torch's AdamW, fused: it makes no copy of the states and compiles nothing. With the
+    optimizer offloaded, DeepSpeed asks for its own CPU version (compiled at first use, a minute or more) unless the
+    JSON says "zero_force_ds_cpu_optimizer": false.
     """
     known = set(map(id, pretrained))
     groups: dict[tuple[bool, bool, bool], dict[str, Any]] = {}
@@ -50,7 +50,7 @@ def make_adamw(
         ranks.rank0_first(check_compilation)("cpu_adam")
         with progress("loading DeepSpeed's cpu_adam, which is compiled once and takes minutes then"):
             return deepspeed.ops.adam.DeepSpeedCPUAdam(in_order, **common)
-    return torch.optim.AdamW(in_order, **common)
+    return torch.optim.AdamW(in_order, **common, fused=True)
 
 
 def make_schedule(cfg: Any, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:

@@ -44,8 +44,8 @@ def init(timeout_minutes: float) -> torch.device:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _import_muon_without_the_compiler()
     accelerator = get_accelerator()
-    # Ranks that share cores slow each other down.
-    if accelerator.device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+    # Ranks that share cores slow each other down, those on GPUs when they load, and step offloaded states.
+    if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1"))))
     if not dist.is_initialized():
         if accelerator.device_name() != "cpu":

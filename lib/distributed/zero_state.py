@@ -230,7 +230,10 @@ def make_optimizer_state(engine: Any, kinds: list[str], scalars: dict[str, float
         return
     in_torch = type(optimizer).__module__.startswith("torch.")  # whose Adam counts in a tensor; DeepSpeed's in an int
     for flat in _flats(engine):
-        counts = {kind: torch.tensor(value) if in_torch else int(value) for kind, value in scalars.items()}
+        # Fused, torch's Adam has its count on the device.
+        counts = {
+            kind: torch.tensor(value, device=flat.device) if in_torch else int(value) for kind, value in scalars.items()
+        }
         optimizer.state[flat] = counts | {kind: torch.zeros_like(flat, requires_grad=False) for kind in kinds}
     if hasattr(engine.optimizer, "_hp_optimizer_states_linked"):
         engine.optimizer._hp_optimizer_states_linked = False  # stages 1 and 2 look the new ones up at the next step

@@ -1,8 +1,8 @@
 """The loss of each labelled token without the logits of all tokens at once.
 
-A decoder's logits are its largest activations: 8 rows of 1,024 tokens over a vocabulary of 49,152 take 1.6 GB in fp32,
-and as much again for their gradient. Here the output layer itself computes losses: only of the tokens that have a
-label, TOKENS_AT_ONCE at a time, whose logits are computed once more in the backward pass.
+A language model's logits are its largest activations: 8 rows of 1,024 tokens over a vocabulary of 49,152 take 1.6 GB in
+fp32, and as much again for their gradient. Here the output layer itself computes what is needed of them: only where
+there is a label, and in pieces of LOGITS_AT_ONCE numbers, whose logits are computed once more in the backward pass.
 """
 
 import contextlib
@@ -16,41 +16,62 @@ from torch.utils.checkpoint import checkpoint
 from lib.data.batches import IGNORED
 from lib.models.losses import token_losses
 
-TOKENS_AT_ONCE = 1024
+LOGITS_AT_ONCE = 2**26  # 256 MiB in fp32; as much again for each of the few tensors that a loss makes of them
+
+OfLogits = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (logits, labels): see at_labels
 
 _is_last: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
-def losses_for(model: Any, labels: torch.Tensor) -> Iterator[Callable[[Any], torch.Tensor]]:
+def losses_for(
+    model: Any, labels: torch.Tensor, label_smoothing: float = 0.0
+) -> Iterator[Callable[[Any], torch.Tensor]]:
     """A function that takes the output of a forward pass made inside the `with` statement and returns the loss of each
-    label in nats, [rows, length] in fp32; 0 where the label is IGNORED.
+    label in nats, [rows, length] in fp32; 0 where the label is IGNORED. Arguments: see at_labels.
+    """
 
-    model: a decoder of transformers, inside DeepSpeed's engine. labels: [rows, length], the token after each one. Every
-    rank must call it. Where the model changes the logits behind its output layer (Gemma 2 bounds them, for example),
-    they are computed whole.
+    def losses_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return token_losses(logits, labels, label_smoothing)[..., None]
+
+    with at_labels(model, labels, losses_of) as found_in:
+        yield lambda output: found_in(output)[..., 0]
+
+
+@contextlib.contextmanager
+def at_labels(model: Any, labels: torch.Tensor, of_logits: OfLogits) -> Iterator[Callable[[Any], torch.Tensor]]:
+    """As losses_for, with [rows, length, k] numbers of another kind than the loss; 0 where the label is IGNORED.
+
+    model: one of transformers' with an output layer, inside DeepSpeed's engine. labels: [rows, length], each of the
+    same place in the model's output. of_logits: takes logits [rows, n, vocabulary] in fp32 and labels [rows, n], and
+    returns [rows, n, k]. Every rank must call it. Where the model changes the logits behind its output layer (Gemma 2
+    bounds them, for example), they are computed whole.
     """
     layer = model.get_output_embeddings()
-    if not _ends_the_model(model, layer):
-        yield lambda output: token_losses(output.logits.float(), labels)
+    if layer is None or not _ends_the_model(model, layer):
+        has_label = (labels != IGNORED)[..., None]
+        yield lambda output: of_logits(output.logits.float(), labels) * has_label
         return
-    with _replaced_forward(layer, lambda hidden, logits_of: _losses(hidden, labels, logits_of)):
-        yield lambda output: output.logits[..., 0]
+    with _replaced_forward(layer, lambda hidden, logits_of: _in_pieces(hidden, labels, layer, logits_of, of_logits)):
+        yield lambda output: output.logits
 
 
-def _losses(hidden: torch.Tensor, labels: torch.Tensor, logits_of: Callable[..., torch.Tensor]) -> torch.Tensor:
-    """[rows, length, 1], from hidden states [rows, length, width]."""
+def _in_pieces(
+    hidden: torch.Tensor, labels: torch.Tensor, layer: Any, logits_of: Callable[..., torch.Tensor], of_logits: OfLogits
+) -> torch.Tensor:
+    """[rows, length, k], from hidden states [rows, length, width]."""
     has_label = labels != IGNORED
     states, targets = hidden[has_label], labels[has_label]
 
-    def losses_of(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return token_losses(logits_of(states[None]).float(), targets[None])[0]
+    def found_in(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return of_logits(logits_of(states[None]).float(), targets[None])[0].float()
 
-    parts = list(zip(torch.split(states, TOKENS_AT_ONCE), torch.split(targets, TOKENS_AT_ONCE), strict=True))
-    losses = torch.cat(
-        [checkpoint(losses_of, *part, use_reentrant=False) if len(parts) > 1 else losses_of(*part) for part in parts]
+    at_once = max(1, LOGITS_AT_ONCE // len(layer.weight))  # at stage 3 it is whole now
+    parts = list(zip(torch.split(states, at_once), torch.split(targets, at_once), strict=True))
+    found = torch.cat(
+        [checkpoint(found_in, *part, use_reentrant=False) if len(parts) > 1 else found_in(*part) for part in parts]
     )
-    return torch.zeros(labels.shape, device=losses.device).masked_scatter(has_label, losses)[..., None]
+    return found.new_zeros(*labels.shape, found.shape[-1]).masked_scatter(has_label[..., None], found)
 
 
 @contextlib.contextmanager
@@ -67,13 +88,14 @@ def _replaced_forward(layer: Any, replacement: Callable[..., torch.Tensor]) -> I
             del layer.forward
 
 
-def _ends_the_model(model: Any, layer: torch.nn.Module) -> bool:
+def _ends_the_model(model: Any, layer: Any) -> bool:
     """Whether what the output layer gives is what the model gives; found out once, by giving it other numbers."""
     if model not in _is_last:
         was_training = model.training
         tokens = torch.tensor([[1, 2]], device=next(model.parameters()).device)
+        inputs = {"input_ids": tokens} | ({"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {})
         with torch.no_grad(), _replaced_forward(layer, lambda hidden, _: torch.full_like(hidden[..., :1], 100.0)):
-            output = model.eval()(input_ids=tokens, use_cache=False).logits
+            output = model.eval()(**inputs).logits
         model.train(was_training)
         _is_last[model] = output.shape == (1, 2, 1) and bool((output == 100).all())
     return _is_last[model]

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch.distributed
 
-from lib.distributed import ranks
+from lib.distributed import memory, ranks
 from lib.errors import EXIT_SECONDS, FAULT, INTERRUPTED, MISTAKE, Stopped, UserError
 from lib.run.console import Console
 from lib.settings.config import parse
@@ -31,7 +31,7 @@ def cli(main: Callable[..., Any], config_class: type[Any]) -> None:
     console = Console(os.dup(2))  # a run sends the process's own output to its log; errors must still be seen
     try:
         cfg, ds_path = parse(config_class, recipe, sys.argv[1:])
-        main(cfg, load_ds_config(ds_path, cfg, world_size))
+        train(main, cfg, load_ds_config(ds_path, cfg, world_size))
         torch.distributed.destroy_process_group()
     except Stopped as stopped:
         if rank == 0:
@@ -59,6 +59,16 @@ def cli(main: Callable[..., Any], config_class: type[Any]) -> None:
             print(traceback.format_exc(), file=console)
         leave(FAULT)
     leave(0)
+
+
+def train(main: Callable[..., Any], cfg: Any, ds_config: dict[str, Any]) -> None:
+    """Call main(cfg, ds_config). Raises UserError where the memory does not suffice: another start would fail too."""
+    try:
+        main(cfg, ds_config)
+    except Exception as error:
+        if memory.is_out_of_memory(error):
+            raise UserError(memory.answer(error, cfg, ds_config)) from None
+        raise
 
 
 def leave(code: int) -> NoReturn:

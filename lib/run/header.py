@@ -28,7 +28,8 @@ def header_lines(run: Any, rows: dict[str, int], notes: Sequence[str]) -> list[s
     world_size = ranks.world_size()
     accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
-    device = f"CPU, {torch.get_num_threads()} threads a rank" if on_cpu else accelerator.device_name(0)
+    name = torch.cuda.get_device_name() if accelerator.device_name() == "cuda" else accelerator.device_name(0)
+    device = f"CPU, {torch.get_num_threads()} threads a rank" if on_cpu else name
     micro, accumulation = ds_config["train_micro_batch_size_per_gpu"], ds_config["gradient_accumulation_steps"]
     lines = {
         "model": f"{type(model).__name__}, {total / 1e6:.1f} M parameters{of_them}",
@@ -45,6 +46,8 @@ def header_lines(run: Any, rows: dict[str, int], notes: Sequence[str]) -> list[s
         path, manifest = run.checkpoint
         writers = f"written at ZeRO stage {manifest['stage']} by {_ranks(manifest['world_size'])}"
         lines["resume"] = f"after step {manifest['step']} of {path.name}, {writers}"
+    if cfg.precision == "fp32" and not on_cpu:
+        notes = [*notes, "fp32 is slow on a GPU: --precision bf16, or tf32, takes a fraction of the time"]
     return [f"{name:<9}{text}" for name, text in lines.items()] + [
         f"note     {note}" for note in [*run.notes, *(splits.notes if splits is not None else []), *notes]
     ]

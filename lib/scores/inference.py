@@ -39,16 +39,16 @@ def for_each_row(
 
 
 def language_model_scores(
-    engine: Any, blocks: Blocks, batch_size: int, *, logits_of: Callable[[Any, Batch], torch.Tensor],
+    engine: Any, blocks: Blocks, batch_size: int, *, losses_of: Callable[[Any, Batch], torch.Tensor],
     texts: Sequence[str],
 ) -> dict[str, float]:  # fmt: skip
     """Perplexity per token and bits per byte over all blocks, which were cut from `texts`.
 
-    logits_of(engine, batch): the logits that lib.models.losses.token_losses takes. All ranks must call it.
+    losses_of(engine, batch): the loss of each label in nats, [rows, length]. All ranks must call it.
     """
 
     def nats_and_tokens(batch: Batch) -> torch.Tensor:
-        losses = token_losses(logits_of(engine, batch), batch["labels"])
+        losses = losses_of(engine, batch)
         return torch.stack([losses.sum(1), (batch["labels"] != IGNORED).sum(1)], dim=1).double()
 
     nats, tokens = for_each_row(engine, blocks, collate_blocks, batch_size, answer=nats_and_tokens).sum(0).tolist()

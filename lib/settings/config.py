@@ -32,7 +32,7 @@ Betas = typing.Annotated[  # written 0.9,0.999 on the command line, and as a lis
     BeforeValidator(lambda value: value.split(",") if isinstance(value, str) else value),
 ]
 LengthPenalty = typing.Annotated[float, Field(ge=0, le=10)]
-Precision = typing.Literal["fp32", "bf16", "fp16"]
+Precision = typing.Literal["fp32", "tf32", "bf16", "fp16"]  # tf32: fp32, whose matrices a GPU multiplies in TF32
 LearningRateSchedule = typing.Literal["linear", "cosine", "constant"]
 Minutes = typing.Annotated[float, Field(gt=0, lt=1e6)]
 Text = typing.Annotated[str, Field(min_length=1)]

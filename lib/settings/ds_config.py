@@ -624,6 +624,7 @@ def _check_precision(config: dict[str, Any], found: Findings) -> None:
     supported = {"fp32": True, "bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
     if accelerator.device_name() == "cpu":
         supported["fp16"] = False  # DeepSpeed refuses fp16 on a CPU
+    supported["tf32"] = accelerator.device_name() == "cuda" and supported["bf16"]  # the same GPUs have both
     others = " or ".join(kind for kind, is_supported in supported.items() if is_supported)
     sections = {key: config.pop(key) for key in ("bf16", "fp16") if key in config}
     enabled = {key: section.pop("enabled", "auto") for key, section in sections.items()}
@@ -675,7 +676,7 @@ def _check_precision(config: dict[str, Any], found: Findings) -> None:
                 f"{key}.check_grad_overflow false would let a gradient that is not finite change the weights;"
                 " leave it out"
             )
-    if precision != "fp32":
+    if precision in models:
         config[precision] = {**sections.get(precision, {}), "enabled": True}
 
 
@@ -763,6 +764,7 @@ def _check_data_types(config: dict[str, Any], found: Findings) -> None:
     section = config.get("data_types", {})
     types = {f"data_types.{key}": section.get(key) for key in ("grad_accum_dtype", "param_dtype", "buffer_dtype")}
     types["communication_data_type"] = config.get("communication_data_type")
+    precision = found.settings["precision"].replace("tf32", "fp32")  # as tensors are kept
     for path, value in types.items():
         if value is None:
             continue
@@ -772,11 +774,11 @@ def _check_data_types(config: dict[str, Any], found: Findings) -> None:
             found.problems.append(f"{path} is {value!r}; write fp32, bf16 or fp16")
             continue
         if path == "data_types.param_dtype":
-            found.state(f"{path} is {value}", "precision", kind)
+            if kind != precision:
+                found.state(f"{path} is {value}", "precision", kind)
             continue
         # DeepSpeed 0.19.8 accumulates gradients in the precision alone at stage 0, and refuses other types.
         at_stage0 = path == "data_types.grad_accum_dtype" and stage_of(config) == 0
-        precision = found.settings["precision"]
         allowed = (
             ["fp32"]
             if path == "data_types.buffer_dtype"

@@ -31,7 +31,6 @@ from lib.data.blocks import Blocks
 from lib.distributed import ranks
 from lib.distributed.loading import load_model
 from lib.distributed.optimizer import make_adamw, make_schedule
-from lib.models.losses import token_losses
 from lib.run.run import Run
 from lib.settings import config
 from lib.settings.ds_config import load_ds_config
@@ -86,7 +85,7 @@ def main() -> None:
             labels = ranks.sum_over_ranks((batch["labels"] != IGNORED).sum() for batch in micro_batches)
             step_loss = torch.zeros((), device=run.device)
             for batch in micro_batches:
-                loss = token_losses(causal_lm.logits_of(engine, batch), batch["labels"]).sum() / labels
+                loss = causal_lm.losses_of(engine, batch).sum() / labels
                 engine.backward(run.undivided(loss))
                 engine.step()
                 step_loss += loss.detach()

@@ -120,7 +120,7 @@ def small_data(folder: Path, sample: str, max_rows: int, learn: bool) -> Path:
 
 def main(where: str, *cases: str) -> None:
     folder = Path(where)
-    output_layer.TOKENS_AT_ONCE = 32  # so that the loss of a micro-batch is computed in pieces
+    output_layer.LOGITS_AT_ONCE = 32 * 600  # so that the loss of a micro-batch is computed in pieces
     ranks.init(timeout_minutes=10)
     for case in cases:
         recipe_name, name, json_path, settings, *source = case.split(":")

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -260,22 +261,53 @@ def test_blocks_predict_every_token_but_the_first_once(tokens: int) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_what_is_drawn_for_a_row_does_not_depend_on_the_ranks(monkeypatch: pytest.MonkeyPatch, world_size: int) -> None:
     rows = Dataset.from_dict({"value": list(range(64))})
-    seen: dict[int, int] = {}  # row -> its draw
 
-    def note(part: dict[str, Any]) -> dict[str, torch.Tensor]:
-        seen.update(zip(part["value"], map(int, part["draw"]), strict=True))
-        return collate(part)
+    def with_draws(part: dict[str, Any]) -> dict[str, torch.Tensor]:
+        return collate(part) | {"draw": torch.from_numpy(part["draw"].astype(np.int64))}
 
     def drawn(world_size: int, step: int) -> dict[int, int]:
-        seen.clear()
+        """{row: its draw}"""
+        found: dict[int, int] = {}
         for rank in range(world_size):
             monkeypatch.setattr(mesh, "data_parallel_rank", lambda rank=rank: rank)
             monkeypatch.setattr(mesh, "data_parallel_size", lambda: world_size)
-            next(training_batches(rows, note, **BATCHES, start=step))
-        return dict(seen)
+            for batch in next(training_batches(rows, with_draws, **BATCHES, start=step)):
+                found.update(zip(batch["value"].tolist(), batch["draw"].tolist(), strict=True))
+        return found
 
     assert drawn(world_size, 3) == drawn(1, 3)
     assert len(set(drawn(1, 3).values())) == 16 and not set(drawn(1, 3).values()) & set(drawn(1, 4).values())
+
+
+def test_the_next_step_is_made_while_this_one_is_computed() -> None:
+    rows, made, main = Dataset.from_dict({"value": list(range(64))}), threading.Semaphore(0), threading.get_ident()
+    before = threading.active_count()
+
+    def note(part: dict[str, Any]) -> dict[str, torch.Tensor]:
+        assert threading.get_ident() != main
+        made.release()
+        return collate(part)
+
+    batches: Any = training_batches(rows, note, **BATCHES)
+    for _ in range(2 * len(next(batches))):
+        assert made.acquire(timeout=20)
+    batches.close()
+    assert threading.active_count() == before
+
+
+def test_a_fault_is_raised_at_the_step_that_has_it() -> None:
+    rows, step_rows = Dataset.from_dict({"value": list(range(64))}), StepRows(64, 16, 0)
+
+    def refuse(part: dict[str, Any]) -> dict[str, torch.Tensor]:
+        if 5 in part["value"]:
+            raise UserError("row 5")
+        return collate(part)
+
+    batches = training_batches(rows, refuse, **BATCHES)
+    for _ in range(next(step for step in range(4) if 5 in step_rows[step])):
+        next(batches)
+    with pytest.raises(UserError, match="row 5"):
+        next(batches)
 
 
 def test_random_numbers_are_uniform_and_each_rows_own() -> None:

@@ -1,4 +1,4 @@
-"""Packing changes nothing but the speed; the loss in chunks is the loss; adapters."""
+"""Packing changes nothing but the speed; adapters."""
 
 from typing import Any
 
@@ -128,29 +128,6 @@ def test_positions_that_depend_on_the_length_of_the_row_are_refused(by_layer: bo
     model.config.rope_parameters = {"full_attention": rope} if by_layer else rope
     with pytest.raises(UserError, match=r"positions \(dynamic\) that depend on the length of the row; set --packing"):
         packing.check_model(model)
-
-
-@pytest.mark.parametrize("architecture", ["llama", "granite", "gpt2"])
-def test_the_loss_in_chunks(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the model changes its logits behind the output layer, all are computed."""
-    model, (ids, labels) = model_of(architecture), conversations()
-    batch = lay_out(ids, labels, True)
-    expected, gradients = plain_loss_and_gradients(model, ids, labels)
-    monkeypatch.setattr(output_layer, "TOKENS_AT_ONCE", 4)
-    widest: list[int] = []
-    layer = model.get_output_embeddings()
-    forward = layer.forward
-
-    def watched(hidden: torch.Tensor) -> torch.Tensor:
-        widest.append(hidden.shape[:-1].numel())
-        return forward(hidden)
-
-    layer.forward = watched
-    loss, found = loss_and_gradients(model, [batch])
-    assert loss == pytest.approx(expected, rel=1e-6)
-    torch.testing.assert_close(found, gradients, rtol=1e-5, atol=1e-5 * float(gradients.abs().max()))
-    assert max(widest) == (sum(LENGTHS) if architecture == "granite" else 4)
-    assert model(input_ids=batch["input_ids"]).logits.shape[-1] == 300  # as before
 
 
 def test_labels_may_be_missing() -> None:
