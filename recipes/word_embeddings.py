@@ -9,12 +9,11 @@ same words: how well their cosines agree with human ratings of similarity, and h
 
 Methods, both over a vector v and a context vector u for each word:
 skip_gram: for each word w and each word c beside it, minimize -log s(v_w u_c) - sum over k random words n of log s(-v_w
-u_n), where s is the logistic function (Mikolov et al. 2013, equation 4). Unlike there, the random words are drawn once
-for each w and may stand beside it, frequent words are subsampled once and not in each epoch, and the optimizer is AdamW
-with large batches.
+u_n), where s is the logistic function (Mikolov et al. 2013, equation 4). Unlike there, the words of a span share random
+words, as many as the span has, each with the weight k / span; frequent words are subsampled once and not in each epoch,
+and the optimizer is AdamW with large batches.
 glove: for each pair that occurs X times, words d apart counting 1 / d, minimize f(X) (v_w u_c + a_w + b_c - log X)^2
-with f(X) = min(1, (X / x_max)^0.75), and take v + u (Pennington et al. 2014, equations 8 and 9; AdaGrad and a larger
-window and x_max there).
+with f(X) = min(1, (X / x_max)^0.75), and take v + u (Pennington et al. 2014, equations 8 and 9; AdaGrad there).
 
 Change first: the YAML beside this file (data, sizes), then words_of() and the two classes of rows.
 """
@@ -27,7 +26,6 @@ from typing import Any, Literal
 
 import deepspeed
 import numpy as np
-import scipy.sparse
 import torch
 import torch.nn.functional as F
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -35,7 +33,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
 from lib.data.batches import Batch, random_numbers, tensors_of
 from lib.data.rows import load_rows
-from lib.data.words import number_words
+from lib.data.words import cooccurrences, joined, number_words, subsampled
 from lib.distributed import ranks
 from lib.distributed.export import export, full_state_dict
 from lib.distributed.loading import load_model
@@ -60,12 +58,13 @@ class Config(RunSettings):
     dimensions: PositiveInt  # of a word's vector
     window: PositiveInt  # words to each side; skip_gram takes a random part of it for each word
     min_count: PositiveInt  # a word that occurs less often is left out of the text
-    negatives: PositiveInt  # skip_gram: random words for each word
+    span: PositiveInt  # words that follow each other in the text (skip_gram), or pairs (glove), in a training row
+    negatives: PositiveInt  # skip_gram: random words for each word beside another
     subsample: PositiveFloat  # skip_gram: the share of the text above which a word is left out now and then
     x_max: PositiveFloat  # glove: the count from which on all pairs weigh alike
-    batch_size: PositiveInt  # words (skip_gram) or pairs (glove) an optimizer step, over all ranks
+    batch_size: PositiveInt  # spans an optimizer step, over all ranks
     max_steps: PositiveInt | None  # optimizer steps; null: epochs decide
-    epochs: PositiveFloat | None  # passes over the words or pairs; null: max_steps decide
+    epochs: PositiveFloat | None  # passes over the text or the pairs; null: max_steps decide
     learning_rate: PositiveFloat  # the highest, after the warm-up
     lr_schedule: LearningRateSchedule  # what the learning rate does after the warm-up
     warmup_steps: NonNegativeInt  # optimizer steps over which the learning rate rises from 0
@@ -77,7 +76,7 @@ class Config(RunSettings):
 
 
 class WordVectors(torch.nn.Module):
-    """Words [rows] and others [rows, k] -> the score of each pair, [rows, k]."""
+    """Words and others -> the scores v_w u_o (glove: + a_w + b_o) of pairs."""
 
     def __init__(self, config: dict[str, int]):
         super().__init__()
@@ -89,11 +88,17 @@ class WordVectors(torch.nn.Module):
         for weight in self.parameters():
             torch.nn.init.uniform_(weight, -0.5 / dimensions, 0.5 / dimensions)
 
-    def forward(self, words: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-        scores = torch.einsum("rd,rkd->rk", self.vectors(words), self.contexts(others))
-        if not self.config["biases"]:
-            return scores
-        return scores + self.biases(words) + self.context_biases(others).squeeze(-1)
+    def forward(self, words: torch.Tensor, others: torch.Tensor, noise: torch.Tensor | None = None) -> Any:
+        """skip_gram: words [rows, span], others [rows, span + 2 * window], noise [rows, span] -> of words with those
+        around them [rows, span, 2 * window], with the noise [rows, span, span]. glove: words, others -> [rows, span]"""
+        vectors, contexts, span = self.vectors(words), self.contexts(others), words.shape[1]
+        if noise is None:
+            scores = (vectors * contexts).sum(-1)
+            return scores + (self.biases(words) + self.context_biases(others)).squeeze(-1)
+        window = (others.shape[1] - span) // 2
+        shifts = [shift for shift in range(2 * window + 1) if shift != window]
+        around = torch.stack([(vectors * contexts[:, shift : shift + span]).sum(-1) for shift in shifts], -1)
+        return around, vectors @ self.contexts(noise).transpose(1, 2)
 
 
 def words_of(text: str) -> list[str]:
@@ -102,72 +107,70 @@ def words_of(text: str) -> list[str]:
 
 
 class SkipGrams:
-    """A row for each word of the text that subsampling leaves: the words around it."""
+    """A row for each span of the text that subsampling leaves, with the words around it."""
 
     def __init__(self, documents: list[np.ndarray], counts: np.ndarray, cfg: Config):
-        random, keep = np.random.default_rng(cfg.seed), np.sqrt(cfg.subsample * counts.sum() / counts)
-        gap = np.full(cfg.window, -1)  # between documents, so that no window reaches into another
-        kept = [document[random.random(len(document)) < keep[document]] for document in documents]
-        self.stream = np.concatenate([gap, *(part for document in kept for part in (document, gap))])
-        self.places = np.flatnonzero(self.stream >= 0)
-        self.offsets = np.array([offset for offset in range(-cfg.window, cfg.window + 1) if offset])
+        stream = joined(subsampled(documents, counts, cfg.subsample, cfg.seed), gap=cfg.window)
+        self.rows = -(-len(stream) // cfg.span) if (stream >= 0).any() else 0
+        self.stream = np.full(self.rows * cfg.span + 2 * cfg.window, -1)
+        self.stream[cfg.window : cfg.window + len(stream)] = stream[: self.rows * cfg.span]
         noise = np.cumsum(counts**0.75)
         self.noise, self.cfg = noise / noise[-1], cfg
 
     def __len__(self) -> int:
-        return len(self.places)
+        return self.rows
 
     def __getitem__(self, numbers: list[int]) -> dict[str, np.ndarray]:
-        """words [rows], and around [rows, 2 * window], -1 where the document ends."""
-        places = self.places[numbers]
-        return {"words": self.stream[places], "around": self.stream[places[:, None] + self.offsets]}
+        """others [rows, span + 2 * window]: the span and the words around it, -1 between documents."""
+        width = self.cfg.span + 2 * self.cfg.window
+        return {"others": self.stream[np.array(numbers)[:, None] * self.cfg.span + np.arange(width)]}
 
     def collate(self, rows: dict[str, np.ndarray]) -> Batch:
-        """words and pairs (how many words are beside it) [rows]; others, target (1: beside), weight [rows, columns]."""
-        random = random_numbers(rows["draw"], 1 + self.cfg.negatives)
-        reach = 1 + np.floor(random[:, :1] * self.cfg.window)
-        beside = (np.abs(self.offsets) <= reach) & (rows["around"] >= 0)
-        pairs = beside.sum(1, keepdims=True)
-        others = np.concatenate([rows["around"].clip(min=0), np.searchsorted(self.noise, random[:, 1:])], axis=1)
-        # A random word stands for those of each pair.
-        weight = np.concatenate([beside, np.repeat(pairs, self.cfg.negatives, axis=1)], axis=1).astype(np.float32)
-        target = np.zeros(others.shape, np.float32)
-        target[:, : len(self.offsets)] = 1
-        return tensors_of(words=rows["words"], others=others, target=target, weight=weight, pairs=pairs)
+        """words, noise (random words) [rows, span]; others [rows, span + 2 * window]; beside [rows, span, 2 * window]:
+        whether to learn the pair; pairs [rows, span, 1]: how many of these a word has."""
+        window, span, others = self.cfg.window, self.cfg.span, rows["others"]
+        words, random = others[:, window : window + span], random_numbers(rows["draw"], 2 * span)
+        reach = np.where(words >= 0, 1 + np.floor(random[:, :span] * window), 0)
+        shifts = [shift for shift in range(-window, window + 1) if shift]
+        is_near = [(reach >= abs(s)) & (others[:, window + s : window + s + span] >= 0) for s in shifts]
+        beside = np.stack(is_near, -1).astype(np.float32)
+        noise = np.searchsorted(self.noise, random[:, span:])
+        arrays = {"words": words.clip(min=0), "others": others.clip(min=0), "noise": noise, "beside": beside}
+        return tensors_of(**arrays, pairs=beside.sum(-1, keepdims=True).astype(np.int64))
 
-    def loss(self, scores: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return F.binary_cross_entropy_with_logits(scores, batch["target"], batch["weight"], reduction="sum")
+    def loss(self, engine: Any, batch: Batch) -> torch.Tensor:
+        around, random = engine(words=batch["words"], others=batch["others"], noise=batch["noise"])
+        of_random = F.softplus(random.float()) * batch["pairs"] * (self.cfg.negatives / self.cfg.span)
+        return (F.softplus(-around.float()) * batch["beside"]).sum() + of_random.sum()
 
 
 class Cooccurrences:
-    """A row for each pair of words that occur together in a window."""
+    """A row for each `span` pairs of words that occur together in a window, in random order."""
 
     def __init__(self, documents: list[np.ndarray], counts: np.ndarray, cfg: Config):
-        gap = np.full(cfg.window, -1)
-        stream = np.concatenate([part for document in documents for part in (document, gap)])
-        found = scipy.sparse.csr_array((len(counts), len(counts)))
-        for distance in range(1, cfg.window + 1):
-            both = (stream[:-distance] >= 0) & (stream[distance:] >= 0)
-            first, second = stream[:-distance][both], stream[distance:][both]
-            found += scipy.sparse.csr_array((np.full(len(first), 1 / distance), (first, second)), shape=found.shape)
-        pairs = (found + found.T).tocoo()
-        self.words, self.others = pairs.row.astype(np.int64), pairs.col.astype(np.int64)
-        self.together, self.cfg = pairs.data.astype(np.float32), cfg
+        pairs = cooccurrences(joined(documents, gap=cfg.window), len(counts), cfg.window)
+        order = np.random.default_rng(cfg.seed).permutation(pairs.nnz)
+        self.columns = {"words": pairs.row[order], "others": pairs.col[order], "together": pairs.data[order]}
+        self.cfg = cfg
 
     def __len__(self) -> int:
-        return len(self.words)
+        return -(-len(self.columns["words"]) // self.cfg.span)
 
-    def __getitem__(self, rows: list[int]) -> dict[str, np.ndarray]:
-        return {"words": self.words[rows], "others": self.others[rows, None], "together": self.together[rows, None]}
+    def __getitem__(self, numbers: list[int]) -> dict[str, np.ndarray]:
+        """words, others, together [rows, span]; where the last row has no more pairs, together is 0."""
+        places = np.array(numbers)[:, None] * self.cfg.span + np.arange(self.cfg.span)
+        is_pair = places < len(self.columns["words"])
+        return {name: np.where(is_pair, found.take(places, mode="clip"), 0) for name, found in self.columns.items()}
 
     def collate(self, rows: dict[str, np.ndarray]) -> Batch:
-        """words [rows]; of each pair others, the target log X, the weight f(X), and pairs, which is 1: [rows, 1]."""
-        together = rows["together"]
-        weight = np.minimum(1, (together / self.cfg.x_max) ** 0.75)
-        one = np.ones_like(rows["others"])
-        return tensors_of(words=rows["words"], others=rows["others"], target=np.log(together), weight=weight, pairs=one)
+        """words, others; of each pair the target log X, the weight f(X), and pairs, which is 1: [rows, span]."""
+        is_pair, together = rows["together"] > 0, rows["together"].astype(np.float32)
+        weight, target = np.minimum(1, (together / self.cfg.x_max) ** 0.75), np.log(np.where(is_pair, together, 1))
+        words, others = (rows[name].astype(np.int64) for name in ("words", "others"))
+        return tensors_of(words=words, others=others, target=target, weight=weight, pairs=is_pair.astype(np.int64))
 
-    def loss(self, scores: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def loss(self, engine: Any, batch: Batch) -> torch.Tensor:
+        scores = engine(words=batch["words"], others=batch["others"]).float()
         return (batch["weight"] * (scores - batch["target"]) ** 2).sum()
 
 
@@ -176,10 +179,8 @@ def training_rows(documents: list[np.ndarray], counts: np.ndarray, cfg: Config) 
         rows = (Cooccurrences if cfg.method == "glove" else SkipGrams)(documents, counts, cfg)
         if len(rows):
             return rows
-    raise UserError(
-        f"dataset {cfg.dataset}: {len(counts)} words occur {cfg.min_count} times or more, and no two are left beside "
-        "each other; set a smaller --min_count or a larger --subsample, or give more text"
-    )
+    what = f"dataset {cfg.dataset}: {len(counts)} words occur {cfg.min_count} times or more, and no two are left beside"
+    raise UserError(f"{what} each other; set a smaller --min_count or a larger --subsample, or give more text")
 
 
 def trained_vectors(engine: Any, method: str) -> np.ndarray:
@@ -226,8 +227,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
         pairs = ranks.sum_over_ranks(batch["pairs"].sum() for batch in micro_batches)
         step_loss = torch.zeros((), device=run.device)
         for batch in micro_batches:
-            scores = engine(words=batch["words"], others=batch["others"]).float()
-            loss = rows.loss(scores, batch) / pairs.clamp(min=1)
+            loss = rows.loss(engine, batch) / pairs.clamp(min=1)
             engine.backward(run.undivided(loss))  # DeepSpeed divides by accumulation steps and data-parallel ranks
             engine.step()  # changes the weights after the last micro-batch only
             step_loss += loss.detach()

@@ -16,6 +16,8 @@ from lib.distributed.zero_state import layout
 from lib.progress import progress
 from lib.settings.ds_config import stage_of
 
+SHARD_SIZE = "5GB"  # of a large model's files, which model.safetensors.index.json lists
+
 
 def full_state_dict(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
     """The model's state_dict, whole, in rank 0's host memory; empty on the other ranks. Every rank must call it.
@@ -38,7 +40,7 @@ def full_state_dict(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor
                 place = torch.empty(moved[name].shape, dtype=tensor.dtype)
                 moved[name].write(state.setdefault(moved[name].name, place), whole.detach().cpu())
             elif ranks.rank() == 0:
-                state[name] = whole.detach().cpu().clone()
+                state[name] = whole.detach().to("cpu", copy=True)
     if mesh.pipeline_size() > 1:
         _take_other_stages(state, model)
     return state
@@ -90,7 +92,7 @@ def export(
 
     def write() -> None:
         if isinstance(model, PreTrainedModel):
-            model.save_pretrained(folder, state_dict=state_dict)
+            model.save_pretrained(folder, state_dict=state_dict, max_shard_size=SHARD_SIZE)
         else:
             folder.mkdir(exist_ok=True)
             (folder / "config.json").write_text(json.dumps(model.config, indent=2) + "\n", encoding="utf-8")

@@ -41,7 +41,6 @@ class Run:
         started = time.monotonic()
         self.cfg, self.ds_config, self.recipe = cfg, ds_config, Path(recipe).stem
         self.device, self.micro_batch_size = ranks.init(cfg.rank_timeout), ds_config["train_micro_batch_size_per_gpu"]
-        torch.set_float32_matmul_precision("high" if cfg.precision == "tf32" else "highest")
         mesh.form(ds_config)
         self._run_folder = RunFolder(cfg, ds_config, self.recipe)
         self.folder = self._run_folder.path

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from transformers import AddedToken, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
@@ -164,41 +165,69 @@ COUNTS = np.array([3, 1, 1, 1])
 
 
 def test_words_occur_together_within_a_document_and_less_the_further_apart() -> None:
-    rows = recipe("word_embeddings").Cooccurrences(DOCUMENTS, COUNTS, SimpleNamespace(window=2, x_max=2.0))
+    rows = recipe("word_embeddings").Cooccurrences(
+        DOCUMENTS, COUNTS, SimpleNamespace(window=2, x_max=2.0, span=4, seed=0)
+    )
     batch = rows.collate(rows[list(range(len(rows)))])
+    columns = [batch[name].flatten().tolist() for name in ("words", "others", "target", "weight", "pairs")]
     found = {
         (word, other): (round(math.exp(target), 6), round(weight, 6))
-        for word, (other,), (target,), (weight,) in zip(
-            *(batch[name].tolist() for name in ("words", "others", "target", "weight")), strict=True
-        )
+        for word, other, target, weight, is_pair in zip(*columns, strict=True)
+        if is_pair or weight
     }
     half, quarter = round(0.5**0.75, 6), round(0.25**0.75, 6)
     once = {(0, 0): (1, half), (0, 1): (2, 1), (0, 2): (1, half), (0, 3): (1, half), (1, 2): (0.5, quarter)}
     assert found == once | {(other, word): value for (word, other), value in once.items()}
+    assert int(batch["pairs"].sum()) == len(found) and batch["words"].shape == (3, 4)  # 9 pairs in rows of 4
 
 
 def test_a_word_predicts_its_neighbours_within_a_document() -> None:
-    cfg = SimpleNamespace(seed=0, subsample=100.0, window=3, negatives=4)  # which leaves no word out
+    # Which leaves no word out, and cuts the first document after its third word.
+    cfg = SimpleNamespace(seed=0, subsample=100.0, window=3, span=3, negatives=4)
     rows = recipe("word_embeddings").SkipGrams(DOCUMENTS, COUNTS, cfg)
-    assert len(rows) == 6
+    words = [word for document in DOCUMENTS for word in [*document.tolist(), -1, -1, -1]]
     for draw in range(50):
-        batch = {
-            name: value.tolist()
-            for name, value in rows.collate(rows[list(range(6))] | {"draw": np.full(6, draw, np.uint64)}).items()
-        }
-        assert batch["words"] == [0, 1, 0, 2, 3, 0]
-        for row, (document, place) in enumerate([(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]):
-            words = DOCUMENTS[document].tolist()
-            beside = [
-                other
-                for other, weight in zip(batch["others"][row][:6], batch["weight"][row][:6], strict=True)
-                if weight
+        drawn = {"draw": np.full(len(rows), draw, np.uint64)}
+        batch = {name: value.numpy() for name, value in rows.collate(rows[list(range(len(rows)))] | drawn).items()}
+        assert batch["words"].flatten()[: len(words)].tolist() == [max(word, 0) for word in words]
+        for place, (row, column) in enumerate(np.ndindex(batch["words"].shape)):
+            around = batch["others"][row, [column + shift for shift in range(7) if shift != 3]]
+            learned = around[batch["beside"][row, column] > 0].tolist()
+            inside = [words[at] if 0 <= at < len(words) else -1 for at in range(place - 3, place + 4)]
+            allowed = [
+                [word for word in [*inside[3 - reach : 3], *inside[4 : 4 + reach]] if word >= 0] for reach in (1, 2, 3)
             ]
-            assert beside in [
-                words[max(0, place - reach) : place] + words[place + 1 : place + 1 + reach] for reach in (1, 2, 3)
-            ]
-            assert batch["target"][row] == [1] * 6 + [0] * 4
-            assert batch["weight"][row][6:] == [len(beside)] * 4 and batch["pairs"][row] == [len(beside)]
+            assert learned in (allowed if inside[3] >= 0 else [[]])
+            assert batch["pairs"][row, column] == [len(learned)]
+        assert set(batch["noise"].flatten()) <= {0, 1, 2, 3} and batch["noise"].shape == batch["words"].shape
+
+
+@pytest.mark.parametrize("method", ["skip_gram", "glove"])
+def test_the_loss_of_words_is_the_papers(method: str) -> None:
+    """Pair by pair."""
+    module = recipe("word_embeddings")
+    cfg = SimpleNamespace(seed=0, subsample=100.0, window=2, span=4, negatives=6, x_max=2.0)
+    rows: Any = module.training_rows(DOCUMENTS, COUNTS, SimpleNamespace(**vars(cfg), method=method))
+    set_seed(0)
+    model = module.WordVectors({"words": 4, "dimensions": 5, "biases": int(method == "glove")})
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight)
+    batch = rows.collate(rows[list(range(len(rows)))] | {"draw": np.arange(len(rows), dtype=np.uint64)})
+    v, u, expected = model.vectors.weight, model.contexts.weight, torch.zeros(())
+    for row, column in np.ndindex(batch["words"].shape):
+        word = batch["words"][row, column]
+        if method == "glove":
+            other = batch["others"][row, column]
+            score = v[word] @ u[other] + model.biases.weight[word, 0] + model.context_biases.weight[other, 0]
+            expected = expected + batch["weight"][row, column] * (score - batch["target"][row, column]) ** 2
+            continue
+        for number, shift in enumerate((0, 1, 3, 4)):
+            if batch["beside"][row, column, number]:
+                other = batch["others"][row, column + shift]
+                expected = expected - F.logsigmoid(v[word] @ u[other])
+                for random in batch["noise"][row]:
+                    expected = expected - 6 / 4 * F.logsigmoid(-v[word] @ u[random])
+    torch.testing.assert_close(rows.loss(model, batch), expected)
 
 
 # --- preferences ----------------------------------------------------------------------------------

@@ -26,8 +26,15 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 MORE: dict[str, dict[str, Any]] = {
     "granite": {"logits_scaling": 2.0},
-    "t5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
-    "bart": {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48},
+    "t5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0},
+    "bart": {
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48,
+        "dropout": 0.0,
+    },
 }
 DECODERS, ENCODERS = ("llama", "granite", "gpt2", "gemma2"), ("bert", "roberta", "modernbert", "electra", "distilbert")
 ENCODER_DECODERS = ("t5", "bart", "composed")
