@@ -617,6 +617,7 @@ def _check_batch(config: dict[str, Any], found: Findings, world_size: int) -> No
 
 
 def _check_precision(config: dict[str, Any], found: Findings) -> None:
+    import torch
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 
@@ -624,6 +625,8 @@ def _check_precision(config: dict[str, Any], found: Findings) -> None:
     supported = {"fp32": True, "bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
     if accelerator.device_name() == "cpu":
         supported["fp16"] = False  # DeepSpeed refuses fp16 on a CPU
+    if accelerator.device_name() == "cuda":  # DeepSpeed counts GPUs that only emulate bf16, slowly
+        supported["bf16"] = torch.cuda.is_bf16_supported(including_emulation=False)
     supported["tf32"] = accelerator.device_name() == "cuda" and supported["bf16"]  # the same GPUs have both
     others = " or ".join(kind for kind, is_supported in supported.items() if is_supported)
     sections = {key: config.pop(key) for key in ("bf16", "fp16") if key in config}

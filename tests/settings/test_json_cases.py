@@ -302,6 +302,30 @@ def test_quantized_weights_on_a_gpu_have_a_note(tmp_path: Path, monkeypatch: pyt
     assert "zero_quantized_weights" in note and "losses" in note
 
 
+@pytest.mark.parametrize("is_new", [True, False])
+def test_precisions_that_a_gpu_only_emulates_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_new: bool
+) -> None:
+    """To DeepSpeed, tf32 is fp32."""
+    monkeypatch.setattr(type(get_accelerator()), "device_name", lambda self, index=None: "cuda")
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: is_new or including_emulation)
+    for precision in ("bf16", "tf32"):
+        if not is_new:
+            assert f"precision is {precision}, which this device (cuda) cannot train in" in refusal(
+                tmp_path, auto(2), precision=precision
+            )
+            continue
+        config = load(tmp_path, auto(2), precision=precision)
+        assert config.get("bf16", {}).get("enabled", False) == (precision == "bf16") and "fp16" not in config
+    if is_new:
+        types = {"param_dtype": "fp32", "grad_accum_dtype": "fp32"}
+        assert load(tmp_path, auto(2, data_types=types), precision="tf32")["data_types"] == types
+
+
+def test_tf32_needs_a_gpu(tmp_path: Path) -> None:
+    assert "precision is tf32, which this device (cpu) cannot train in" in refusal(tmp_path, auto(2), precision="tf32")
+
+
 # --- contradictions -----------------------------------------------------------
 
 
