@@ -9,7 +9,7 @@ import functools
 import importlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +28,7 @@ from lib.settings.ds_config import load_ds_config, read_json
 
 causal_lm: Any = importlib.import_module("recipes.causal_lm")
 pipeline_lm: Any = importlib.import_module("recipes.pipeline_lm")
-collate_blocks = causal_lm.collate_blocks
+real_batches = batches.training_batches
 # Settings of a model whose matrices are larger than stage3_param_persistence_threshold and whose norms are smaller.
 WIDE = "hidden_size=384,intermediate_size=512,vocab_size=300"
 # The seconds by which each phase takes longer in a case whose name begins with "slow".
@@ -46,6 +46,13 @@ def slowly(phase: str, real: Callable[..., Any]) -> Callable[..., Any]:
     return slow
 
 
+def slow_batches(*arguments: Any, **options: Any) -> Iterator[Any]:
+    """training_batches, for which a step must wait: a slow collate would work beside the step before."""
+    for found in real_batches(*arguments, **options):
+        time.sleep(SLOW["data"])
+        yield found
+
+
 def initialize_slowly(*arguments: Any, **options: Any) -> Any:
     everything = deepspeed.initialize(*arguments, **options)
     engine = everything[0]
@@ -56,7 +63,7 @@ def initialize_slowly(*arguments: Any, **options: Any) -> Any:
 
 def main(where: str, *cases: str) -> None:
     folder = Path(where)
-    world_size, real_batches = int(os.environ["WORLD_SIZE"]), batches.training_batches
+    world_size = int(os.environ["WORLD_SIZE"])
     attention, message_size = UlyssesSPAttentionHF.forward, comm.get_msg_size_from_args
     for case in cases:
         name, json_path, settings = case.split(":")
@@ -77,8 +84,7 @@ def main(where: str, *cases: str) -> None:
         )
         comm.get_msg_size_from_args = meter.sent.message_size(message_size)
         UlyssesSPAttentionHF.forward = meter.sent.attention(attention)
-        batches.training_batches = meter.training_batches(real_batches)
-        recipe.collate_blocks = slowly("data", collate_blocks) if slow else collate_blocks
+        batches.training_batches = meter.training_batches(slow_batches if slow else real_batches)
         runs: list[Run] = []
         recipe.Run = lambda *arguments, runs=runs: (runs.append(Run(*arguments)), runs[0])[1]
         with contextlib.suppress(Stopped):
