@@ -160,7 +160,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     tokenizer = load_or_train_tokenizer(cfg, splits["train"]["text"])
     streams = token_streams(splits, tokenizer)
     blocks = {name: Blocks(stream, cfg.max_length, drop_last=name == "train") for name, stream in streams.items()}
-    run.plan(len(blocks["train"]), splits)
+    run.plan(blocks["train"], splits)
 
     # Model, optimizer, engine.
     model = load_model(lambda: check_model(cfg, build_model(cfg, tokenizer), tokenizer), ds_config, cfg.seed)

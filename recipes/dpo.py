@@ -137,7 +137,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     tokenizer = chat.load_tokenizer(cfg, cfg.max_length)
     tokenized = map_rows(splits, preferences.tokenize_pairs, tokenizer=tokenizer, max_length=cfg.max_length)
     rows, notes = conversations.with_answers(splits, tokenized)
-    run.plan(len(rows["train"]), splits)
+    run.plan(rows["train"], splits)
 
     # Model, optimizer, engine.
     model = load_model(lambda: chat.build_model(cfg, tokenizer), ds_config, cfg.seed)

@@ -209,7 +209,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     tokenizer = load_or_train_tokenizer(cfg, splits["train"]["text"])
     blocks = map_rows(splits, tokenize, tokenizer=tokenizer, max_length=cfg.max_length)
     one_hidden = {name: hide_one(blocks[name], cfg.scored_tokens, tokenizer) for name in ("validation", "test")}
-    run.plan(len(blocks["train"]), splits)
+    run.plan(blocks["train"], splits)
 
     # Model, optimizer, engine.
     model = load_model(lambda: build_model(cfg, tokenizer), ds_config, cfg.seed)

@@ -207,7 +207,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     train = windows["train"].remove_columns("characters")  # which only answers are made from
     has_types = "token_type_ids" in tokenizer.model_input_names
     collate_windows = functools.partial(collate, pad_token_id=tokenizer.pad_token_id, has_types=has_types)
-    run.plan(len(train), splits)
+    run.plan(train, splits)
 
     # Model, optimizer, engine.
     model = load_model(lambda: build_model(cfg), ds_config, cfg.seed)

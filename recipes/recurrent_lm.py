@@ -101,7 +101,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     tokenizer = scratch.train_tokenizer(splits["train"]["text"], cfg.vocab_size, scratch.END_OF_TEXT)
     streams = token_streams(splits, tokenizer)
     blocks = {name: Blocks(stream, cfg.max_length, drop_last=name == "train") for name, stream in streams.items()}
-    run.plan(len(blocks["train"]), splits)
+    run.plan(blocks["train"], splits)
 
     # Model, optimizer, engine.
     config = {"vocab_size": len(tokenizer), "hidden_size": cfg.hidden_size, "num_layers": cfg.num_layers}

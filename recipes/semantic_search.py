@@ -209,7 +209,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     tokenized = map_rows(splits, tokenize, tokenizer=tokenizer, max_length=cfg.max_length)
     train = tokenized["train"]
     collate_rows = functools.partial(collate, pad_token_id=tokenizer.pad_token_id)
-    run.plan(len(train), splits)
+    run.plan(train, splits)
 
     # Model, optimizer, engine.
     model = load_model(lambda: build_model(cfg), ds_config, cfg.seed)

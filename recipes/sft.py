@@ -101,7 +101,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     tokenized = map_rows(splits, conversations.tokenize_conversations, tokenizer=tokenizer, max_length=cfg.max_length)
     prompts = map_rows({"test": splits["test"]}, tokenize_prompts, tokenizer=tokenizer, **limits_of(cfg))
     rows, notes = conversations.with_answers(splits, tokenized)
-    run.plan(len(rows["train"]), splits)
+    run.plan(rows["train"], splits)
 
     # Model, optimizer, engine.
     model = load_model(lambda: chat.build_model(cfg, tokenizer), ds_config, cfg.seed)

@@ -139,7 +139,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     limits = cfg.max_source_length, cfg.max_target_length
     tokenizer = chat.load_tokenizer(cfg, sum(limits), "max_source_length")
     rows = map_rows(splits, tokenize, tokenizer=tokenizer, instruction=cfg.instruction, max_lengths=limits)
-    run.plan(len(rows["train"]), splits)
+    run.plan(rows["train"], splits)
 
     # Model, optimizer, engine.
     model = load_model(lambda: chat.build_model(cfg, tokenizer), ds_config, cfg.seed)

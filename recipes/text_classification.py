@@ -137,7 +137,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     tokenized = map_rows(splits, tokenize, tokenizer=tokenizer, max_length=cfg.max_length)
     train, test = tokenized["train"], tokenized["test"]
     collate_rows = functools.partial(collate, pad_token_id=tokenizer.pad_token_id)
-    run.plan(len(train), splits)
+    run.plan(train, splits)
 
     # Model, optimizer, engine.
     model = load_model(lambda: build_model(cfg, label_names, tokenizer.pad_token_id), ds_config, cfg.seed)

@@ -179,7 +179,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     lengths = cfg.max_source_length, cfg.max_target_length
     tokenized = map_rows(splits, tokenize, tokenizers=tokenizers, max_lengths=lengths)
     train = tokenized["train"]
-    run.plan(len(train), splits)
+    run.plan(train, splits)
 
     # Model, optimizer, engine.
     model: Any = load_model(lambda: encoder_decoder.build_model(cfg, tokenizers[1]), ds_config, cfg.seed)

@@ -212,7 +212,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     texts = [words_of(text) for rows in splits.values() for text in rows["text"]]
     words, counts, documents = number_words(texts, cfg.min_count)
     rows = training_rows(documents, counts, cfg)
-    run.plan(len(rows), splits)
+    run.plan(rows, splits)
 
     # Model, optimizer, engine.
     sizes = {"words": len(words), "dimensions": cfg.dimensions, "biases": int(cfg.method == "glove")}

@@ -4,7 +4,9 @@ The order depends on the seed and the global batch size only. How many ranks the
 decide who computes which rows of a step, never which rows a step has."""
 
 import functools
+import hashlib
 import itertools
+import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,6 +18,8 @@ from lib.distributed import mesh
 from lib.errors import UserError
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
+
+FIRST_ROWS = 64  # by which training rows are known
 
 Batch = dict[str, torch.Tensor]
 Collate = Callable[[dict[str, Any]], Batch]  # {column: values} of some rows -> their batch
@@ -56,6 +60,18 @@ class StepRows:
     def __getitem__(self, step: int) -> np.ndarray:
         """[batch_size] row numbers of step 0, 1, ..."""
         return self.window(step // self.steps_per_window)[step % self.steps_per_window]
+
+
+def fingerprint(rows: Any) -> str:
+    """A hash of the first training rows: of what a tokenizer and a chat template have made of the data.
+
+    rows: as in training_batches.
+    """
+    found, digest = rows[list(range(min(FIRST_ROWS, len(rows))))], hashlib.blake2b(digest_size=16)
+    for name in sorted(found):
+        values = [value.tolist() if isinstance(value, np.ndarray) else value for value in found[name]]
+        digest.update(json.dumps([name, values], default=float).encode())
+    return digest.hexdigest()
 
 
 def rows_of_steps(steps: int, total: int, batch_size: int, seed: int) -> np.ndarray:

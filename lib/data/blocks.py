@@ -89,11 +89,14 @@ def token_stream(rows: Dataset, column: str = "input_ids") -> np.ndarray:
     @ranks.rank0_first  # a rank on another machine writes its own file
     def write() -> None:
         if not file.exists():
-            chunks = rows.with_format("arrow")[:].column(column).chunks
-            part = file.with_name(f".{file.name}-{os.getpid()}")
-            with part.open("wb") as out:
-                np.save(out, np.concatenate([chunk.flatten().to_numpy().astype(np.int32) for chunk in chunks]))
-            part.replace(file)
+            parts = [chunk.flatten() for chunk in rows.with_format("arrow")[:].column(column).chunks]  # on the disk
+            unfinished, begin = file.with_name(f".{file.name}-{os.getpid()}"), 0
+            joined = np.lib.format.open_memmap(unfinished, "w+", np.int32, (sum(map(len, parts)),))
+            for part in parts:
+                joined[begin : begin + len(part)] = part.to_numpy()
+                begin += len(part)
+            joined.flush()
+            unfinished.replace(file)
 
     write()
     return np.load(file, mmap_mode="r")

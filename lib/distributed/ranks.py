@@ -25,13 +25,15 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def init(timeout_minutes: float) -> torch.device:
+def init(timeout_minutes: float, precision: str = "fp32") -> torch.device:
     """Join the process groups that the launcher describes; without a launcher, be the only rank. Returns this rank's
     device.
 
     timeout_minutes: how long a rank waits for another one before it gives up and ends the run. DeepSpeed makes groups
-    of its own later, with torch's 30 minutes: so Run.attach calls set_timeout once more.
+    of its own later, with torch's 30 minutes: so Run.attach calls set_timeout once more. precision: with tf32, a GPU
+    multiplies matrices in fp32 by its tensor cores.
     """
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     for key, alone in {
         "RANK": "0",
         "LOCAL_RANK": "0",

@@ -15,6 +15,7 @@ Ranks of a tensor-parallel group have shards of most matrices (`Layout`). A shar
 a parameter is: it has the name name#rank, and ZeRO cuts it over the data-parallel ranks.
 """
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META
 
-from lib.distributed import expert_parallel, mesh
+from lib.distributed import expert_parallel, mesh, ranks
 from lib.distributed.pipeline import is_copy, model_of, shapes_of_all_stages
 from lib.errors import UserError
 from lib.settings.ds_config import offload_device, stage_of
@@ -198,6 +199,41 @@ def shapes(engine: Any) -> dict[str, list[int]]:
         elif parameter.requires_grad:
             found[name] = list(getattr(parameter, "ds_shape", parameter.shape))
     return found
+
+
+_frozen_sums: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
+
+
+def frozen_sum(engine: Any) -> int:
+    """The sum of the bits of the frozen weights, read as whole numbers: 0 if all are trained. Every rank must call it.
+
+    It is the same at every stage and on any ranks, so that weights that no checkpoint holds are known again.
+    """
+    model = model_of(engine)
+    if model not in _frozen_sums:
+        _frozen_sums[model] = _sum_frozen(engine)
+    return _frozen_sums[model]
+
+
+def _sum_frozen(engine: Any) -> int:
+    total, kinds = 0, {1: torch.int8, 2: torch.int16, 4: torch.int32}
+    for parameter in model_of(engine).parameters():
+        if parameter.requires_grad:
+            continue
+        held = parameter.detach()
+        counts = layout(parameter) is not None or mesh.tensor_rank() == 0
+        if stage_of(engine.config) == 3:
+            length = parameter.ds_tensor.numel()
+            begin = dist.get_rank(parameter.ds_process_group) * length
+            held = parameter.ds_tensor.detach()[: max(0, parameter.ds_numel - begin)]  # the last ranks' may be padding
+            counts = counts or _is_cut_over_all_ranks(parameter)
+        elif mesh.gradient_rank() > 0:  # the first has all of it
+            continue
+        if counts:
+            total += int(held.contiguous().view(kinds[held.element_size()]).sum(dtype=torch.int64))
+    everywhere = torch.tensor(total, device=ranks.device())
+    dist.all_reduce(everywhere)
+    return int(everywhere)
 
 
 def buffers(engine: Any) -> dict[str, torch.Tensor]:

@@ -222,7 +222,11 @@ class _Facts(BaseModel):
     step: NonNegativeInt
     samples: NonNegativeInt
     rows: NonNegativeInt
-    data: str | None = None  # the rows' fingerprint, which the first checkpoints of this format lack
+    # The fingerprints of the rows and of the tokens made of them, and the sum of the frozen weights; the first
+    # checkpoints of this format lack them.
+    data: str | None = None
+    sample: str | None = None
+    frozen: int | None = None
     skipped_steps: NonNegativeInt
     score: float | None
     seconds: float

@@ -11,7 +11,6 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-import torch
 import torch.distributed
 
 from lib.distributed import memory, ranks
@@ -64,7 +63,6 @@ def cli(main: Callable[..., Any], config_class: type[Any]) -> None:
 
 def train(main: Callable[..., Any], cfg: Any, ds_config: dict[str, Any]) -> None:
     """Call main(cfg, ds_config). Raises UserError where the memory does not suffice: another start would fail too."""
-    torch.set_float32_matmul_precision("high" if cfg.precision == "tf32" else "highest")
     try:
         main(cfg, ds_config)
     except Exception as error:

@@ -101,7 +101,8 @@ def _changes(folder: Path, manifest: checkpoint_files.Manifest, now: dict[str, A
 def check_data(checkpoint: Checkpoint, data: dict[str, Any], total_steps: int, dataset: str) -> None:
     """Raise a UserError where a checkpoint was trained on other rows, or is beyond this run's end.
 
-    data: "rows", the number of training rows, and "data", their fingerprint, which the first checkpoints lack.
+    data: "rows", the number of training rows; "data", the fingerprint of what they are made from; "sample", that of the
+    first of them. The first checkpoints lack these two.
     """
     folder, manifest = checkpoint
     if manifest["rows"] != data["rows"] or manifest.get("data", data["data"]) != data["data"]:
@@ -109,6 +110,11 @@ def check_data(checkpoint: Checkpoint, data: dict[str, Any], total_steps: int, d
         raise UserError(
             f"{display_path(folder)} was trained on {manifest['rows']:,} rows, but dataset {dataset} now gives "
             f"{gives}; resume with the same data, or start a new run"
+        )
+    if manifest.get("sample", data["sample"]) != data["sample"]:
+        raise UserError(
+            f"{display_path(folder)} was trained on the same texts in other tokens: the model's tokenizer or its chat "
+            "template has changed; set it back, or start a new run"
         )
     if manifest["step"] > total_steps:
         raise UserError(

@@ -40,7 +40,8 @@ class Run:
     def __init__(self, cfg: Any, ds_config: dict[str, Any], recipe: str):
         started = time.monotonic()
         self.cfg, self.ds_config, self.recipe = cfg, ds_config, Path(recipe).stem
-        self.device, self.micro_batch_size = ranks.init(cfg.rank_timeout), ds_config["train_micro_batch_size_per_gpu"]
+        self.device = ranks.init(cfg.rank_timeout, cfg.precision)
+        self.micro_batch_size = ds_config["train_micro_batch_size_per_gpu"]
         mesh.form(ds_config)
         self._run_folder = RunFolder(cfg, ds_config, self.recipe)
         self.folder = self._run_folder.path
@@ -56,18 +57,17 @@ class Run:
         self.metrics = Metrics(self.folder, cfg.log_every, self.output, started=started, seconds_before=seconds_before)
         place_monitors(ds_config, self.folder)
         self.total_steps = self.resumed_at = 0
-        self.splits: Splits | None = None  # see plan
-        self._data: dict[str, Any] = {}
 
-    def plan(self, rows: int, splits: Splits | None = None) -> None:
-        """Set total_steps to what the settings max_steps and epochs ask for on so many training rows.
+    def plan(self, rows: Any, splits: Splits | None = None) -> None:
+        """Set total_steps to what the settings max_steps and epochs ask for on these training rows.
 
-        splits: the data that these are made from, which the header shows, and which a resumed run must have again.
+        splits: the data that they are made from, which the header shows. A resumed run must have both again.
         """
-        self.splits = splits
-        self._data = {"rows": rows, "data": splits.fingerprint if splits is not None else None}
+        self.splits: Splits | None = splits
+        data = getattr(splits, "fingerprint", None)
+        self._data: dict[str, Any] = {"rows": len(rows), "data": data, "sample": batches.fingerprint(rows)}
         max_steps, epochs = self.cfg.max_steps, self.cfg.epochs  # just one of them is given
-        steps = max_steps if max_steps is not None else max(1, math.ceil(epochs * rows / self.cfg.batch_size))
+        steps = max_steps if max_steps is not None else max(1, math.ceil(epochs * len(rows) / self.cfg.batch_size))
         self.total_steps = self.metrics.total_steps = steps
         if self.checkpoint is not None:
             check_data(self.checkpoint, self._data, steps, self.cfg.dataset)

@@ -63,10 +63,10 @@ def main() -> None:
     schedule = make_schedule(cfg, optimizer, options.steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
     run = Run(cfg, ds_config, causal_lm.__file__)
-    run.plan(16)
-    run.attach(engine, {})
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, 2_000_000).astype(np.int32)
     blocks = Blocks(tokens, cfg.max_length, drop_last=True)
+    run.plan(blocks)
+    run.attach(engine, {})
     sizes = {"batch_size": cfg.batch_size, "micro_batch_size": micro}
     batches = training_batches(blocks, causal_lm.collate_blocks, **sizes, seed=0, device=run.device)
     ready = [next(batches) for _ in range(4)]

@@ -421,7 +421,7 @@ def test_a_rare_label_stays_in_the_training_rows(tmp_path: Path) -> None:
 
 def restored(splits: Splits, manifest: dict[str, Any]) -> None:
     """What a run does before it reads the weights."""
-    check_data((Path("step-2"), manifest), {"rows": 7, "data": splits.fingerprint}, 0, "x.jsonl")
+    check_data((Path("step-2"), manifest), {"rows": 7, "data": splits.fingerprint, "sample": "tokens"}, 0, "x.jsonl")
 
 
 def test_a_run_goes_on_with_the_same_rows_only(tmp_path: Path) -> None:
@@ -435,6 +435,8 @@ def test_a_run_goes_on_with_the_same_rows_only(tmp_path: Path) -> None:
             restored(splits, manifest)
     with pytest.raises(UserError, match=r"trained on 7 rows, but dataset x.jsonl now gives others, though as many"):
         restored(other, manifest)
+    with pytest.raises(UserError, match="in other tokens: the model's tokenizer or its chat template has changed"):
+        restored(same, manifest | {"sample": "other tokens"})
     with pytest.raises(UserError, match="beyond the 0 steps"):
         restored(same, {"rows": 7, "step": 2})  # the manifest of an earlier version
 

@@ -438,7 +438,7 @@ def test_a_run_shows_what_its_rank_0_does_and_the_other_ranks_nothing(
     time.sleep(0.2)
     with progress("loading the rows"):
         time.sleep(0.2)
-    run.plan(100)
+    run.plan(Dataset.from_dict({"number": range(100)}))
     run.output.begin_steps(0, 3)
     run.metrics.restart_clock()
     run.metrics.note_step(1, loss=torch.zeros(()), tokens=torch.ones(()), learning_rate=0.1, grad_norm=None)

@@ -107,14 +107,14 @@ def train(
     ranks.on_rank0(lambda: path.write_text(json.dumps(section)))
     ds_config = load_ds_config(path, cfg, ranks.world_size())
     run = Run(cfg, ds_config, causal_lm.__file__)
-    run.plan(rows)
+    made_up = Dataset.from_dict({"number": range(rows)})
+    run.plan(made_up)
     model = load_model(lambda: build(hidden_size), ds_config, cfg.seed)
     optimizer = make_adamw(cfg, model, ds_config)
     schedule = make_schedule(cfg, optimizer, run.total_steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
     run.attach(engine, {})
     losses = []
-    made_up = Dataset.from_dict({"number": range(rows)})
     for step, micro_batches in run.steps(made_up, lambda rows: {"number": torch.tensor(rows["number"])}):
         # Few rows: it learns them, so that any lost state shows.
         ids = torch.randint(0, 67, (BATCH, 16), generator=torch.Generator().manual_seed(step % 2))
