@@ -56,8 +56,8 @@ MUTATIONS = [
     Mutation(
         "let a rank take neighbouring rows, by which other rows meet in a step",
         "lib/data/batches.py",
-        "local = micro_batches[mesh.data_parallel_rank() :: mesh.data_parallel_size()]",
-        "local = (micro_batches + mesh.data_parallel_rank())[:: mesh.data_parallel_size()] % batch_size",
+        "local = micro_batches[rank::data_parallel_size]",
+        "local = (micro_batches + rank)[::data_parallel_size] % batch_size",
         RECURRENT,
     ),
     Mutation(
@@ -325,6 +325,41 @@ MUTATIONS = [
         'part = {"colwise": "lora_B", "rowwise": "lora_A"}.get(style)',
         'part = {"colwise": "lora_A", "rowwise": "lora_B"}.get(style)',
         "tests/contract/test_recipes.py -k sft",
+    ),
+    Mutation(
+        "give what is before the output layer no gradient of the loss",
+        "lib/models/output_layer.py",
+        "[checkpoint(found_in, *part, use_reentrant=False) if len(parts) > 1 else found_in(*part) for part in parts]",
+        "[found_in(part[0].detach(), part[1]) for part in parts]",
+        "tests/models/test_output_layer.py",
+    ),
+    Mutation(
+        "give the reference of other pairs than those that the steps take",
+        "lib/data/batches.py",
+        "return np.unique(np.concatenate([step_rows[step] for step in",
+        "return np.unique(np.concatenate([step_rows[step + 1] for step in",
+        "tests/data/test_data.py",
+    ),
+    Mutation(
+        "compute anew, at a resume, what the model before training gave",
+        "lib/run/kept.py",
+        "if name not in self.values:",
+        "if True:",
+        "tests/run/test_runs.py",
+    ),
+    Mutation(
+        "resume beside other frozen weights",
+        "lib/run/checkpoints.py",
+        'if manifest.get("frozen") not in (None, frozen_sum(engine)):',
+        "if False:",
+        "tests/run/test_runs.py",
+    ),
+    Mutation(
+        "let each random word of a span count for one",
+        "recipes/word_embeddings.py",
+        "(self.cfg.negatives / self.cfg.span)",
+        "self.cfg.negatives",
+        "tests/contract/test_methods.py",
     ),
 ]
 

@@ -28,6 +28,7 @@ from lib.distributed.export import export
 from lib.distributed.loading import constants, load_model
 from lib.distributed.optimizer import make_adamw
 from lib.distributed.repairs import repair_stage0
+from lib.distributed.zero_state import frozen_sum
 from lib.errors import ROOT
 from lib.models.losses import token_losses
 
@@ -53,6 +54,7 @@ def build(name: str) -> Any:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(8)
+    model.model.layers[0].mlp.down_proj.weight.requires_grad_(False)
     return model
 
 
@@ -75,6 +77,7 @@ def main(where: str, *configs: str) -> None:
                 model=model, optimizer=make_adamw(cfg, model, ds_config), config=ds_config
             )
             repair_stage0(engine)
+            frozen = frozen_sum(engine)
             before = {key: tensor.clone() for key, tensor in constants(engine.module).items()}
             loss = token_losses(engine(input_ids=ids[:, :-1]).logits.float(), ids[:, 1:]).mean()
             engine.backward(loss)
@@ -89,6 +92,7 @@ def main(where: str, *configs: str) -> None:
                     "loss": loss.item(),
                     "norm": float(engine.get_global_grad_norm()),
                     "logits": logits,
+                    "frozen": frozen,
                 }
                 exported = AutoModelForCausalLM.from_pretrained(
                     folder / f"{name}-{config}", dtype=torch.bfloat16

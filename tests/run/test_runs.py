@@ -298,6 +298,23 @@ def test_what_was_before_training_is_computed_once(tmp_path: Path) -> None:
     anew.run.close()
 
 
+def test_a_run_goes_on_beside_the_same_frozen_weights_only(tmp_path: Path) -> None:
+    def training(changed: float, **settings: Any) -> Training:
+        """With weights that no checkpoint holds."""
+        made = Training(tmp_path / "run", **settings)
+        made.engine.module.base = torch.nn.Parameter(torch.tensor([1.0, changed]), requires_grad=False)
+        return made
+
+    first = training(2.0, save_every=2, max_steps=2)
+    first.train()
+    first.run.close()
+    other = training(2.5, resume=True, max_steps=4)
+    with pytest.raises(UserError, match="was trained beside other frozen weights than the model has now"):
+        other.begin()
+    other.run.close()
+    assert training(2.0, resume=True, max_steps=4).begin() == 2
+
+
 def test_room_that_the_old_run_takes_counts_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained(tmp_path / "run")
     (tmp_path / "run" / "metrics.jsonl").write_bytes(bytes(1000))
