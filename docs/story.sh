@@ -21,7 +21,7 @@ def area(width, height):
 # 2. Instruct: a chat model that was pre-trained on 2 trillion tokens, which no one wants to wait for here, learns to
 #    answer questions on Python code in the way of 6,000 examples. An adapter learns, its weights stay as they are.
 ./launch.sh chat smollm2 --prompt "$question"
-./launch.sh sft --run_dir "$runs/instructed" --resume "$@"           # 14 minutes, while other work used the cores
+./launch.sh sft --run_dir "$runs/instructed" --resume "$@"           # 10 minutes
 ./launch.sh chat "$runs/instructed" --prompt "$question"
 
 # 3. Prefer: of two answers, the right and short one.
