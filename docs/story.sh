@@ -32,4 +32,4 @@ def area(width, height):
 ./launch.sh compare sft --stages 0,2,3 --steps 10 --scored_rows 4 "$@"
 
 # 5. Take it elsewhere: one file for llama.cpp, the adapters merged into it.
-./launch.sh export "$runs/preferred" --gguf "$runs/model.gguf" --dtype f16
+./launch.sh export "$runs/preferred" --gguf "$runs/model.gguf" --dtype f16 --overwrite

@@ -20,6 +20,10 @@ class UserError(Exception):
     """Something the user can mend. Its text is one line that says what is wrong and what to do."""
 
 
+class OutOfMemory(UserError):
+    """The memory of a device does not suffice; what else uses it may be gone at another start."""
+
+
 class Stopped(Exception):
     """The run was asked to stop and has saved its state, or had nothing left to do.
 

@@ -111,9 +111,9 @@ class SkipGrams:
 
     def __init__(self, documents: list[np.ndarray], counts: np.ndarray, cfg: Config):
         stream = joined(subsampled(documents, counts, cfg.subsample, cfg.seed), gap=cfg.window)
-        self.rows = -(-len(stream) // cfg.span) if (stream >= 0).any() else 0
-        self.stream = np.full(self.rows * cfg.span + 2 * cfg.window, -1)
-        self.stream[cfg.window : cfg.window + len(stream)] = stream[: self.rows * cfg.span]
+        has_pair = ((stream[1:] >= 0) & (stream[:-1] >= 0)).any()
+        self.rows = -(-len(stream) // cfg.span) if has_pair else 0
+        self.stream = np.pad(stream, (cfg.window, cfg.window + -len(stream) % cfg.span), constant_values=-1)
         noise = np.cumsum(counts**0.75)
         self.noise, self.cfg = noise / noise[-1], cfg
 

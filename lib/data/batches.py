@@ -7,6 +7,7 @@ import functools
 import hashlib
 import itertools
 import json
+import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -69,8 +70,8 @@ def fingerprint(rows: Any) -> str:
     """
     found, digest = rows[list(range(min(FIRST_ROWS, len(rows))))], hashlib.blake2b(digest_size=16)
     for name in sorted(found):
-        values = [value.tolist() if isinstance(value, np.ndarray) else value for value in found[name]]
-        digest.update(json.dumps([name, values], default=float).encode())
+        values = [value.tolist() if hasattr(value, "tolist") else value for value in found[name]]
+        digest.update(json.dumps([name, values], default=repr).encode())
     return digest.hexdigest()
 
 
@@ -93,7 +94,7 @@ def training_batches(
     nearly one length into a step, so that little is padded (StepRows). packing: None for that; otherwise a step has
     rows of any lengths, the same with packing and without. With it, each of its micro-batches gets nearly as many
     tokens; without it, rows of nearly one length. A thread makes the batches of the next step while the device computes
-    this one, so collate must not draw from torch's or numpy's global generator.
+    this one, so collate must not draw from a global generator, which raises UserError.
     """
     sizes = None if lengths is None else np.asarray(lengths)  # once: a column of a data set is read from its file
     step_rows = StepRows(len(rows), batch_size, seed, sizes if packing is None else None)
@@ -110,11 +111,24 @@ def training_batches(
         batches = (collate({**rows[step_rows[step][part].tolist()], "draw": draws[part]}) for part in local)
         return [in_reach_of(device, part_of_rows(batch)) for batch in batches]
 
+    generators = _generators()
+    ready = batches_of(start)
+    if generators != _generators():
+        raise UserError(
+            "collate draws from the global random generator of torch, numpy or Python; batches are made beside "
+            "training, so that its numbers would be others in each run: draw from the column 'draw' (random_numbers "
+            "in lib/data/batches.py), or from a generator made of it"
+        )
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as one_ahead:
-        following = one_ahead.submit(batches_of, start)
         for step in itertools.count(start + 1):
-            ready, following = following, one_ahead.submit(batches_of, step)
-            yield [to_device(batch, device) for batch in ready.result()]
+            following = one_ahead.submit(batches_of, step)
+            yield [to_device(batch, device) for batch in ready]
+            ready = following.result()
+
+
+def _generators() -> tuple[str, ...]:
+    """The states of the global random generators."""
+    return str(torch.get_rng_state().tolist()), str(np.random.get_state()), str(random.getstate())
 
 
 def deal(lengths: np.ndarray, size: int, alike_sums: bool) -> np.ndarray:
@@ -206,7 +220,10 @@ def tensors_of(**arrays: np.ndarray) -> Batch:
 
 def in_reach_of(device: torch.device, batch: Batch) -> Batch:
     """The batch in memory from which the device copies while it computes; on a CPU as it is."""
-    return {name: tensor.pin_memory() for name, tensor in batch.items()} if device.type == "cuda" else batch
+    # Contiguous: torch cannot pin what has been expanded.
+    return (
+        {name: tensor.contiguous().pin_memory() for name, tensor in batch.items()} if device.type == "cuda" else batch
+    )
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

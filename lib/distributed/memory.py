@@ -13,11 +13,16 @@ from lib.settings.states import bytes_each
 
 LARGEST_BUCKET = 500_000_000  # elements; DeepSpeed's default
 
+NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # of CUDA, NCCL, cuBLAS, and torch on a CPU
+
 _elements = {"parameters": 0, "trained": 0}  # of the whole model
+_has_checkpointing = False  # whether the model can compute activations once more
 
 
 def note(model: torch.nn.Module) -> None:
-    """Keep the model's size for `answer`."""
+    """Keep the model's size for `answer` and `fit_buckets`."""
+    global _has_checkpointing
+    _has_checkpointing = getattr(model, "supports_gradient_checkpointing", False)
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
     _elements["parameters"] = sum(size for size, _ in sizes)
     _elements["trained"] = sum(size for size, is_trained in sizes if is_trained)
@@ -34,8 +39,9 @@ def fit_buckets(ds_config: dict[str, Any]) -> None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device, or the host, had no memory left to give."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    """Whether a device had no memory left to give, once there was a model to give it to."""
+    says_so = isinstance(error, RuntimeError) and any(reason in str(error) for reason in NO_MEMORY)
+    return says_so and _elements["parameters"] > 0
 
 
 def answer(error: Exception, cfg: Any, ds_config: dict[str, Any]) -> str:
@@ -45,39 +51,38 @@ def answer(error: Exception, cfg: Any, ds_config: dict[str, Any]) -> str:
     """
     stage, micro_batch = stage_of(ds_config), ds_config["train_micro_batch_size_per_gpu"]
     tried = re.search(r"[Tt]ried to allocate ([\d.]+ ?\w+)", str(error))
-    states = _states(cfg, ds_config, stage)
-    lacks_checkpointing = "activation_checkpointing" not in ds_config
-    changes = []
+    states, total = _states(cfg, ds_config, stage), _total()
+    kept = "activation_checkpointing" not in ds_config
+    of_activations, of_states = [], []
     if micro_batch > 1:
-        changes.append(f'"train_micro_batch_size_per_gpu": {micro_batch // 2} (half of the activations)')
-    if lacks_checkpointing:
-        changes.append('"activation_checkpointing": {} (most of the activations, for a third more computing)')
-    of_states = []
-    for higher in range(stage + 1, 4):
+        smaller = next(size for size in range(micro_batch // 2, 0, -1) if micro_batch % size == 0)
+        of_activations.append(f'"train_micro_batch_size_per_gpu": {smaller} ({1 - smaller / micro_batch:.0%} of them)')
+    if kept and _has_checkpointing:
+        of_activations.append('"activation_checkpointing": {} (most of them, for a third more computing)')
+    for higher in range(stage + 1, 2 if mesh.pipeline_size() > 1 else 4):
         saved = states - _states(cfg, ds_config, higher)
         if saved > 0:
-            of_states.append(f'"zero_optimization": {{"stage": {higher}}} ({_gb(saved)})')
-    if offload_device(ds_config, "optimizer") == "none":
-        saved = states - _states(cfg, ds_config, max(stage, 1), offloaded=True)
-        of_states.append(f'"offload_optimizer": {{"device": "cpu"}} at stage {max(stage, 1)} ({_gb(saved)})')
-    total = _total()
-    changes = of_states + changes if states > 0.8 * total else changes + of_states
+            of_states.append(f'"stage": {higher} ({_gb(saved)})')
+    for what, lowest in (("optimizer", 1), ("param", 3)):
+        if offload_device(ds_config, what) == "none" and mesh.pipeline_size() == 1:
+            saved = states - _states(cfg, ds_config, max(stage, lowest), offloaded=what)
+            of_states.append(f'"offload_{what}": {{"device": "cpu"}} at stage {max(stage, lowest)} ({_gb(saved)})')
+    changes = of_states + of_activations if states > 0.8 * total else of_activations + of_states
     return (
         f"out of memory: a rank's device has {_gb(total)}"
-        + (f" (tried to allocate {tried[1]})" if tried else "")
-        + f": ZeRO stage {stage}, {micro_batch} rows a micro-batch, "
-        f"{'no ' if lacks_checkpointing else ''}activation checkpointing; parameters, gradients and optimizer states "
-        f"take {_gb(states)} by the ZeRO paper, activations come on top; what to change in the DeepSpeed JSON, first "
-        f"things first, and what it saves: {', '.join(changes) or 'nothing is left: take more devices'}"
+        + (f", and was asked for {tried[1]} more" if tried else "")
+        + f"; at ZeRO stage {stage} parameters, gradients and optimizer states take {_gb(states)} of it (by the ZeRO "
+        f"paper), the activations of {micro_batch} rows come on top{'' if kept else ', though checkpointed'}; change "
+        f"in the DeepSpeed JSON, first things first (what it saves): {', '.join(changes) or 'nothing is left'}"
     )
 
 
-def _states(cfg: Any, ds_config: dict[str, Any], stage: int, offloaded: bool = False) -> float:
-    """Bytes on a rank's device."""
+def _states(cfg: Any, ds_config: dict[str, Any], stage: int, offloaded: str = "") -> float:
+    """Bytes on a rank's device. offloaded: what is offloaded beside what the config says."""
     each = bytes_each(stage, mesh.gradient_size(), 4 if cfg.precision in ("fp32", "tf32") else 2)
-    if offloaded or offload_device(ds_config, "optimizer") != "none":
+    if offloaded == "optimizer" or offload_device(ds_config, "optimizer") != "none":
         each["optimizer"] = 0.0
-    if offload_device(ds_config, "param") != "none":
+    if offloaded == "param" or offload_device(ds_config, "param") != "none":
         each["parameters"] = 0.0
     elements = {"parameters": _elements["parameters"], "gradients": _elements["trained"]}
     elements["optimizer"] = elements["gradients"]

@@ -34,6 +34,12 @@ def _whole(layer: Any, logits: torch.Tensor) -> torch.Tensor:
     return torch.cat([part[..., :size] for part, size in zip(parts, layer._partition_sizes, strict=True)], -1)
 
 
+def width(layer: Any) -> int:
+    """How many tokens of the vocabulary an output layer has; of one that is shared, the most that a rank has, which is
+    the same number on every rank."""
+    return max(getattr(layer, "_partition_sizes", None) or [getattr(layer, "out_features", 0) or len(layer.weight)])
+
+
 def is_part(logits: torch.Tensor) -> bool:
     """Whether these are the logits of this rank's part of the vocabulary."""
     return _part is not None and logits.shape[-1] < _part.vocab_size

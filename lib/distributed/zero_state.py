@@ -201,39 +201,40 @@ def shapes(engine: Any) -> dict[str, list[int]]:
     return found
 
 
-_frozen_sums: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
+_frozen_sizes: weakref.WeakKeyDictionary[torch.nn.Module, float] = weakref.WeakKeyDictionary()
 
 
-def frozen_sum(engine: Any) -> int:
-    """The sum of the bits of the frozen weights, read as whole numbers: 0 if all are trained. Every rank must call it.
+def frozen_size(engine: Any) -> float:
+    """The sum of the absolute values of all frozen weights; 0 if all are trained. Every rank must call it.
 
-    It is the same at every stage and on any ranks, so that weights that no checkpoint holds are known again.
+    But for rounding it is the same at every stage and on any ranks, so that weights that no checkpoint holds are known
+    again.
     """
     model = model_of(engine)
-    if model not in _frozen_sums:
-        _frozen_sums[model] = _sum_frozen(engine)
-    return _frozen_sums[model]
+    if model not in _frozen_sizes:
+        total = torch.tensor(_frozen_here(engine), dtype=torch.float64, device=ranks.device())
+        dist.all_reduce(total)
+        _frozen_sizes[model] = float(total)
+    return _frozen_sizes[model]
 
 
-def _sum_frozen(engine: Any) -> int:
-    total, kinds = 0, {1: torch.int8, 2: torch.int16, 4: torch.int32}
+def _frozen_here(engine: Any) -> float:
+    """This rank's share of frozen_size."""
+    share = 0.0
     for parameter in model_of(engine).parameters():
         if parameter.requires_grad:
             continue
         held = parameter.detach()
         counts = layout(parameter) is not None or mesh.tensor_rank() == 0
         if stage_of(engine.config) == 3:
-            length = parameter.ds_tensor.numel()
-            begin = dist.get_rank(parameter.ds_process_group) * length
+            begin = dist.get_rank(parameter.ds_process_group) * parameter.ds_tensor.numel()
             held = parameter.ds_tensor.detach()[: max(0, parameter.ds_numel - begin)]  # the last ranks' may be padding
             counts = counts or _is_cut_over_all_ranks(parameter)
         elif mesh.gradient_rank() > 0:  # the first has all of it
             continue
-        if counts:
-            total += int(held.contiguous().view(kinds[held.element_size()]).sum(dtype=torch.int64))
-    everywhere = torch.tensor(total, device=ranks.device())
-    dist.all_reduce(everywhere)
-    return int(everywhere)
+        if counts and held.numel():
+            share += float(torch.linalg.vector_norm(held, 1, dtype=torch.float64))
+    return share
 
 
 def buffers(engine: Any) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from lib.data.batches import IGNORED
+from lib.distributed import vocabulary
 from lib.models.losses import token_losses
 
 LOGITS_AT_ONCE = 2**26  # 256 MiB in fp32; as much again for each of the few tensors that a loss makes of them
@@ -48,7 +49,7 @@ def at_labels(model: Any, labels: torch.Tensor, of_logits: OfLogits) -> Iterator
     bounds them, for example), they are computed whole.
     """
     layer = model.get_output_embeddings()
-    if layer is None or not _ends_the_model(model, layer):
+    if layer is None or not _ends_the_model(model, layer, labels.device):
         has_label = (labels != IGNORED)[..., None]
         yield lambda output: of_logits(output.logits.float(), labels) * has_label
         return
@@ -66,7 +67,7 @@ def _in_pieces(
     def found_in(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return of_logits(logits_of(states[None]).float(), targets[None])[0].float()
 
-    at_once = max(1, LOGITS_AT_ONCE // len(layer.weight))  # at stage 3 it is whole now
+    at_once = max(1, LOGITS_AT_ONCE // vocabulary.width(layer))
     parts = list(zip(torch.split(states, at_once), torch.split(targets, at_once), strict=True))
     found = torch.cat(
         [checkpoint(found_in, *part, use_reentrant=False) if len(parts) > 1 else found_in(*part) for part in parts]
@@ -88,11 +89,11 @@ def _replaced_forward(layer: Any, replacement: Callable[..., torch.Tensor]) -> I
             del layer.forward
 
 
-def _ends_the_model(model: Any, layer: Any) -> bool:
+def _ends_the_model(model: Any, layer: Any, device: torch.device) -> bool:
     """Whether what the output layer gives is what the model gives; found out once, by giving it other numbers."""
     if model not in _is_last:
         was_training = model.training
-        tokens = torch.tensor([[1, 2]], device=next(model.parameters()).device)
+        tokens = torch.tensor([[1, 2]], device=device)
         inputs = {"input_ids": tokens} | ({"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {})
         with torch.no_grad(), _replaced_forward(layer, lambda hidden, _: torch.full_like(hidden[..., :1], 100.0)):
             output = model.eval()(**inputs).logits

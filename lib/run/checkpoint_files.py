@@ -39,6 +39,7 @@ from lib.distributed.zero_state import (
     WEIGHT,
     Layout,
     buffers,
+    frozen_size,
     layouts,
     make_optimizer_state,
     optimizer_state,
@@ -114,7 +115,7 @@ def write(parent: Path, engine: Any, facts: Manifest) -> str | None:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
 
-    kinds, scalars = optimizer_state(engine)
+    (kinds, scalars), frozen = optimizer_state(engine), frozen_size(engine)
     written: list[Manifest] = []
     problem = ranks.on_rank0(lambda: _problem_of(begin))
     if problem is None:
@@ -132,6 +133,7 @@ def write(parent: Path, engine: Any, facts: Manifest) -> str | None:
             "shapes": shapes(engine),
             "kinds": kinds,
             "scalars": scalars,
+            "frozen": frozen,
         }
         manifest["files"] = {file.pop("name"): file for (file,) in files}
         (unfinished / MANIFEST).write_text(
@@ -222,11 +224,11 @@ class _Facts(BaseModel):
     step: NonNegativeInt
     samples: NonNegativeInt
     rows: NonNegativeInt
-    # The fingerprints of the rows and of the tokens made of them, and the sum of the frozen weights; the first
+    # The fingerprints of the rows and of the tokens made of them, and the size of the frozen weights; the first
     # checkpoints of this format lack them.
     data: str | None = None
     sample: str | None = None
-    frozen: int | None = None
+    frozen: float | None = None
     skipped_steps: NonNegativeInt
     score: float | None
     seconds: float

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.distributed import ranks
-from lib.distributed.zero_state import frozen_sum, loss_scaler, shapes
+from lib.distributed.zero_state import frozen_size, loss_scaler, shapes
 from lib.errors import UserError, display_path
 from lib.run import checkpoint_files
 from lib.run.checkpoint_files import Manifest
@@ -101,7 +101,6 @@ class Checkpoints:
         scored_at, score = self._step_score
         facts = self.facts() | {
             "step": step,
-            "frozen": frozen_sum(self.engine),
             "samples": step * self.cfg.batch_size,  # the position in the data, whatever the number of ranks
             "skipped_steps": self.metrics.skipped_steps,
             "score": score if scored_at == step and math.isfinite(score) else None,
@@ -174,7 +173,9 @@ class Checkpoints:
 
 def load(folder: Path, manifest: Manifest, engine: Any) -> None:
     """Bring the engine, its schedule and its counters to those of a checkpoint. Every rank must call it."""
-    if manifest.get("frozen") not in (None, frozen_sum(engine)):
+    frozen = frozen_size(engine)
+    # A model that an adapter has been merged into is rounded otherwise on another kind of CPU.
+    if not math.isclose(manifest.get("frozen", frozen), frozen, rel_tol=1e-6):
         raise UserError(
             f"{display_path(folder)} was trained beside other frozen weights than the model has now; "
             "set them back, or start a new run"

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch.distributed
 
 from lib.distributed import memory, ranks
-from lib.errors import EXIT_SECONDS, FAULT, INTERRUPTED, MISTAKE, Stopped, UserError
+from lib.errors import EXIT_SECONDS, FAULT, INTERRUPTED, MISTAKE, OutOfMemory, Stopped, UserError
 from lib.run.console import Console
 from lib.settings.config import parse
 from lib.settings.ds_config import load_ds_config
@@ -42,7 +42,7 @@ def cli(main: Callable[..., Any], config_class: type[Any]) -> None:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(20)
         print(f"error: {f'rank {rank}: ' if rank else ''}{' '.join(str(error).split())}", file=console)
-        leave(MISTAKE)
+        leave(FAULT if isinstance(error, OutOfMemory) else MISTAKE)
     except KeyboardInterrupt:  # before training; from then on it saves and stops
         leave(INTERRUPTED)
     except Exception as error:
@@ -62,12 +62,14 @@ def cli(main: Callable[..., Any], config_class: type[Any]) -> None:
 
 
 def train(main: Callable[..., Any], cfg: Any, ds_config: dict[str, Any]) -> None:
-    """Call main(cfg, ds_config). Raises UserError where the memory does not suffice: another start would fail too."""
+    """Call main(cfg, ds_config). Raises OutOfMemory where the memory does not suffice, and leaves the traceback in the
+    log."""
     try:
         main(cfg, ds_config)
     except Exception as error:
         if memory.is_out_of_memory(error):
-            raise UserError(memory.answer(error, cfg, ds_config)) from None
+            traceback.print_exc()
+            raise OutOfMemory(memory.answer(error, cfg, ds_config)) from None
         raise
 
 

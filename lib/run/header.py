@@ -46,7 +46,7 @@ def header_lines(run: Any, rows: dict[str, int], notes: Sequence[str]) -> list[s
         path, manifest = run.checkpoint
         writers = f"written at ZeRO stage {manifest['stage']} by {_ranks(manifest['world_size'])}"
         lines["resume"] = f"after step {manifest['step']} of {path.name}, {writers}"
-    if cfg.precision == "fp32" and not on_cpu:
+    if cfg.precision == "fp32" and not on_cpu and torch.cuda.is_bf16_supported(including_emulation=False):
         notes = [*notes, "fp32 is slow on a GPU: --precision bf16, or tf32, takes a fraction of the time"]
     return [f"{name:<9}{text}" for name, text in lines.items()] + [
         f"note     {note}" for note in [*run.notes, *(splits.notes if splits is not None else []), *notes]

@@ -113,8 +113,8 @@ def check_data(checkpoint: Checkpoint, data: dict[str, Any], total_steps: int, d
         )
     if manifest.get("sample", data["sample"]) != data["sample"]:
         raise UserError(
-            f"{display_path(folder)} was trained on the same texts in other tokens: the model's tokenizer or its chat "
-            "template has changed; set it back, or start a new run"
+            f"{display_path(folder)} was trained on the same texts cut into other tokens: the model's tokenizer or its "
+            "chat template has changed; set it back, or start a new run"
         )
     if manifest["step"] > total_steps:
         raise UserError(

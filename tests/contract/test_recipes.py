@@ -113,6 +113,8 @@ def cases_of(recipe: str, folder: Path) -> dict[str, list[str]]:
     learn = case("learn", "zero2", ",".join(["lr_schedule=constant,max_steps=150", *settings_of_learn]), 4)
     other = case("other", "zero2", f"{other_settings(recipe)},{SAVING}")
     variants = [case(name, "zero3", with_variant(name)) for name in variants_on_ranks(recipe)]
+    if is_large(recipe):
+        variants.append(case("large_zero3", "large_zero3", FP32))
     if "lora" in variants_of(recipe):
         config = "zero3" if ALL else "zero2"
         variants.append(case("checkpointed", config, with_variant("lora"), activation_checkpointing={}))
@@ -158,6 +160,11 @@ def shared_variants(recipe: str, config: str) -> list[str]:
     """Those that are trained under this config of tensor or sequence parallelism too."""
     names = ("lora", "new_tokens") if ALL or config.startswith("tp") else ("lora",)
     return [name for name in names if name in variants_of(recipe)]
+
+
+def is_large(recipe: str) -> bool:
+    """Whether it has a config for models that barely fit, with activation checkpointing."""
+    return (ROOT / "ds_configs" / recipe / "large_zero3.json").is_file()
 
 
 def is_whole(recipe: str) -> bool:
@@ -224,6 +231,8 @@ def steps_of(run: Path) -> list[dict[str, Any]]:
 def test_every_stage_trains_as_plain_torch_does(runs: tuple[str, Path]) -> None:
     for config in configs_of(runs[0]):
         assert difference(runs, f"{config}_fp32-2", "plain-1") < 1e-5
+    if is_large(runs[0]):
+        assert difference(runs, "large_zero3-2", "plain-1") < 1e-5
 
 
 def test_every_variant_trains_as_plain_torch_does(runs: tuple[str, Path]) -> None:

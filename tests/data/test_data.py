@@ -3,7 +3,9 @@
 import functools
 import importlib
 import json
+import random
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from lib.data.batches import (
     IGNORED,
     StepRows,
     evaluation_batches,
+    in_reach_of,
     pad_tokens,
     random_numbers,
     rows_of_steps,
@@ -284,15 +287,37 @@ def test_the_next_step_is_made_while_this_one_is_computed() -> None:
     before = threading.active_count()
 
     def note(part: dict[str, Any]) -> dict[str, torch.Tensor]:
-        assert threading.get_ident() != main
-        made.release()
+        if threading.get_ident() != main:
+            made.release()
         return collate(part)
 
     batches: Any = training_batches(rows, note, **BATCHES)
-    for _ in range(2 * len(next(batches))):
+    for _ in next(batches):  # and as many of the next step
         assert made.acquire(timeout=20)
     batches.close()
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("draw", [lambda: torch.rand(1), lambda: np.random.rand(), random.random])
+def test_a_collate_that_draws_from_a_global_generator_is_refused(draw: Callable[[], Any]) -> None:
+    rows = Dataset.from_dict({"value": list(range(64))})
+    with pytest.raises(UserError, match="collate draws from the global random generator"):
+        next(training_batches(rows, lambda part: (draw(), collate(part))[1], **BATCHES))
+
+
+def test_what_is_pinned_is_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch cannot pin an expanded tensor, and there is no GPU here to say so."""
+    pinned: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    batch = {"position_ids": torch.arange(4).expand(3, 4), "value": torch.ones(2)}
+    found = in_reach_of(torch.device("cuda"), batch)
+    assert len(pinned) == 2 and all(tensor.is_contiguous() for tensor in pinned)
+    assert torch.equal(found["position_ids"], batch["position_ids"])
 
 
 def test_a_fault_is_raised_at_the_step_that_has_it() -> None:

@@ -435,7 +435,9 @@ def test_a_run_goes_on_with_the_same_rows_only(tmp_path: Path) -> None:
             restored(splits, manifest)
     with pytest.raises(UserError, match=r"trained on 7 rows, but dataset x.jsonl now gives others, though as many"):
         restored(other, manifest)
-    with pytest.raises(UserError, match="in other tokens: the model's tokenizer or its chat template has changed"):
+    with pytest.raises(
+        UserError, match="cut into other tokens: the model's tokenizer or its chat template has changed"
+    ):
         restored(same, manifest | {"sample": "other tokens"})
     with pytest.raises(UserError, match="beyond the 0 steps"):
         restored(same, {"rows": 7, "step": 2})  # the manifest of an earlier version

@@ -28,7 +28,7 @@ from lib.distributed.export import export
 from lib.distributed.loading import constants, load_model
 from lib.distributed.optimizer import make_adamw
 from lib.distributed.repairs import repair_stage0
-from lib.distributed.zero_state import frozen_sum
+from lib.distributed.zero_state import frozen_size
 from lib.errors import ROOT
 from lib.models.losses import token_losses
 
@@ -77,7 +77,7 @@ def main(where: str, *configs: str) -> None:
                 model=model, optimizer=make_adamw(cfg, model, ds_config), config=ds_config
             )
             repair_stage0(engine)
-            frozen = frozen_sum(engine)
+            frozen = frozen_size(engine)
             before = {key: tensor.clone() for key, tensor in constants(engine.module).items()}
             loss = token_losses(engine(input_ids=ids[:, :-1]).logits.float(), ids[:, 1:]).mean()
             engine.backward(loss)

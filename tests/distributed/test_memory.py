@@ -35,32 +35,52 @@ def _model() -> None:
     memory.note(torch.nn.ParameterList(parameters))
 
 
-def test_what_was_tried_and_what_each_change_saves() -> None:
-    text = answer(ds_config(1), _total=lambda: 80 * 10**9)
-    assert (
-        "ZeRO stage 1, 8 rows a micro-batch, no activation checkpointing" in text
-        and "a rank's device has 80.0 GB" in text
-    )
+def changes_in(text: str) -> list[tuple[str, str]]:
+    """[(key, what the change saves), ...]"""
+    return re.findall(r'"(\w+)": [^(]*\(([^)]*)\)', text.split("what it saves): ")[1])
+
+
+def test_what_was_asked_for_and_what_each_change_saves() -> None:
+    text = answer(ds_config(1, micro_batch=9), _total=lambda: 80 * 10**9, _has_checkpointing=True)
+    assert "a rank's device has 80.0 GB, and was asked for " in text and "the activations of 9 rows" in text
     # Parameters 2 x 1.0, gradients 2 x 0.9, optimizer states 12 x 0.9 / 4.
-    assert "states take 6.5 GB" in text
-    changes = text.split("what it saves: ")[1]
-    assert re.findall(r'"(\w+)": (?:\{"\w+": )?"?(\w*)', changes) == [
-        ("train_micro_batch_size_per_gpu", "4"), ("activation_checkpointing", ""),
-        ("zero_optimization", "2"), ("zero_optimization", "3"), ("offload_optimizer", "cpu"),
+    assert "at ZeRO stage 1 parameters, gradients and optimizer states take 6.5 GB" in text
+    # Stage 2 keeps a quarter of the gradients, stage 3 of the parameters too; what is offloaded takes nothing.
+    assert changes_in(text) == [
+        ("train_micro_batch_size_per_gpu", "67% of them"),
+        ("activation_checkpointing", "most of them, for a third more computing"),
+        ("stage", "1.4 GB"), ("stage", "2.9 GB"), ("offload_optimizer", "2.7 GB"), ("offload_param", "3.4 GB"),
     ]  # fmt: skip
-    # Stage 2 keeps a quarter of the gradients, stage 3 of the parameters too; offloading leaves no optimizer states.
-    assert re.findall(r"\(([\d.]+) GB\)", changes) == ["1.4", "2.9", "2.7"]
+    assert '"train_micro_batch_size_per_gpu": 3' in text  # which divides 9
 
 
 def test_states_that_do_not_fit_come_first() -> None:
     text = answer(ds_config(0), _total=lambda: 16 * 10**9)
-    changes = text.split("what it saves: ")[1]
-    assert changes.index('{"stage": 1}') < changes.index("micro_batch")
+    assert [key for key, _ in changes_in(text)] == [
+        "stage", "stage", "stage", "offload_optimizer", "offload_param", "train_micro_batch_size_per_gpu"
+    ]  # fmt: skip
 
 
 def test_what_is_done_already_is_not_advised() -> None:
-    config = ds_config(3, 1, offload_optimizer={"device": "cpu"}) | {"activation_checkpointing": {}}
-    assert answer(config, _total=lambda: 80 * 10**9).endswith("nothing is left: take more devices")
+    everything: dict[str, Any] = {f"offload_{what}": {"device": "cpu"} for what in ("optimizer", "param")}
+    config = ds_config(3, 1, **everything) | {"activation_checkpointing": {}}
+    assert answer(config, _has_checkpointing=True).endswith("nothing is left")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("ncclUnhandledCudaError: Cuda failure 2 'out of memory'"), True),
+        (MemoryError("Unable to allocate 8.00 TiB for an array"), False),  # of the host, and no device's
+        (RuntimeError("shapes differ"), False),
+    ],
+)
+def test_errors_of_memory_are_known_by_their_words(error: Exception, expected: bool) -> None:
+    assert memory.is_out_of_memory(error) == expected
+    memory.note(torch.nn.Sequential())
+    assert not memory.is_out_of_memory(error)  # before there is a model
 
 
 def test_another_error_stays_what_it_is() -> None:

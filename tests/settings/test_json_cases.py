@@ -14,6 +14,7 @@ import deepspeed
 import pytest
 import torch
 from conftest import ROOT
+from datasets import Dataset
 from deepspeed.accelerator import get_accelerator
 
 from lib.distributed.loading import load_model
@@ -187,6 +188,7 @@ def test_notes_are_in_the_header_of_the_run(tmp_path: Path, one_rank: None, capf
     given: dict[str, Any] = {"run_dir": str(tmp_path / "run"), "max_steps": "1"}
     filled = load(tmp_path, auto(checkpoint={"load_universal": True}), world_size=1, **given)
     run = Run(settings(**given), filled, recipe.__file__)
+    run.plan(Dataset.from_dict({"number": [1, 2, 3]}))
     module = torch.nn.Linear(2, 2)
     monitor = SimpleNamespace(enabled=False)
     run.attach(SimpleNamespace(module=module, monitor=monitor, zero_optimization=lambda: True, lr_scheduler=None), {})
