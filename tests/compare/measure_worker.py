@@ -1,4 +1,4 @@
-"""Runs main() of causal_lm or pipeline_lm under lib/compare/measure.py's Meter, many configs in one launch.
+"""Runs main() of causal_lm, pipeline_lm or sft under lib/compare/measure.py's Meter, many configs in one launch.
 
 Used by tests/compare/test_compare.py. Arguments: folder, case ... A case is NAME:JSON:setting=value,... For each case
 folder/NAME-WORLD_SIZE holds a rank-<rank>.json of each rank, and the run itself in run/.
@@ -28,6 +28,7 @@ from lib.settings.ds_config import load_ds_config, read_json
 
 causal_lm: Any = importlib.import_module("recipes.causal_lm")
 pipeline_lm: Any = importlib.import_module("recipes.pipeline_lm")
+sft: Any = importlib.import_module("recipes.sft")
 real_batches = batches.training_batches
 # Settings of a model whose matrices are larger than stage3_param_persistence_threshold and whose norms are smaller.
 WIDE = "hidden_size=384,intermediate_size=512,vocab_size=300"
@@ -73,7 +74,7 @@ def main(where: str, *cases: str) -> None:
             setting.split("=") for setting in settings.split(",")
         )
         ds_config = read_json(Path(json_path))
-        recipe = pipeline_lm if "pipeline" in ds_config else causal_lm
+        recipe = pipeline_lm if "pipeline" in ds_config else sft if name.startswith("lora") else causal_lm
         given |= {"samples": "0"} if recipe is causal_lm else {}
         cfg: Any = config.load(recipe.Config, Path(recipe.__file__).with_suffix(".yaml"), given, quick=True)
         ds_config = load_ds_config(Path(json_path), cfg, world_size)

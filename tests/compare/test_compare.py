@@ -121,6 +121,7 @@ if ALL:
     CASES[1] += [("default", 2, "bf16")]
     CASES[2] += [("default", 1, "fp32"), ("paper", 1, "fp32")]
     CASES[4] = [("default", 2, "fp32"), ("paper", 1, "bf16")]
+WITH_ADAPTER = ("zero0", "zero2", "zero3")
 EVERY_CASE = [(ranks, config, *case) for ranks, cases in CASES.items() for case in cases for config in CONFIGS]
 # Configs under which ranks share layers, rows or experts, or have layers of their own, by the number of ranks.
 SHARING = {
@@ -146,6 +147,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 arguments.append(f"{name}:{path}:{WIDE},tie_embeddings={tied},batch_size={BATCH},precision={precision}")
         if ranks == 1:
             arguments.append(arguments[0].replace("zero0_", "slow_", 1))
+        if ranks == 2:
+            settings = f"lora_rank=4,scored_rows=2,batch_size={BATCH},precision=bf16"
+            arguments += [f"lora_{config}:{folder / config}_paper_2_bf16-2.json:{settings}" for config in WITH_ADAPTER]
         run_ranks(ranks, "measure_worker", folder, *arguments)
     return folder
 
@@ -177,6 +181,23 @@ def test_states_and_traffic_are_what_theory_says(
     assert sent == pytest.approx(traffic.total, rel=0.05, abs=1e-9)
     if ranks > 1 and preset == "paper" and accumulation == 1:
         assert sent == pytest.approx(traffic.paper, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", WITH_ADAPTER)
+def test_frozen_weights_cost_neither_gradients_nor_optimizer_states(measured: Path, config: str) -> None:
+    """Of SmolLM2's kind of model with an adapter, in bf16: 2 bytes of gradients and 12 of states for what is trained."""
+    ds_config = json.loads((measured / f"{config}_paper_2_bf16-2.json").read_text())
+    for rank in ranks_of(measured, f"lora_{config}", 2):
+        held = {kind: sum(places.values()) for kind, places in rank["held"].items()}
+        trained, whole, stage = (rank["facts"][name] for name in ("trained", "parameters", "stage"))
+        assert trained < whole / 20
+        assert held["gradients"] <= 2 * 1.1 * trained and held["optimizer"] <= 12 * 1.1 * trained
+        assert held["parameters"] == pytest.approx(2 * whole / (2 if stage == 3 else 1), rel=0.05)
+        expected = theory.states(ds_config, rank["facts"])
+        assert {kind: held[kind] for kind in theory.KINDS} == {
+            kind: pytest.approx(expected[kind].total, rel=0.05) for kind in theory.KINDS
+        }
 
 
 @pytest.fixture(scope="module", params=SHARING)
