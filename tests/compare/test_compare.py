@@ -186,7 +186,7 @@ def test_states_and_traffic_are_what_theory_says(
 @pytest.mark.slow
 @pytest.mark.parametrize("config", WITH_ADAPTER)
 def test_frozen_weights_cost_neither_gradients_nor_optimizer_states(measured: Path, config: str) -> None:
-    """Of SmolLM2's kind of model with an adapter, in bf16: 2 bytes of gradients and 12 of states for what is trained."""
+    """Of a model like SmolLM2 with an adapter, in bf16: 2 bytes of gradients and 12 of states for what is trained."""
     ds_config = json.loads((measured / f"{config}_paper_2_bf16-2.json").read_text())
     for rank in ranks_of(measured, f"lora_{config}", 2):
         held = {kind: sum(places.values()) for kind, places in rank["held"].items()}
