@@ -38,11 +38,10 @@ from lib.settings.ds_config import load_ds_config
 
 def tensors_of(output: Any) -> list[torch.Tensor]:
     """What a model answered: logits, hidden states."""
-    return (
-        [output]
-        if isinstance(output, torch.Tensor)
-        else [part for part in output.to_tuple() if isinstance(part, torch.Tensor)]
-    )
+    if isinstance(output, torch.Tensor):
+        return [output]
+    parts = output if isinstance(output, tuple) else output.to_tuple()
+    return [part for part in parts if isinstance(part, torch.Tensor)]
 
 
 def small_encoder(folder: Path) -> Path:
