@@ -109,7 +109,7 @@ def _ends_its_twin(model: Any, inputs: dict[str, torch.Tensor]) -> bool:
     """
     given: list[torch.Tensor] = []
     with torch.device("meta"), torch.no_grad(), initialization.no_init_weights():
-        twin = type(model)(model.config).eval()
+        twin = type(model)(model.config).to(torch.bfloat16).eval()  # some kernels for experts know no other
         twin.get_output_embeddings().register_forward_hook(lambda _, __, output: given.append(output))
         logits = twin(**{name: ids.to("meta") for name, ids in inputs.items()}).logits
     return len(given) == 1 and logits is given[0]

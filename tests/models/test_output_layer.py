@@ -26,6 +26,7 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 MORE: dict[str, dict[str, Any]] = {
     "granite": {"logits_scaling": 2.0},
+    "mixtral": {"num_key_value_heads": 4, "num_local_experts": 4},
     "t5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0},
     "bart": {
         "d_model": 32,
@@ -36,7 +37,10 @@ MORE: dict[str, dict[str, Any]] = {
         "dropout": 0.0,
     },
 }
-DECODERS, ENCODERS = ("llama", "granite", "gpt2", "gemma2"), ("bert", "roberta", "modernbert", "electra", "distilbert")
+DECODERS, ENCODERS = (
+    ("llama", "granite", "gpt2", "gemma2", "mixtral"),
+    ("bert", "roberta", "modernbert", "electra", "distilbert"),
+)
 ENCODER_DECODERS = ("t5", "bart", "composed")
 CHANGED_BEHIND = {"granite", "gemma2", "bart"}  # whose logits are not those of the output layer
 
@@ -98,6 +102,14 @@ def test_the_loss_in_pieces(architecture: str, monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
     assert max(widest) == (ids.numel() if architecture in CHANGED_BEHIND else AT_ONCE)
     assert model(**inputs).logits.shape[-1] == VOCABULARY  # as before
+
+
+@pytest.mark.parametrize("architecture", ["llama", "granite", "gemma2", "mixtral", "modernbert", "t5", "composed"])
+def test_a_twin_without_numbers_says_what_a_pass_would(architecture: str) -> None:
+    model, ids = model_of(architecture), torch.tensor([[1, 2]])
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if architecture in ENCODER_DECODERS else {})
+    said = output_layer._passes_numbers_on(model, model.get_output_embeddings(), inputs)
+    assert output_layer._ends_its_twin(model, inputs) == said == (architecture not in CHANGED_BEHIND)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "granite"])
