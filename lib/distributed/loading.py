@@ -67,6 +67,9 @@ def load_model(build: Callable[[], torch.nn.Module], ds_config: dict[str, Any], 
             model.generation_config = generation_config
         names = _names(model)
         ranks.on_rank0(lambda: _check_names(_names(whole[0]), names))
+        frozen = ranks.on_rank0(lambda: {n for n, found in whole[0].named_parameters() if not found.requires_grad})
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in frozen)
         source = dict(whole[0].named_parameters()) if whole else {}
         with torch.no_grad():
             for name, parameter in model.named_parameters():
