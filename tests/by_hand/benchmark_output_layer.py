@@ -76,7 +76,9 @@ def main() -> None:
     for vocabulary in VOCABULARIES:
         for how in HOW:
             command = [sys.executable, __file__, "--rows", str(options.rows), "--one", how, str(vocabulary)]
-            found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            found = json.loads(
+                subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+            )
             print(
                 f"{vocabulary:>8} tokens  {how:<7} {found['peak_gb']:6.2f} GB  {found['seconds']:6.2f} s a step  "
                 f"loss {found['loss']:.6f}",
