@@ -2,7 +2,7 @@
 # From nothing to a model that answers as you want: pre-train, instruct, prefer, talk, compare.
 #
 #     docs/story.sh            # three quarters of an hour on 2 CPU cores
-#     docs/story.sh --quick    # two minutes, to see that all works: tiny models, which say nothing of sense
+#     docs/story.sh --quick    # three minutes, to see that all works: tiny models, which say nothing of sense
 #
 # Started again, it goes on where it was. The minutes beside the lines are of 2 CPU cores.
 set -euo pipefail
