@@ -118,8 +118,10 @@ def of_all(engine: Any, rows: Dataset, collate: Any, pairs: int, what: str = "ev
 def before_training(run: Run, engine: Any, rows: Dataset, collate: Any, split: str) -> torch.Tensor:
     """[rows, 2]: the log-probabilities of the pairs by the model before training; NaN of pairs that no step takes."""
     count = len(rows)
-    in_steps = rows_of_steps(run.total_steps, count, run.cfg.batch_size, run.cfg.seed)
-    needed = in_steps if split == "train" else np.arange(count)
+    if split == "train":
+        needed = rows_of_steps(run.total_steps, count, run.cfg.batch_size, run.cfg.seed)
+    else:
+        needed = np.arange(count)
     what = f"log-probabilities of {len(needed):,} {split} pairs"
     found = run.kept(
         what, lambda: of_all(engine, rows.select(needed), collate, run.micro_batch_size, f"{what} before").tolist()

@@ -263,7 +263,7 @@ def code_version(recipe: str, settings: list[str]) -> tuple[str, str]:
         if file.parent.name != "compare" or file.name == "measure.py"
     ]
     files += [ROOT / "recipes" / f"{recipe}.py", ROOT / "recipes" / f"{recipe}.yaml"]
-    # A value may name a file, such as a data set. Path.is_file would raise an error where it is too long for a name.
+    # A value may name a file, such as a data set.
     values = [part.partition("=")[2] or part for part in settings]
     # Path.is_file raises an error where a value, such as a prompt, is too long for a name.
     files += [Path(value) for value in values if os.path.isfile(value)]  # noqa: PTH113

@@ -18,12 +18,8 @@ from lib.compare import theory
 from lib.errors import UserError, display_path
 
 Row = dict[str, Any]
-TOLERANCE = {
-    "fp32": 1e-5,
-    "tf32": 1e-3,
-    "bf16": 2e-3,
-    "fp16": 2e-3,
-}  # relative differences of a loss up to this are rounding
+# Relative differences of a loss up to this are rounding.
+TOLERANCE = {"fp32": 1e-5, "tf32": 1e-3, "bf16": 2e-3, "fp16": 2e-3}
 BUBBLE_OFF = 0.05  # of a step; a bubble that is larger by more is noted
 STATES_OFF, TRAFFIC_OFF = 0.01, 0.05  # a figure that differs from theory by a larger part is not described by theory
 NOTED = 0.01  # differences from the paper that are larger than this part of the paper's figure are noted

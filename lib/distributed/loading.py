@@ -67,6 +67,7 @@ def load_model(build: Callable[[], torch.nn.Module], ds_config: dict[str, Any], 
             model.generation_config = generation_config
         names = _names(model)
         ranks.on_rank0(lambda: _check_names(_names(whole[0]), names))
+        # The class made them anew, so that what build() has frozen would be trained.
         frozen = ranks.on_rank0(lambda: {n for n, found in whole[0].named_parameters() if not found.requires_grad})
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in frozen)

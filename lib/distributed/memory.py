@@ -12,7 +12,6 @@ from lib.settings.ds_config import offload_device, stage_of
 from lib.settings.states import bytes_each
 
 LARGEST_BUCKET = 500_000_000  # elements; DeepSpeed's default
-
 NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # of CUDA, NCCL, cuBLAS, and torch on a CPU
 
 _elements = {"parameters": 0, "trained": 0}  # of the whole model

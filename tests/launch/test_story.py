@@ -7,7 +7,7 @@ from conftest import ALL, ROOT, SCRIPTS, execute
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not ALL, reason="two minutes, of what other tests check one by one")
+@pytest.mark.skipif(not ALL, reason="three minutes, of what other tests check one by one")
 def test_the_story_runs(tmp_path: Path) -> None:
     done = execute([ROOT / "docs" / "story.sh", "--quick"], STORY_FOLDER=str(tmp_path), PATH=f"{SCRIPTS}:/usr/bin:/bin")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
