@@ -57,6 +57,7 @@ class Run:
         self.metrics = Metrics(self.folder, cfg.log_every, self.output, started=started, seconds_before=seconds_before)
         place_monitors(ds_config, self.folder)
         self.total_steps = self.resumed_at = 0
+        self._stream: batches.Streamed | None = None  # the training rows, if they are one
 
     def plan(self, rows: Any, splits: Splits | None = None) -> None:
         """Set total_steps to what the settings max_steps and epochs ask for on these training rows.
@@ -89,10 +90,11 @@ class Run:
         ranks.on_rank0(lambda: self.checkpoints.prepare(self._run_folder.overwritten_bytes()))
         self._end_step = StepEnd(self.cfg, engine, **parts, checkpoints=self.checkpoints)
 
-    def _facts(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the run, beside the engine's state."""
+    def _facts(self, step: int) -> dict[str, Any]:
+        """What a checkpoint of the state after a step keeps of the run, beside the engine's state."""
         facts = {"stage": stage_of(self.ds_config), "settings": dataclasses.asdict(self.cfg), "versions": versions()}
-        return {"recipe": self.recipe, **self._data, **facts}
+        stream = {"stream": self._stream.position(step)} if self._stream is not None else {}
+        return {"recipe": self.recipe, **self._data, **facts, **stream}
 
     def _begin(self) -> None:
         """Only now, when training begins, does anything change in a run folder that was there before."""
@@ -112,6 +114,8 @@ class Run:
         """
         self._begin()
         cfg = self.cfg
+        if isinstance(rows, batches.Streamed):
+            self._stream, rows.state = rows, self.checkpoint[1]["stream"] if self.checkpoint is not None else None
         sizes = {"batch_size": cfg.batch_size, "micro_batch_size": self.micro_batch_size, "seed": cfg.seed}
         order: Any = {"lengths": lengths, "packing": packing, "start": self.resumed_at}
         step_batches = batches.training_batches(rows, collate, device=self.device, **sizes, **order)
