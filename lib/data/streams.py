@@ -31,6 +31,9 @@ WEIGHTED = re.compile(r"(.+)=(\d+\.?\d*|\.\d+)")  # a data set of a mixture
 
 Place = tuple[int, int, int]  # of a data set: sources read before, repeats included; rows read of the next; characters
 
+# What is read before the first round that a rank still needs, and {row: (round, tokens taken)} of its rows.
+Position = tuple[dict[str, Any], dict[int, tuple[int, int]]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Part:
@@ -245,10 +248,16 @@ class StreamedBlocks(Streamed):
             del self.before[old]
 
     def position(self, step: int) -> dict[str, Any]:
+        found = ranks.gather_on_rank0(self.position_of_own(step))
+        return merged(found) if found else {}
+
+    def position_of_own(self, step: int) -> Position:
         rows = self.rows_after[step]
-        found = ranks.gather_on_rank0((self.before[min(round for round, _ in rows.values())], rows))
-        if not found:
-            return {}
-        everywhere = dict(itertools.chain.from_iterable(rows.items() for _, rows in found))
-        reader = min((reader for reader, _ in found), key=lambda reader: int(reader["round"]))
-        return {"reader": reader, "rows": [everywhere[row] for row in range(self.batch_size)]}
+        return self.before[min(round for round, _ in rows.values())], rows
+
+
+def merged(positions: Sequence[Position]) -> dict[str, Any]:
+    """The positions of all ranks as one `state`."""
+    rows = dict(itertools.chain.from_iterable(own.items() for _, own in positions))
+    reader = min((reader for reader, _ in positions), key=lambda reader: int(reader["round"]))
+    return {"reader": reader, "rows": [rows[row] for row in sorted(rows)]}

@@ -17,7 +17,7 @@ from datasets import load_dataset
 
 from lib.data.samples import load_sample
 from lib.data.sources import _of_streams
-from lib.data.streams import Documents, Part, StreamedBlocks, parts_of, stream_rows
+from lib.data.streams import Documents, Part, StreamedBlocks, merged, parts_of, stream_rows
 from lib.errors import UserError
 from lib.run import checkpoint_files
 
@@ -77,7 +77,7 @@ def test_rows_have_whole_documents_and_no_two_have_the_same(corpora: Path, texts
     documents = Documents(parts_of(str(corpora / "a"), "text")[0], "text")
     blocks = blocks_of(documents, 4, [0, 1, 2, 3])
     taken: dict[int, list[int]] = collections.defaultdict(list)
-    for step in range(150):
+    for step in range(300):
         found = blocks[list(range(step * 4, step * 4 + 4))]
         np.testing.assert_array_equal(found["input_ids"][:, 1:], found["labels"][:, :-1])
         for row in range(4):
@@ -100,24 +100,26 @@ def test_rows_go_on_where_they_were_whichever_rank_has_them(corpora: Path) -> No
     for step in range(60):
         found = [part[[step * 4 + row for row in part.own]]["input_ids"] for part in parts]
         np.testing.assert_array_equal(np.concatenate(found)[[0, 2, 3, 1]], expected[step])
-    again = blocks_of(documents, 4, [0, 1, 2, 3])
-    for step in range(31):  # one step ahead of training, which is at its 30th
-        again[list(range(step * 4, step * 4 + 4))]
-    state = json.loads(json.dumps(again.position(30)))
-    later = [blocks_of(documents, 4, own, state) for own in ([1], [0, 2, 3])]
-    for step in range(30, 60):
-        found = [part[[step * 4 + row for row in part.own]]["input_ids"] for part in later]
-        np.testing.assert_array_equal(np.concatenate(found)[[1, 0, 2, 3]], expected[step])
+    for at in (3, 30):
+        again = [blocks_of(documents, 4, own) for own in ([0], [1, 2, 3])]
+        for step in range(at + 1):  # one step ahead of training
+            for part in again:
+                part[[step * 4 + row for row in part.own]]
+        state = json.loads(json.dumps(merged([part.position_of_own(at) for part in again])))
+        later = [blocks_of(documents, 4, own, state) for own in ([1], [0, 2, 3])]
+        for step in range(at, 60):
+            found = [part[[step * 4 + row for row in part.own]]["input_ids"] for part in later]
+            np.testing.assert_array_equal(np.concatenate(found)[[1, 0, 2, 3]], expected[step])
 
 
 @pytest.mark.usefixtures("one_rank")
 def test_what_is_held_out_is_in_no_training_document(corpora: Path) -> None:
     splits = stream_rows(f"{corpora}/a=0.5,{corpora}/b.jsonl=0.5", "text", held_out=6, max_steps=1)
-    assert len(splits["validation"]) == len(splits["test"]) == 6 and len(splits["train"]) == 240 - 12
+    assert len(splits["validation"]) == len(splits["test"]) == 6
     held_out = {*splits["validation"]["text"], *splits["test"]["text"]}
     assert len(held_out) == 12
     seen = {text for text, _ in itertools.islice(splits.documents.read(splits.documents.start()), 500)}
-    assert len(seen) == 240 - 12 and not seen & held_out
+    assert len(seen) == 240 - 12 and not seen & held_out and set(splits["train"]["text"]) == seen
 
 
 def test_a_data_set_that_is_not_on_the_disk_is_read_file_by_file(corpora: Path) -> None:
@@ -153,9 +155,9 @@ def test_a_run_goes_on_on_another_number_of_ranks(corpora: Path, tmp_path: Path)
     shutil.copytree(tmp_path / "two", tmp_path / "resumed")
     (tmp_path / "resumed" / "result.json").unlink()
     shutil.rmtree(tmp_path / "resumed" / "checkpoints" / checkpoint_files.folder_of(6))
-    run_ranks(1, "stream_worker", dataset, 6, tmp_path / "one", tmp_path / "resumed")
+    said = run_ranks(1, "stream_worker", dataset, 6, tmp_path / "one", tmp_path / "resumed")
+    assert "after step 3" in said
     losses = {name: read_losses(tmp_path / name) for name in ("one", "two", "resumed")}
     assert len(losses["one"]) == 6
     assert losses["one"] == pytest.approx(losses["two"], rel=1e-5)
     assert losses["resumed"] == pytest.approx(losses["two"], rel=1e-5)
-    assert "after step 3" in (tmp_path / "resumed" / "log.txt").read_text()
