@@ -75,7 +75,9 @@ def token_streams(splits: dict[str, Dataset], tokenizer: Any) -> dict[str, np.nd
 def document_tokens(texts: list[str], tokenizer: Any) -> list[list[int]]:
     """The tokens of each document, and the end-of-text token."""
     # verbose=False: a document may be longer than the model's limit, of which the tokenizer would warn.
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
+    encoded = tokenizer(
+        texts, add_special_tokens=False, verbose=False, return_attention_mask=False, return_token_type_ids=False
+    )
     return [[*ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]
 
 

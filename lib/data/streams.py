@@ -112,9 +112,17 @@ def stream_rows(dataset: str, column: str, held_out: int, max_steps: int | None)
         raise UserError("a stream has no end, so that epochs cannot say how long to train: set --max_steps")
     parts, notes = ranks.rank0_first(functools.partial(parts_of, dataset, column))()
 
+    note = (
+        "documents are read while training; the train tokens above are those of the first documents, from which a "
+        "tokenizer from scratch and the baseline learn"
+    )
+
     def find(dataset: str, columns: Collection[str]) -> tuple[dict[str, list[Source]], list[str]]:
         texts = _first_texts(parts, column, held_out)
-        return {split: [_of_texts(f"dataset {dataset}, {split} rows", column, texts[split])] for split in SPLITS}, notes
+        return {split: [_of_texts(f"dataset {dataset}, {split} rows", column, texts[split])] for split in SPLITS}, [
+            *notes,
+            note,
+        ]
 
     splits = load_rows(dataset, None, text={"text": column}, find=find)
     splits.documents = Documents(parts, column, {*splits["validation"]["text"], *splits["test"]["text"]})
@@ -198,9 +206,9 @@ class StreamedBlocks(Streamed):
         self.rows_after: dict[int, dict[int, tuple[int, int]]] = {}  # step -> row -> round and tokens taken
         self.before: dict[int, dict[str, Any]] = {}  # round -> the state of what is read before it
 
-    def begin(self, own: Sequence[int]) -> None:
+    def begin(self, own: Sequence[int], position: dict[str, Any] | None) -> None:
         start = {"round": 0, "places": self.documents.start(), "dealt": [0] * self.batch_size}
-        state = self.state or {"reader": start, "rows": [(0, 0)] * self.batch_size}
+        state = position or {"reader": start, "rows": [(0, 0)] * self.batch_size}
         self.own = {row: _Row(*state["rows"][row]) for row in own}
         reader = state["reader"]
         self.round, self.places, self.dealt = reader["round"], reader["places"], np.array(reader["dealt"])
@@ -257,7 +265,7 @@ class StreamedBlocks(Streamed):
 
 
 def merged(positions: Sequence[Position]) -> dict[str, Any]:
-    """The positions of all ranks as one `state`."""
+    """The positions of all ranks as one, on any number of ranks."""
     rows = dict(itertools.chain.from_iterable(own.items() for _, own in positions))
     reader = min((reader for reader, _ in positions), key=lambda reader: int(reader["round"]))
     return {"reader": reader, "rows": [rows[row] for row in sorted(rows)]}

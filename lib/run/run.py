@@ -57,7 +57,6 @@ class Run:
         self.metrics = Metrics(self.folder, cfg.log_every, self.output, started=started, seconds_before=seconds_before)
         place_monitors(ds_config, self.folder)
         self.total_steps = self.resumed_at = 0
-        self._stream: batches.Streamed | None = None  # the training rows, if they are one
 
     def plan(self, rows: Any, splits: Splits | None = None) -> None:
         """Set total_steps to what the settings max_steps and epochs ask for on these training rows.
@@ -93,8 +92,7 @@ class Run:
     def _facts(self, step: int) -> dict[str, Any]:
         """What a checkpoint of the state after a step keeps of the run, beside the engine's state."""
         facts = {"stage": stage_of(self.ds_config), "settings": dataclasses.asdict(self.cfg), "versions": versions()}
-        stream = {"stream": self._stream.position(step)} if self._stream is not None else {}
-        return {"recipe": self.recipe, **self._data, **facts, **stream}
+        return {"recipe": self.recipe, **self._data, **facts, **batches.position(self._rows, step)}
 
     def _begin(self) -> None:
         """Only now, when training begins, does anything change in a run folder that was there before."""
@@ -113,11 +111,10 @@ class Run:
         best weights. A `break` in the loop leaves out what comes after it.
         """
         self._begin()
-        cfg = self.cfg
-        if isinstance(rows, batches.Streamed):
-            self._stream, rows.state = rows, self.checkpoint[1]["stream"] if self.checkpoint is not None else None
+        cfg, self._rows = self.cfg, rows
         sizes = {"batch_size": cfg.batch_size, "micro_batch_size": self.micro_batch_size, "seed": cfg.seed}
         order: Any = {"lengths": lengths, "packing": packing, "start": self.resumed_at}
+        order["position"] = self.checkpoint and self.checkpoint[1].get("stream")
         step_batches = batches.training_batches(rows, collate, device=self.device, **sizes, **order)
         self.output.begin_steps(self.resumed_at, self.total_steps)
         self.metrics.restart_clock()
@@ -175,8 +172,7 @@ class Run:
 
         tested_on: such as "1,480 test rows".
         """
-        table = {f"this model, {tested_on}": scores, **baselines}
-        write_result(table, self._run_folder, self.metrics, self.output)
+        write_result({f"this model, {tested_on}": scores, **baselines}, self._run_folder, self.metrics, self.output)
         self.close()
         return {"model": scores, **baselines}
 

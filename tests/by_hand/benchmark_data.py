@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT))  # after PYTHONPATH, which may name another checkout
 
 
 def make(folder: Path, gigabytes: float, files: int = 4) -> None:

@@ -68,8 +68,7 @@ def test_a_mixture_has_the_shares_of_its_weights(corpora: Path) -> None:
 
 def blocks_of(documents: Documents, rows: int, own: list[int], state: Any = None) -> StreamedBlocks:
     blocks = StreamedBlocks(documents, lambda texts: [[*text.encode(), 0] for text in texts], 16, rows)
-    blocks.state = state
-    blocks.begin(own)
+    blocks.begin(own, state)
     return blocks
 
 
