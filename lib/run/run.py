@@ -63,7 +63,7 @@ class Run:
 
         splits: the data that they are made from, which the header shows. A resumed run must have both again.
         """
-        self.splits: Splits | None = splits
+        self.splits, self._rows = splits, rows
         data = getattr(splits, "fingerprint", None)
         self._data: dict[str, Any] = {"rows": len(rows), "data": data, "sample": batches.fingerprint(rows)}
         max_steps, epochs = self.cfg.max_steps, self.cfg.epochs  # just one of them is given
