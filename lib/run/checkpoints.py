@@ -55,7 +55,7 @@ class Pauses:
 class Checkpoints:
     """The checkpoints in <run folder>/checkpoints. Made after deepspeed.initialize, by every rank.
 
-    facts: what a manifest says of the run and its data, beside the engine's state.
+    facts: what a manifest says of the run and its data after a step, beside the engine's state. Every rank calls it.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Checkpoints:
         metrics: Metrics,
         output: Output,
         *,
-        facts: Callable[[], Manifest],
+        facts: Callable[[int], Manifest],
     ):
         self.cfg, self.engine = cfg, engine
         self.folder = run_folder / "checkpoints"
@@ -131,7 +131,7 @@ class Checkpoints:
         with self._pauses.pause():
             self._saved_at = time.monotonic()
             scored_at, score = self._step_score
-            facts = self.facts() | {
+            facts = self.facts(step) | {
                 "step": step,
                 "samples": step * self.cfg.batch_size,  # the position in the data, whatever the number of ranks
                 "skipped_steps": self.metrics.skipped_steps,
