@@ -5,10 +5,11 @@
     ./launch.sh gpu_check --only speed,torch  parts of it; --recipes causal_lm,sft: of the contract
 
   speed     causal_lm's loop beside a bare DeepSpeed loop on decoders of 1, 0.1 and 3 B parameters at 2,048 tokens:
-            MFU, overhead, the attention's kernel, peak memory, for how long saving a checkpoint stops training
+            MFU, overhead, the attention's kernel, peak memory
   contract  every recipe in bf16 under each of its configs beside plain PyTorch; stages 2 and 3 at 4,096 tokens
   torch     the same decoders in a bare torch loop and in the HF Trainer
   memory    states beside theory, and the peak of the device's memory, under each config
+  pause     for how long saving a checkpoint of the 1 B decoder stops training
   offload   as much of a 7 B decoder as host memory has room for, with the shipped zero3_offload
 
 What is worth most runs first. A case that fails is reported with its reason and the others go on; what no time was left
@@ -21,10 +22,12 @@ before all were; 2 a mistake, said in one line.
 import argparse
 import csv
 import json
+import math
 import os
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,8 +44,10 @@ from lib.launch import devices, supervise
 
 # What is expected. The MFU is that of a decoder of 1 B in bf16 at 2,048 tokens on an H100 or H200.
 LEAST_MFU, MOST_OVERHEAD, TOLERANCE_BF16 = 0.45, 1.05, TOLERANCE["bf16"]
-PARTS = ("speed", "contract", "torch", "memory", "offload")
+TABLE = ("part", "what", "measured", "target", "verdict")
+PARTS = ("speed", "contract", "torch", "memory", "pause", "offload")
 LEAST_SECONDS = 20.0  # a process needs as long to import all it needs; with less left, no more are started
+START_SECONDS = 240.0  # the first process reads several GB of libraries, from a disk or over a network
 FIRST = ("zero2", "zero3")  # the configs of the contract that run first
 
 
@@ -167,6 +172,7 @@ def plan(arguments: list[str]) -> Session:
         Part("memory", memory, 0.2),
         contract[-1],
         Part("torch", ["torch:0.1B", "trainer:0.1B", "torch:3B", "trainer:3B"], 0.2, ranks=None),
+        Part("pause", ["pause:1B"], 0.3, most_seconds=180),
         Part("offload", ["offload:7B"], 1.0, most_seconds=300),
     ]
     parts = [part for part in parts if part.name in only and part.cases]
@@ -242,8 +248,11 @@ def launch(
             return False
         state["read"] = time.monotonic()
         done = look()
-        too_long = time.monotonic() - state["since"] > part.most_seconds
-        return time.monotonic() > deadline or too_long or len(done) == len(cases)
+        return time.monotonic() > deadline or takes_too_long() or len(done) == len(cases)
+
+    def takes_too_long() -> bool:
+        most = part.most_seconds if said or state["begun"] else START_SECONDS
+        return time.monotonic() - state["since"] > most
 
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
@@ -255,8 +264,8 @@ def launch(
             os.environ[name] = value
     done = look()
     in_time = time.monotonic() <= deadline
-    if time.monotonic() - state["since"] > part.most_seconds:
-        why = f"took more than {part.most_seconds:.0f} s"
+    if takes_too_long():
+        why = f"took more than {part.most_seconds if state['begun'] else START_SECONDS:.0f} s"
     else:
         why = why_failed(printed(folder), status)
     return done, state["begun"], why, in_time
@@ -308,52 +317,62 @@ def judge_speed(session: Session, cases: list[str]) -> Iterable[Check]:
             yield absent
             continue
         found, name = session.found[case], case.split(":")[1]
-        judged = session.on_gpu
-        mfu = found["mfu"]
-        if mfu is not None:
+        if found["mfu"] is not None:
             has_target = name == "1B" and any(kind in found["device"] for kind in ("H100", "H200"))
-            held = mfu >= LEAST_MFU if has_target else None
-            yield Check(
-                "speed", f"{name}: MFU", written(mfu, "percent"), f"at least {LEAST_MFU:.0%}" * has_target, held
-            )
+            target, held = (f"at least {LEAST_MFU:.0%}", found["mfu"] >= LEAST_MFU) if has_target else ("", None)
+            yield Check("speed", f"{name}: MFU", written(found["mfu"], "percent"), target, held)
+        on_gpu = (f"at most {MOST_OVERHEAD}", found["overhead"] <= MOST_OVERHEAD)
+        target, held = on_gpu if session.on_gpu else ("", None)
+        yield Check("speed", f"{name}: recipe over bare loop", written(found["overhead"], "ratio"), target, held)
         figures = {
-            "parameters": ("parameters", "count"), "rows at once": ("micro_batch", "count"),
-            "step of the recipe": ("recipe_seconds", "s"), "step of a bare DeepSpeed loop": ("bare_seconds", "s"),
-            "tokens a second": ("tokens_per_second", "count"), "model FLOP/s": ("model_flops_per_second", "flops"),
-            "attention's kernel": ("attention", "text"), "peak of the device's memory": ("peak_device_bytes", "bytes"),
+            "parameters": ("parameters", "count"),
+            "rows at once": ("micro_batch", "count"),
+            "step of the recipe": ("recipe_seconds", "s"),
+            "step of a bare DeepSpeed loop": ("bare_seconds", "s"),
+            "tokens a second": ("tokens_per_second", "count"),
+            "model FLOP/s": ("model_flops_per_second", "flops"),
+            "attention's kernel": ("attention", "text"),
+            "peak of the device's memory": ("peak_device_bytes", "bytes"),
             "states on the device": ("states_device_bytes", "bytes"),
-        }  # fmt: skip
+        }
         for what, (key, kind) in figures.items():
-            yield Check("speed", f"{name}: {what}", written(found[key], kind))
-        overhead = found["overhead"]
-        held = overhead <= MOST_OVERHEAD if judged else None
-        yield Check(
-            "speed", f"{name}: recipe over bare loop", written(overhead, "ratio"), f"at most {MOST_OVERHEAD}", held
-        )
-        if "pause" in found:
-            yield Check("speed", f"{name}: a checkpoint", found["pause"], not_run=True)
-        elif "pause_seconds" in found:
-            yield Check("speed", f"{name}: training waits for a checkpoint", written(found["pause_seconds"], "s"))
-            yield Check("speed", f"{name}: a checkpoint", written(found["checkpoint_bytes"], "bytes"))
-            yield Check(
-                "speed", f"{name}: two checkpoints are on the disk after", written(found["until_on_disk_seconds"], "s")
-            )
-            for line in saved_lines(session):
-                yield Check("speed", f"{name}: the run says", line)
+            if found[key] is not None:
+                yield Check("speed", f"{name}: {what}", written(found[key], kind))
+
+
+def judge_pause(session: Session, cases: list[str]) -> Iterable[Check]:
+    for case in cases:
+        absent = not_there(session, case)
+        if absent:
+            yield absent
+            continue
+        figures = {
+            "step without saving": ("step_seconds", "s"),
+            "training waits for a checkpoint": ("pause_seconds", "s"),
+            "from the last step to the end, with a checkpoint on the disk": ("until_on_disk_seconds", "s"),
+            "two checkpoints": ("checkpoint_bytes", "bytes"),
+        }
+        for what, (key, kind) in figures.items():
+            yield Check("pause", f"{case.split(':')[1]}: {what}", written(session.found[case][key], kind))
+    for line in saved_lines(session):
+        yield Check("pause", "the run says", line)
 
 
 def saved_lines(session: Session) -> list[str]:
-    """What runs said of their checkpoints while speed was measured."""
-    logs = sorted(session.folder.glob("launch-*-speed/log.txt"))
+    """What the run said of its checkpoints."""
+    logs = sorted(session.folder.glob("launch-*-pause/log.txt"))
     lines = [line for log in logs for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
     return [" ".join(line.split()) for line in lines if line.startswith("step ") and "saved" in line]
 
 
 def losses_of(run: Path) -> tuple[list[float], list[float]]:
-    """(losses, gradient norms) of a run's steps."""
+    """(losses, gradient norms) of a run's steps; NaN for one that is not finite."""
     entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [entry for entry in entries if "loss" in entry]
-    return [step["loss"] for step in steps], [step["grad_norm"] for step in steps]
+    losses, norms = (
+        [math.nan if step[name] is None else step[name] for step in steps] for name in ("loss", "grad_norm")
+    )
+    return losses, norms
 
 
 def judge_contract(session: Session, cases: list[str]) -> Iterable[Check]:
@@ -372,9 +391,9 @@ def judge_contract(session: Session, cases: list[str]) -> Iterable[Check]:
         reference = "long_zero2" if name.startswith("long") else "plain_bf16"
         if name == reference:
             continue
-        beside = (
-            f"{length:,} tokens, stage 3 beside stage 2" if name == "long_zero3" else f"{name} beside plain PyTorch"
-        )
+        beside = f"{name} beside plain PyTorch"
+        if name == "long_zero3":
+            beside = f"{length:,} tokens, stage 3 beside stage 2"
         if (recipe, reference) not in runs:
             yield Check("contract", f"{recipe}: {beside}", f"{reference} has no losses", not_run=True)
             continue
@@ -382,7 +401,7 @@ def judge_contract(session: Session, cases: list[str]) -> Iterable[Check]:
         largest = max(relative(*pair) for pair in zip(losses, expected, strict=True))
         of_norms = max(relative(*pair) for pair in zip(norms, expected_norms, strict=True))
         measured = f"{largest:.1e} (norms {of_norms:.1e})"
-        held = len(losses) > 0 and largest <= TOLERANCE_BF16
+        held = all(map(math.isfinite, losses)) and largest <= TOLERANCE_BF16
         yield Check("contract", f"{recipe}: {beside}", measured, f"at most {TOLERANCE_BF16:g}", held)
     pipelines = [recipe for recipe in session.recipes if not configs_of(recipe)]
     for recipe in pipelines:
@@ -398,12 +417,10 @@ def judge_torch(session: Session, cases: list[str]) -> Iterable[Check]:
         kind, name = case.split(":")
         what = f"{name}: step of {'a bare torch loop' if kind == 'torch' else 'the HF Trainer'}"
         found, recipe = session.found[case], session.found.get(f"speed:{name}", {})
-        beside = ""
+        measured = f"{written(1000 * found['step_seconds'], 'ms')}, {found['micro_batch']} rows at once"
         if "recipe_seconds" in recipe:
-            beside = f", {written(found['step_seconds'] / recipe['recipe_seconds'], 'ratio')} of the recipe's"
-        yield Check(
-            "torch", what, f"{written(found['step_seconds'], 's')}{beside}; {found['micro_batch']} rows at once"
-        )
+            measured += f"; {written(found['step_seconds'] / recipe['recipe_seconds'], 'ratio')} times the recipe's"
+        yield Check("torch", what, measured)
 
 
 def judge_memory(session: Session, cases: list[str]) -> Iterable[Check]:
@@ -434,9 +451,8 @@ def judge_offload(session: Session, cases: list[str]) -> Iterable[Check]:
         name = f"{found['parameters'] / 1e9:.1f} B, {found['layers']} of {found['of_layers']} layers"
         whole = found["states_theory_bytes"]
         finite = bool(found["losses"]) and all(loss is not None for loss in found["losses"])
-        yield Check(
-            "offload", f"{name}: losses", ", ".join(f"{loss:.3f}" for loss in found["losses"]), "finite", finite
-        )
+        losses = ", ".join(written(loss, "score") for loss in found["losses"])
+        yield Check("offload", f"{name}: losses", losses, "finite", finite)
         yield Check("offload", f"{name}: tokens a second", written(found["tokens_per_second"], "count"))
         if found["peak_device_bytes"] is not None:
             peak = found["peak_device_bytes"]
@@ -447,56 +463,45 @@ def judge_offload(session: Session, cases: list[str]) -> Iterable[Check]:
 
 JUDGES = {
     "speed": judge_speed, "contract": judge_contract, "torch": judge_torch, "memory": judge_memory,
-    "offload": judge_offload,
+    "pause": judge_pause, "offload": judge_offload,
 }  # fmt: skip
 
 
 def write_report(session: Session, checks: list[Check]) -> str:
     """Write results.json, checks.csv and report.md. Returns the summary, some lines."""
-    count = {
-        kind: sum(check.verdict == kind for check in checks) for kind in ("holds", "DOES NOT HOLD", "failed", "not run")
-    }
-    names = [found["device"] for found in session.found.values() if "device" in found]
+    verdicts = Counter(check.verdict for check in checks if check.verdict)
+    device = next((found["device"] for found in session.found.values() if "device" in found), "unknown device")
+    memory, seconds = psutil.virtual_memory().total, time.monotonic() - session.started
     about = {
-        "date": time.strftime("%Y-%m-%d %H:%M"), "device": names[0] if names else "unknown", "ranks": session.ranks,
-        "on_gpu": session.on_gpu, "minutes": session.seconds / 60, "versions": versions(),
-        "cores": len(os.sched_getaffinity(0)), "memory_bytes": psutil.virtual_memory().total,
-        "seconds": round(time.monotonic() - session.started, 1), "counts": count,
+        "date": time.strftime("%Y-%m-%d %H:%M"), "device": device, "ranks": session.ranks, "on_gpu": session.on_gpu,
+        "minutes": session.seconds / 60, "versions": versions(), "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": memory, "seconds": seconds, "verdicts": verdicts,
     }  # fmt: skip
-    rows = [
-        {"part": c.part, "what": c.what, "measured": c.measured, "target": c.target, "verdict": c.verdict}
-        for c in checks
-    ]
+    rows = [{name: getattr(check, name) for name in TABLE} for check in checks]
     write_json(session.folder / "results.json", {"about": about, "checks": rows, "cases": session.found})
     with (session.folder / "checks.csv").open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, ["part", "what", "measured", "target", "verdict"])
+        table = csv.DictWriter(file, TABLE)
         table.writeheader()
         table.writerows(rows)
-    where = f"{about['device']}, {about['cores']} CPU cores, ranks of the contract: {session.ranks}"
-    packages = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    lines = ["# GPU check", "", f"{about['date']}; {where}; {packages}; {about['seconds']:.0f} s.", ""]
+    where = f"{device}, {about['cores']} CPU cores, {written(memory, 'bytes')} of host memory"
+    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
+    summary = ", ".join(f"{number} {verdict}" for verdict, number in verdicts.items())
+    lines = ["# GPU check", "", f"{about['date']}; {where}; {packages}; {seconds:.0f} s: {summary}.", ""]
     if not session.on_gpu:
         lines += ["On a CPU: tiny sizes, and what is said of speed is not judged.", ""]
-    summary = ", ".join(f"{number} {kind}" for kind, number in count.items() if number)
-    lines += [f"Of the expectations: {summary}.", ""]
-    notable = [check for check in checks if check.verdict not in ("", "holds")]
-    for title, some in (("What did not hold, failed, or was not run", notable), ("All", checks)):
+    missed = [check for check in checks if check.verdict not in ("", "holds")]
+    for title, some in (("What did not hold, failed, or was not run", missed), ("All", checks)):
         if some:
-            lines += [f"## {title}", "", "| part | what | measured | expected | |", "| --- | --- | --- | --- | --- |"]
-            lines += [
-                "| "
-                + " | ".join(cell.replace("|", "/") for cell in (c.part, c.what, c.measured, c.target, c.verdict))
-                + " |"
-                for c in some
-            ]
-            lines.append("")
+            lines += [f"## {title}", "", f"| {' | '.join(TABLE)} |", f"|{' --- |' * len(TABLE)}"]
+            cells = [[getattr(check, name).replace("|", "/") for name in TABLE] for check in some]
+            lines += [*(f"| {' | '.join(row)} |" for row in cells), ""]
     (session.folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
-    said = [
-        f"{check.part:<9} {check.what:<52} {check.measured}{f' ({check.target})' if check.target else ''}  {check.verdict}"
-        for check in checks
-    ]
-    return "\n".join([*said, "", f"{where}: {summary}; {about['seconds']:.0f} s",
-                      f"{display_path(session.folder)}: report.md, checks.csv, results.json, a log of each launch"])  # fmt: skip
+    said = []
+    for check in checks:
+        target = f" ({check.target})" if check.target else ""
+        said.append(f"{check.part:<9} {check.what:<52} {check.measured}{target}  {check.verdict}".rstrip())
+    files = f"{display_path(session.folder)}: report.md, checks.csv, results.json, a log of each launch"
+    return "\n".join([*said, "", f"{where}: {summary}; {seconds:.0f} s", files])
 
 
 def main(arguments: list[str]) -> int:
@@ -509,12 +514,9 @@ def main(arguments: list[str]) -> int:
     run_all(session)
     checks = checks_of(session)
     print("\n" + write_report(session, checks))
-    for leftover in (
-        session.folder / "work",
-        *session.folder.glob("contract/*/*/model"),
-        *session.folder.glob("contract/*/*/checkpoints"),
-    ):
-        shutil.rmtree(leftover, ignore_errors=True)
+    for no_longer_needed in ("work", "contract/*/*/model", "contract/*/*/checkpoints"):
+        for path in session.folder.glob(no_longer_needed):
+            shutil.rmtree(path, ignore_errors=True)
     if supervise.stop_signals:
         return INTERRUPTED
     if any(check.failed or check.held is False for check in checks):

@@ -75,11 +75,14 @@ SIZES = {
     "3B": Size(3072, 8192, 24, 24, micro=4, rows=8, checkpointing=True, steps=3, series=2),
     "7B": Size(4096, 11008, 32, 32, micro=1, rows=4, checkpointing=True, steps=2, series=1),
 }
-TINY = {"width": 64, "inner": 128, "layers": 2, "heads": 2, "micro": 2, "rows": 4, "tokens": 64, "vocabulary": 512}
+TINY: dict[str, Any] = {
+    "width": 64, "inner": 128, "layers": 2, "heads": 2, "micro": 2, "rows": 4, "tokens": 64, "vocabulary": 512,
+    "steps": 4, "series": 2,
+}  # fmt: skip
 
 
 def size_of(name: str) -> Size:
-    return SIZES[name] if ON_GPU else dataclasses.replace(SIZES[name], **TINY, steps=4, series=2)
+    return SIZES[name] if ON_GPU else dataclasses.replace(SIZES[name], **TINY)
 
 
 def settings_of(size: Size, run_dir: Path) -> Any:
@@ -144,6 +147,7 @@ def metered(folder: Path) -> Any:
 
 def measured_by_meter(folder: Path, loops: Loops) -> dict[str, Any]:
     """The recipe's loop under the meter: states beside theory, operations, peak memory."""
+    free_memory()  # the whole model was drawn on the device, which is no part of training
     loops.recipe(INSPECTED + 2)
     found = json.loads((folder / "rank-0.json").read_text())
     expected = theory.states(loops.ds_config, found["facts"])
@@ -201,50 +205,41 @@ def speed_of(folder: Path, name: str, size: Size) -> dict[str, Any]:
         "model_flops_per_second": found["flops_a_step"] / recipe_seconds,
         "mfu": found["flops_a_step"] / recipe_seconds / peak if peak else None,
     }
-    if name == "1B":
-        found |= pause_of_saving(loops, folder, recipe_seconds)
     loops.run.close()
     loops.engine.destroy()
     return found
 
 
-def pause_of_saving(loops: Loops, folder: Path, step_seconds: float) -> dict[str, Any]:
-    """For how long training waits for a checkpoint: what saving adds to a series of steps, beside what the run says.
+def pause(folder: Path, name: str) -> dict[str, Any]:
+    """For how long training waits for a checkpoint: by how much longer the step after it takes to end.
 
     Two are saved in 6 steps, the second one at the end, when the run waits until it is on the disk.
     """
-    room, needed = shutil.disk_usage(folder).free, 3 * 16 * sum(p.numel() for p in loops.engine.module.parameters())
+    size = size_of(name)
+    room, needed = shutil.disk_usage(folder).free, 30 * size.parameters  # two of 12 bytes a parameter, and some
     if room < needed:
-        return {"pause": f"not run: the disk has {room / 1e9:.0f} GB free, and two checkpoints want {needed / 1e9:.0f}"}
-    run = loops.run
-    run.cfg.save_every = 3
-    started = time.perf_counter()
-    times = []
+        return {"not_run": f"the disk has {room / 1e9:.0f} GB free, and two checkpoints want {needed / 1e9:.0f}"}
+    loops = Loops(settings_of(size, folder / "run"), write_config(folder, "zero2", size), build_on_device)
+    run, real, times = loops.run, loops.run.log_step, []
+    loops.recipe(2)  # warms up
+    step_seconds = seconds_of(loops.recipe, 3)
 
-    def note_steps(steps: int) -> None:
-        real = run.log_step
+    def log_step(*arguments: Any, **options: Any) -> None:
+        get_accelerator().synchronize()
+        times.append(time.perf_counter())
+        real(*arguments, **options)
 
-        def log_step(*arguments: Any, **options: Any) -> None:
-            get_accelerator().synchronize()
-            times.append(time.perf_counter() - started)
-            real(*arguments, **options)
-
-        run.log_step = log_step  # type: ignore[method-assign]
-        try:
-            loops.recipe(steps)
-        finally:
-            run.log_step = real  # type: ignore[method-assign]
-            run.cfg.save_every = None
-
-    note_steps(6)
-    # The step after the first save ends later by what the save takes of the loop's time.
-    after = times[3] - times[2]
-    written = sum(path.stat().st_size for path in (run.folder / "checkpoints").rglob("*") if path.is_file())
-    shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+    run.log_step, run.cfg.save_every = log_step, 3  # type: ignore[method-assign]
+    loops.recipe(6)
+    at_end = time.perf_counter()
+    files = [path for path in (run.folder / "checkpoints").rglob("*") if path.is_file()]
+    run.close()
+    loops.engine.destroy()
     return {
-        "pause_seconds": after - step_seconds,
-        "checkpoint_bytes": written,
-        "until_on_disk_seconds": (time.perf_counter() - started - 6 * step_seconds),
+        "step_seconds": step_seconds,
+        "pause_seconds": max(0.0, times[3] - times[2] - step_seconds),
+        "until_on_disk_seconds": at_end - times[5],
+        "checkpoint_bytes": sum(path.stat().st_size for path in files),
     }
 
 
@@ -265,13 +260,11 @@ def peak_memory(folder: Path, config: str) -> dict[str, Any]:
 def host_memory() -> float:
     """Bytes of host memory that this process may still take; in a container, of the container."""
     room = float(psutil.virtual_memory().available)
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
+    old = "memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"  # of cgroups, version 1
+    for files in (("memory.max", "memory.current"), old):
         with contextlib.suppress(OSError, ValueError):  # "max" is no number
-            found = [int(Path("/sys/fs/cgroup", name).read_text()) for name in (limit, used)]
-            room = min(room, found[0] - found[1])
+            limit, used = (int(Path("/sys/fs/cgroup", file).read_text()) for file in files)
+            room = min(room, limit - used)
     return room
 
 
@@ -286,7 +279,6 @@ def offload(folder: Path, name: str) -> dict[str, Any]:
     with metered(folder) as initialize:
         cfg = settings_of(size, folder / "run")
         loops = Loops(cfg, write_config(folder, "zero3_offload", size), build_on_device, initialize)
-        free_memory()  # of the peak, for the whole model was drawn on the device
         found = measured_by_meter(folder, loops)
     metrics = (loops.run.folder / "metrics.jsonl").read_text().splitlines()
     losses = [entry["loss"] for entry in map(json.loads, metrics) if "loss" in entry]
@@ -324,7 +316,7 @@ def plain_torch(folder: Path, name: str) -> dict[str, Any]:
             started = time.perf_counter()
             for step in range(steps):
                 first = step % 4 * size.rows
-                for part in rows[first : first + size.rows].split(size.micro):
+                for part in torch.split(rows[first : first + size.rows], size.micro):
                     with torch.autocast(DEVICE.type, torch.bfloat16):
                         loss = model(input_ids=part, labels=part, use_cache=False).loss
                     (loss * len(part) / size.rows).backward()
@@ -347,7 +339,7 @@ def hf_trainer(folder: Path, name: str) -> dict[str, Any]:
         warm, steps = 2, size.steps * size.series
         marks: list[float] = []
 
-        class Clock(TrainerCallback):
+        class Clock(TrainerCallback):  # type: ignore[misc]  # the library has no types
             def on_step_end(self, *_: Any, **__: Any) -> None:
                 if len(marks) in (warm - 1, warm + steps - 1):
                     get_accelerator().synchronize()
@@ -377,8 +369,8 @@ def contract(folder: Path, case: str) -> dict[str, Any]:
 
 
 KINDS = {
-    "speed": speed, "memory": peak_memory, "offload": offload, "torch": plain_torch, "trainer": hf_trainer,
-    "contract": contract,
+    "speed": speed, "contract": contract, "torch": plain_torch, "trainer": hf_trainer, "memory": peak_memory,
+    "pause": pause, "offload": offload,
 }  # fmt: skip
 
 
