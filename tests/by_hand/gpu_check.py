@@ -31,7 +31,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import contract_cases
 import psutil
@@ -194,26 +194,32 @@ def run_part(session: Session, part: Part, deadline: float) -> None:
     """Run the cases of a part that have not been run, in as few processes as it takes."""
     to_do = [case for case in part.cases if case not in session.found]
     while to_do and deadline - time.monotonic() > LEAST_SECONDS and not supervise.stop_signals:
-        done, begun, why, in_time = launch(session, part, to_do, deadline)
-        session.found |= {case: result for case, result in done.items() if not result.get("failed")}
-        failed = next((case for case in to_do if done.get(case, {}).get("failed")), begun)
-        if failed is None and not done and in_time:  # it did not come as far as the first case
-            session.found |= {case: {"failed": why} for case in to_do}
-        # What ran out of its part's time has another chance; and a case that failed after others in the same process.
-        elif failed is not None and in_time and failed == to_do[0]:
-            session.found[failed] = {"failed": done.get(failed, {}).get("failed") or why}
+        ended = launch(session, part, to_do, deadline)
+        session.found |= {case: result for case, result in ended.done.items() if not result.get("failed")}
+        failed = next((case for case in to_do if ended.done.get(case, {}).get("failed")), ended.begun)
+        if not ended.in_time:  # what it cut off has another chance in the end
+            return
+        if failed is None and not ended.done:  # it did not come as far as the first case
+            session.found |= {case: {"failed": ended.why} for case in to_do}
+        # A case that fails after others in the same process has another chance, in one of its own.
+        elif failed is not None and (failed == to_do[0] or ended.too_long):
+            session.found[failed] = {"failed": ended.done.get(failed, {}).get("failed") or ended.why}
             say(failed, session.found[failed])
         to_do = [case for case in to_do if case not in session.found]
-        if not in_time:
-            return
 
 
-def launch(
-    session: Session, part: Part, cases: list[str], deadline: float
-) -> tuple[dict[str, dict[str, Any]], str | None, str, bool]:
-    """Run cases in one launch. Returns ({case: result}, the case that began and did not end, the reason, whether the
-    launch ended before the deadline).
-    """
+class Ended(NamedTuple):
+    """How a launch ended."""
+
+    done: dict[str, dict[str, Any]]  # {case: what its process wrote}
+    begun: str | None  # the case that began and did not end
+    why: str
+    in_time: bool  # before the deadline
+    too_long: bool  # because the case that had begun took too long
+
+
+def launch(session: Session, part: Part, cases: list[str], deadline: float) -> Ended:
+    """Run cases one after the other in one launch, until the deadline at the latest."""
     number = len(list(session.folder.glob("launch-*"))) + 1
     folder = session.folder / f"launch-{number}-{part.name}"
     folder.mkdir()
@@ -228,7 +234,7 @@ def launch(
         options = ["--log_level", "critical", "--master_port", str(supervise.free_port())]
         command = [*supervise.START_RANKS, *options, *found.launcher_options(part.ranks), *arguments]
     said: set[str] = set()
-    state: dict[str, Any] = {"begun": None, "since": time.monotonic(), "read": 0.0}
+    state: dict[str, Any] = {"begun": None, "since": time.monotonic(), "read": 0.0, "over": False}
 
     def look() -> dict[str, dict[str, Any]]:
         lines = results.read_text(encoding="utf-8").splitlines() if results.is_file() else []
@@ -237,18 +243,19 @@ def launch(
         begun = next((entry["case"] for entry in entries if entry["case"] not in done), None)
         if begun != state["begun"] or done.keys() - said:
             state.update(begun=begun, since=time.monotonic())
-        for case in done.keys() - said:
+        for case in [case for case in done if case not in said]:
             said.add(case)
             if not done[case].get("failed"):
                 say(case, done[case])
         return done
 
     def ended() -> bool:
-        if time.monotonic() - state["read"] < 0.5:
-            return False
+        if state["over"] or time.monotonic() - state["read"] < 0.5:
+            return bool(state["over"])
         state["read"] = time.monotonic()
         done = look()
-        return time.monotonic() > deadline or takes_too_long() or len(done) == len(cases)
+        state["over"] = time.monotonic() > deadline or takes_too_long() or len(done) == len(cases)
+        return bool(state["over"])
 
     def takes_too_long() -> bool:
         most = part.most_seconds if said or state["begun"] else START_SECONDS
@@ -264,11 +271,12 @@ def launch(
             os.environ[name] = value
     done = look()
     in_time = time.monotonic() <= deadline
-    if takes_too_long():
+    too_long = takes_too_long()
+    if too_long:
         why = f"took more than {part.most_seconds if state['begun'] else START_SECONDS:.0f} s"
     else:
         why = why_failed(printed(folder), status)
-    return done, state["begun"], why, in_time
+    return Ended(done, state["begun"], why, in_time, too_long)
 
 
 def say(case: str, result: dict[str, Any]) -> None:
