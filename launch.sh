@@ -59,7 +59,8 @@ recipes() {
 # `; did you mean 'x'?` for the nearest recipe or command, if one is near.
 did_you_mean() {
   # shellcheck disable=SC2046 # names without spaces
-  python3 - "$1" $(recipes) compare test search chat generate merge export results torture gpu_check <<'EOF' 2>/dev/null || true
+  python3 - "$1" $(recipes) compare test search chat generate merge export results torture gpu_check \
+    <<'EOF' 2>/dev/null || true
 import difflib, sys
 for near in difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1, 0.6):
     print(f"; did you mean '{near}'?", end="")

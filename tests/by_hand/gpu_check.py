@@ -97,8 +97,8 @@ class Session:
         return self.started + self.seconds
 
 
-def parse(arguments: list[str]) -> tuple[float, list[str], list[str]]:
-    """(minutes, parts, recipes). Raises UserError."""
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
+    """(options, parts, recipes). Raises UserError."""
     parser = argparse.ArgumentParser(
         prog="./launch.sh gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -106,6 +106,9 @@ def parse(arguments: list[str]) -> tuple[float, list[str], list[str]]:
     parser.add_argument("--only", metavar="PARTS", default=",".join(PARTS), help=f"of {','.join(PARTS)}")
     known = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
     parser.add_argument("--recipes", metavar="LIST", default=",".join(known), help="of the contract (default: all)")
+    parser.add_argument(
+        "--ranks", type=int, choices=[1, 2, 4], help="of the contract (default: as many as there are GPUs for)"
+    )
     options = parser.parse_args(arguments)
     if options.minutes <= 0:
         raise UserError(f"--minutes is {options.minutes:g}; it must be more than 0")
@@ -114,7 +117,7 @@ def parse(arguments: list[str]) -> tuple[float, list[str], list[str]]:
         for value in chosen[name]:
             if value not in all_of_them:
                 raise UserError(f"--{name} has {value!r}; there are: {' '.join(all_of_them)}")
-    return options.minutes, chosen["only"], chosen["recipes"]
+    return options, chosen["only"], chosen["recipes"]
 
 
 def configs_of(recipe: str) -> list[str]:
@@ -158,10 +161,11 @@ def contract_parts(folder: Path, recipes: list[str], ranks: int, on_gpu: bool) -
 def plan(arguments: list[str]) -> Session:
     """Raises UserError."""
     started = time.monotonic()
-    minutes, only, recipes = parse(arguments)
+    options, only, recipes = parse(arguments)
     found = devices.find()
     on_gpu = found.accelerator != "cpu"
-    ranks = max(count for count in (1, 2, 4) if count <= max(1, len(found.ids)))
+    ranks = options.ranks or max(count for count in (1, 2, 4) if count <= max(1, len(found.ids)))
+    found.launcher_options(ranks)  # raises UserError where there are fewer devices
     folder = new_folder("runs/gpu_check").resolve()
     contract = contract_parts(folder / "contract", recipes, ranks, on_gpu)
     memory = [f"memory:{name}" for name in ("zero2", "zero3", "zero0", "zero3_offload", "zero2_offload", "zero1")]
@@ -176,7 +180,7 @@ def plan(arguments: list[str]) -> Session:
         Part("offload", ["offload:7B"], 1.0, most_seconds=300),
     ]
     parts = [part for part in parts if part.name in only and part.cases]
-    return Session(folder, on_gpu, ranks, started, 60 * minutes, parts, recipes)
+    return Session(folder, on_gpu, ranks, started, 60 * options.minutes, parts, recipes)
 
 
 def run_all(session: Session) -> None:
