@@ -86,8 +86,9 @@ def size_of(name: str) -> Size:
 
 
 def settings_of(size: Size, run_dir: Path) -> Any:
+    # A run that had no memory left keeps its folder locked.
     return load_settings(
-        run_dir, precision="bf16", hidden_size=str(size.width), intermediate_size=str(size.inner),
+        run_dir / str(size.micro), precision="bf16", hidden_size=str(size.width), intermediate_size=str(size.inner),
         num_layers=str(size.layers), num_heads=str(size.heads), vocab_size=str(size.vocabulary),
         max_length=str(size.tokens), batch_size=str(size.rows), tie_embeddings="false", samples="0",
         max_steps="1000", learning_rate="1e-4", log_every="10", overwrite="true",
@@ -384,7 +385,7 @@ def main(where: str, results: str, *cases: str) -> None:
     alone = cases[0].split(":")[0] in ("torch", "trainer")
     if not alone:
         ranks.init(timeout_minutes=10)
-    errors = sys.stderr  # a run that fails has not given it back
+    errors = os.fdopen(os.dup(2), "w")  # a run that fails has not given it back
     for case in cases:
         kind, _, rest = case.partition(":")
         folder = Path(where) / "work" / "-".join(case.split(":")[:3])
