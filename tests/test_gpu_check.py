@@ -25,7 +25,7 @@ def check(folder: Path, *arguments: Any) -> tuple[int, str, list[dict[str, str]]
 
 @pytest.mark.slow
 def test_it_runs_on_a_cpu(tmp_path: Path) -> None:
-    code, said, rows, folder = check(tmp_path, "--only", "contract,memory,torch", "--recipes", "recurrent_lm")
+    code, said, rows, folder = check(tmp_path, "--only", "contract,memory", "--recipes", "recurrent_lm")
     assert code == 0, said
     assert [row["what"] for row in rows if row["part"] == "contract"] == [
         f"recurrent_lm: {config}_bf16 beside plain PyTorch"
@@ -33,7 +33,6 @@ def test_it_runs_on_a_cpu(tmp_path: Path) -> None:
     ]
     judged = [row for row in rows if row["target"]]
     assert len(judged) == 6 + 6 and {row["verdict"] for row in judged} == {"holds"}
-    assert sum(row["part"] == "torch" for row in rows) == 6
     for row in rows:
         assert row["what"] in said and row["what"] in (folder / "report.md").read_text()
     found = json.loads((folder / "results.json").read_text())["cases"].values()
