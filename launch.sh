@@ -25,6 +25,7 @@ usage() {
 ./launch.sh export <run|model> --gguf FILE         write a model for llama.cpp [--help]
 ./launch.sh results [--help]                       run every recipe, and make the README's table of scores
 ./launch.sh torture <recipe> [--help]              kill it, stop it, fill its disk, resume it (an hour)
+./launch.sh gpu_check [--minutes 8] [--help]       all that only a GPU can tell: MFU, the contract in bf16, memory
 ./launch.sh --help                                 this text
 
 options:
@@ -58,7 +59,8 @@ recipes() {
 # `; did you mean 'x'?` for the nearest recipe or command, if one is near.
 did_you_mean() {
   # shellcheck disable=SC2046 # names without spaces
-  python3 - "$1" $(recipes) compare test search chat generate merge export results torture <<'EOF' 2>/dev/null || true
+  python3 - "$1" $(recipes) compare test search chat generate merge export results torture gpu_check \
+    <<'EOF' 2>/dev/null || true
 import difflib, sys
 for near in difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1, 0.6):
     print(f"; did you mean '{near}'?", end="")
@@ -134,6 +136,12 @@ main() {
     --help | -h | "") usage; exit 0 ;;
     test) shift; environment; run_tests "$@"; exit 0 ;;
     torture) shift; environment; exec "$python" "$root/tests/by_hand/torture.py" "$@" ;;
+    gpu_check)
+      shift
+      environment
+      export PYTHONPATH=$PYTHONPATH:$root/tests/contract
+      exec "$python" "$root/tests/by_hand/gpu_check.py" "$@"
+      ;;
     search) shift; environment; exec "$python" -P -m lib.scores.search "$@" ;;
     chat | generate | merge | export)
       local command=$1
