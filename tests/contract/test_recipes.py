@@ -41,6 +41,7 @@ VARIANTS = {
     "new_tokens": ("answer_tokens", "model=base,chat_template=chatml"),
 }
 WHOLE_MATRIX = ["recurrent_lm"]  # the cheapest
+SHARED_AT_STAGE_3 = ["causal_lm", "sft"]
 # Scores of a few rows that were learned by heart.
 BY_HEART = {
     "accuracy": 1,
@@ -159,9 +160,9 @@ def configs_of(recipe: str) -> list[str]:
 
 
 def sharing_configs(recipe: str, form: str) -> list[str]:
-    """Those under which 2 ranks share the matrices (tp) or the rows (sp)."""
+    """Those under which 2 ranks share the matrices (tp) or the rows (sp): some recipes with stage 3, the slowest."""
     known = sorted(path.stem for path in (ROOT / "ds_configs" / recipe).glob(f"{form}2_*.json"))
-    return known if ALL else known[-1:]
+    return known if ALL else known[-1:] if recipe in SHARED_AT_STAGE_3 else known[:1]
 
 
 def configs_of_bf16(recipe: str) -> list[str]:
