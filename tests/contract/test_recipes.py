@@ -42,6 +42,7 @@ VARIANTS = {
 }
 WHOLE_MATRIX = ["recurrent_lm"]  # the cheapest
 SHARED_AT_STAGE_3 = ["causal_lm", "sft"]
+LEARN_SLOWLY = ["dpo", "masked_lm", "recurrent_lm"]
 # Scores of a few rows that were learned by heart.
 BY_HEART = {
     "accuracy": 1,
@@ -94,7 +95,8 @@ def cases_of(recipe: str, folder: Path) -> dict[str, list[str]]:
     whole |= {"answer_tokens": 64, "precision": "fp32"}
     whole |= {"max_length": 192} if "stride" in known else {"max_length": 512} if "answer_tokens" in known else {}
     settings_of_learn = [f"{setting}={value}" for setting, value in whole.items() if setting in known]
-    learn = case("learn", "zero2", ",".join(["lr_schedule=constant,max_steps=150", *settings_of_learn]), 4)
+    steps = 150 if recipe in LEARN_SLOWLY else 100
+    learn = case("learn", "zero2", ",".join(["lr_schedule=constant", f"max_steps={steps}", *settings_of_learn]), 4)
     other = case("other", "zero2", f"{other_settings(recipe)},{SAVING}")
     variants = [case(name, "zero3", with_variant(name)) for name in variants_on_ranks(recipe)]
     if is_large(recipe):
