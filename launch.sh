@@ -33,6 +33,8 @@ options:
   --ds_config FILE   any DeepSpeed JSON instead; also a name from ds_configs/<recipe>, such as zero3_offload
   --ranks N          processes, one a GPU (default: all GPUs, or 2 on a CPU)
   --restarts N       after a fault (a killed rank, say), start again from the newest checkpoint, up to N times
+  --nodes M --node_rank N --master HOST:PORT   on each of M machines, N from 0 up: they train together, with --ranks
+                     each; HOST is the machine with --node_rank 0, PORT a free port there (docs/machines.md)
   --dry_run          print the deepspeed command and stop
   --quick            a run of a few seconds, with the settings of the YAML's 'quick:' section
 
@@ -156,11 +158,13 @@ main() {
   [ -f "$root/recipes/$recipe.py" ] ||
     fail "there is no recipes/$recipe.py$(did_you_mean "$recipe"); recipes: $(recipes)"
 
-  local stage="" ds_config="" ranks="" restarts=0 dry_run="" help="" settings=()
+  local stage="" ds_config="" ranks="" restarts=0 dry_run="" help="" settings=() nodes="" node_rank="" master=""
   while [ $# -gt 0 ]; do
     case "$1" in
-      --stage=* | --ds_config=* | --ranks=* | --restarts=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
-      --stage | --ds_config | --ranks | --restarts)
+      --stage=* | --ds_config=* | --ranks=* | --restarts=* | --nodes=* | --node_rank=* | --master=*)
+        set -- "${1%%=*}" "${1#*=}" "${@:2}"
+        ;;
+      --stage | --ds_config | --ranks | --restarts | --nodes | --node_rank | --master)
         [ $# -ge 2 ] || fail "$1 needs a value"
         declare "${1#--}=$2"
         shift 2
@@ -199,8 +203,11 @@ main() {
   export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}
   [ "${options[0]}" = cuda ] || export DS_ACCELERATOR=${DS_ACCELERATOR:-${options[0]}} # DeepSpeed need not look again
 
+  local machines=()
+  [ -z "$nodes$node_rank$master" ] || machines=("$nodes" "$node_rank" "$master")
   exec "$python" -P -m lib.launch.supervise \
     "$recipe-$(basename "$ds_config" .json)" "$root/recipes/$recipe.yaml" "$restarts" "$dry_run" \
+    ${machines[@]+"${machines[@]}"} \
     -- "$bin/deepspeed" "${options[@]:1}" "$root/recipes/$recipe.py" \
     --deepspeed_config "$ds_config" ${settings[@]+"${settings[@]}"}
 }

@@ -1,4 +1,4 @@
-"""Which of this machine's network interfaces leads to the others. It imports nothing large."""
+"""This machine's network interfaces, addresses and ports. It imports nothing large."""
 
 import os
 import socket
@@ -52,3 +52,16 @@ def use_interface_towards(master: str) -> None:
     if interface:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # "=": this one, not all whose names begin so
+
+
+def address_of(interface: str) -> str | None:
+    """The IPv4 address of an interface; None where it has none, or does not exist."""
+    addresses = psutil.net_if_addrs().get(interface, [])
+    return next((found.address for found in addresses if found.family == socket.AF_INET), None)
+
+
+def free_port() -> int:
+    """A port that no process uses, so that two runs on one machine do not disturb each other."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return int(unused.getsockname()[1])

@@ -9,7 +9,6 @@ import json
 import platform
 import select
 import socket
-import sys
 import time
 from typing import Any
 
@@ -17,7 +16,6 @@ from lib.errors import UserError
 
 JOIN_SECONDS = 600  # machines that are started by hand may come so much later than the first one
 QUIET_SECONDS = 5  # of waiting before the console says so
-MISSING = object()
 
 
 class Lost(Exception):
@@ -132,7 +130,8 @@ class Meeting:
             self._unread[connection], self._peers[connection] = b"", 0
             self._watch(connection)
             self._send(
-                connection, {"node": self.node, "nodes": self.nodes, "name": self.names[self.node], "clock": time.time()}
+                connection,
+                {"node": self.node, "nodes": self.nodes, "name": self.names[self.node], "clock": time.time()},
             )
             while 0 not in self.names and 0 not in self.lost:  # until node 0 says who is here
                 self._hear(1)
@@ -175,11 +174,11 @@ class Meeting:
         return [found[number] for number in range(self.nodes)]
 
     def exchange(self, value: Any, seconds: float = 60) -> list[Any]:
-        """This round's values of all nodes. Raises Lost where one has gone."""
+        """This round's values of all nodes, none of which is None. Raises Lost where one has gone without it."""
         self.tell(value)
         values = self.all_of(seconds)
-        if self.lost:
-            raise Lost(f"{self.name_of(min(self.lost))} has gone")
+        if None in values:
+            raise Lost(f"{self.name_of(values.index(None))} has gone")
         return values
 
     def name_of(self, node: int) -> str:

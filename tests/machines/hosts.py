@@ -6,8 +6,8 @@
         beta.cut(), beta.mend()                       its cable at the switch: both ends still have a carrier
         beta.processes()                              what runs there, known by its namespace
 
-The hosts see the file system of this machine, but for /tmp, /dev/shm, /run, /etc/hosts and the files of ssh. Each is the
-first process of a process namespace: when it ends, the kernel ends all others there, and the network goes with them.
+The hosts see the file system of this machine, but for /tmp, /dev/shm, /run, /etc/hosts and the files of ssh. Each is
+the first process of a process namespace: when it ends, the kernel ends all others there, and the network goes too.
 """
 
 import contextlib
@@ -58,7 +58,21 @@ def missing() -> str | None:
         return f"no {', '.join(absent)} here; on Debian: apt install openssh-server openssh-client iproute2 util-linux"
     if os.geteuid() != 0:
         return "namespaces with addresses of their own need root"
-    command = ["unshare", "--net", "--uts", "--pid", "--mount", "--fork", "ip", "link", "add", "name", "test0", "type", "bridge"]
+    command = [
+        "unshare",
+        "--net",
+        "--uts",
+        "--pid",
+        "--mount",
+        "--fork",
+        "ip",
+        "link",
+        "add",
+        "name",
+        "test0",
+        "type",
+        "bridge",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         return f"this system allows no namespaces: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}"
