@@ -210,7 +210,7 @@ def main() -> int:
     named = run_dir is None and not resume
     try:
         team = team_of(machines, arguments, yaml_path) if machines else Team()
-        if named and team.node == 0:  # the other machines are told the name
+        if named and (team.node == 0 or dry_run):  # the other machines are told the name
             run_dir = (
                 f"runs/{run_name}-{time.strftime('%Y%m%d-%H%M%S')}" if dry_run else str(new_folder(f"runs/{run_name}"))
             )
