@@ -24,6 +24,7 @@ usage() {
 ./launch.sh merge <run> [--help]                   put the LoRA adapter of a run into its model
 ./launch.sh export <run|model> --gguf FILE         write a model for llama.cpp [--help]
 ./launch.sh results [--help]                       run every recipe, and make the README's table of scores
+./launch.sh check --hostfile FILE                  look at the machines of a hostfile, before a run on several
 ./launch.sh torture <recipe> [--help]              kill it, stop it, fill its disk, resume it (an hour)
 ./launch.sh --help                                 this text
 
@@ -35,6 +36,7 @@ options:
   --restarts N       after a fault (a killed rank, say), start again from the newest checkpoint, up to N times
   --nodes M --node_rank N --master HOST:PORT   on each of M machines, N from 0 up: they train together, with --ranks
                      each; HOST is the machine with --node_rank 0, PORT a free port there (docs/machines.md)
+  --hostfile FILE    start it on every machine of the file, by ssh; --include or --exclude HOSTS, --env NAME=VALUE
   --dry_run          print the deepspeed command and stop
   --quick            a run of a few seconds, with the settings of the YAML's 'quick:' section
 
@@ -60,7 +62,7 @@ recipes() {
 # `; did you mean 'x'?` for the nearest recipe or command, if one is near.
 did_you_mean() {
   # shellcheck disable=SC2046 # names without spaces
-  python3 - "$1" $(recipes) compare test search chat generate merge export results torture <<'EOF' 2>/dev/null || true
+  python3 - "$1" $(recipes) compare test search chat generate merge export results torture check <<'EOF' 2>/dev/null || true
 import difflib, sys
 for near in difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1, 0.6):
     print(f"; did you mean '{near}'?", end="")
@@ -132,10 +134,17 @@ run_tests() {
 }
 
 main() {
+  local argument
+  for argument in "$@"; do
+    case "$argument" in
+      --hostfile | --hostfile=*) environment; exec "$python" -P -m lib.launch.hosts "$@" ;;
+    esac
+  done
   case "${1:-}" in
     --help | -h | "") usage; exit 0 ;;
     test) shift; environment; run_tests "$@"; exit 0 ;;
     torture) shift; environment; exec "$python" "$root/tests/by_hand/torture.py" "$@" ;;
+    check) fail "./launch.sh check needs --hostfile FILE" ;;
     search) shift; environment; exec "$python" -P -m lib.scores.search "$@" ;;
     chat | generate | merge | export)
       local command=$1

@@ -22,6 +22,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -201,7 +202,19 @@ def team_of(machines: list[str], arguments: list[str], yaml_path: str) -> Team:
     return Team(int(nodes), int(node), master, silence)
 
 
+def obey_stdin() -> None:
+    """Take the numbers of signals from stdin, as from lib/launch/hosts.py over ssh; at its end, end at once."""
+    with open(0, "rb", buffering=0, closefd=False) as stdin:
+        for line in stdin:
+            os.kill(os.getpid(), int(line))
+    for _ in range(2):  # the second signal ends all
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1.5)
+
+
 def main() -> int:
+    if "SIGNALS_BY_STDIN" in os.environ:
+        threading.Thread(target=obey_stdin, daemon=True).start()
     sys.stdout, sys.stderr = Console(1), Console(2)
     split = sys.argv.index("--")
     run_name, yaml_path, restarts, dry_run, *machines = sys.argv[1:split]

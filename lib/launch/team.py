@@ -13,6 +13,7 @@ import platform
 import secrets
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,16 @@ LAST_WORDS_SECONDS = 2  # after another machine's ranks have failed, this one's 
 END_SECONDS = 200  # within which another machine ends its ranks: exit functions, and processes that the kernel holds
 
 
-def facts(script: Path, arguments: list[str]) -> dict[str, str]:
-    """What must be the same on all machines: {what it is: its value, or a checksum of it}."""
+def facts(script: Path | None = None, arguments: Sequence[str] = ()) -> dict[str, str]:
+    """What must be the same on all machines: {what it is: its value, or a checksum of it}.
+
+    script, arguments: of the recipe, if one is to be run.
+    """
     found = {"Python": platform.python_version()}
     found |= {name: importlib.metadata.version(name) for name in VERSIONS_OF}
-    found["this code"] = _checksum(*sorted((ROOT / "lib").rglob("*.py")), script)
+    found["this code"] = _checksum(*sorted((ROOT / "lib").rglob("*.py")), *([script] if script else []))
+    if script is None:
+        return found
     found["the recipe's YAML"] = _checksum(script.with_suffix(".yaml"))
     for name in ("deepspeed_config", "config"):
         if f"--{name}" in arguments[:-1]:
@@ -140,6 +146,8 @@ class Team:
             faults += [problem for found in meeting.exchange(list(filter(None, problems))) for problem in found]
         if self.node == 0 and first["token"]:
             Path(first["token"]).unlink(missing_ok=True)
+        if faults and self.node and "SIGNALS_BY_STDIN" in os.environ:  # by hosts.py, where node 0 has said them
+            raise UserError(f"{len(faults)} of what {meeting.name_of(0)} says")
         if faults:
             raise UserError("\n".join(faults))
         options = self._options([node["ids"] for node in all_nodes], meeting.master_address, first["port"])

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import read_losses, run_ranks
 from hosts import Host, missing, two_hosts
 
+from lib.errors import UserError
+from lib.launch.hosts import chosen
 from lib.launch.team import differences, verdict
 
 Hosts = tuple[Host, Host]
@@ -202,6 +205,97 @@ def test_who_is_not_expected_is_sent_away(hosts: Hosts, shared: Path) -> None:
     os.kill(process_of(alpha, "lib.launch.supervise"), signal.SIGINT)
     codes, printed = end([zero], hosts)
     assert codes == [130] and "Traceback" not in printed[0]
+
+
+@pytest.mark.slow
+def test_a_hostfile_starts_all_machines(hosts: Hosts, shared: Path) -> None:
+    """By ssh, from beta, which is the second of the hosts. Arguments arrive as they are."""
+    alpha, beta = hosts
+    (shared / "hostfile").write_text("alpha slots=1\n# a comment\nbeta slots=4\n")
+    prompt = """it's "quoted", $HOME `id` \\ * ; & | 'ü'"""
+    command = ["./launch.sh", *RECIPE, "--hostfile", shared / "hostfile", "--include", "alpha@beta:0", *STEPS]
+    command += ["--rank_timeout", SILENCE / 60, "--save_every", 10, "--env", "WORDS=two  words", "--prompt", prompt]
+    run = shared / "a run"
+    first = [beta.start(*command, "--run_dir", run)]
+    wait_for(run, 12, first)
+    environment = Path(f"/proc/{process_of(alpha, '--local_rank=0')}/environ").read_bytes().split(b"\0")
+    assert b"WORDS=two  words" in environment
+    os.kill(process_of(beta, "lib.launch.hosts"), signal.SIGINT)
+    codes, printed = end(first, hosts)
+    assert codes == [75] and "--resume goes on" in printed[0], printed
+    assert yaml.safe_load((run / "config.yaml").read_text())["prompt"] == prompt
+
+    at = steps_of(run)
+    second = [beta.start(*command, "--run_dir", run, "--resume")]
+    wait_for(run, at + 12, second)
+    os.kill(process_of(beta, "lib.launch.hosts"), signal.SIGKILL)
+    wait_all = time.monotonic() + 60
+    while any(host.processes() for host in hosts) and time.monotonic() < wait_all:
+        time.sleep(0.1)
+    end(second, hosts, 10)
+
+    codes, printed = end([beta.start(*command, "--run_dir", run, "--resume")], hosts)
+    assert codes == [0], printed
+    assert alike(run, one_machine(2, shared / "1x2", *STEPS))
+
+
+def test_a_hostfile_is_checked_before_anything_starts(hosts: Hosts, shared: Path) -> None:
+    alpha, _ = hosts
+    files = {
+        "good": ("alpha slots=2\nbeta slots=1\n", []),
+        "twice": ("alpha slots=1\nbeta\nalpha slots=2\n", ["twice:2: 'beta' should be", "twice:3: alpha stands here"]),
+        "empty": ("# nothing\n", ["names no machine"]),
+        "wrong": (
+            "alpha slots=1\nbeta slots=1\n10.77.0.2 slots=1\ngamma slots=1\n10.77.0.9 slots=1\n",
+            ["ssh does not reach gamma", "ssh does not reach 10.77.0.9", "beta and 10.77.0.2 are the same machine"],
+        ),
+    }
+    for name, (text, faults) in files.items():
+        (shared / name).write_text(text)
+        started = time.monotonic()
+        done = alpha.run("./launch.sh", "check", "--hostfile", shared / name)
+        said = done.stderr.splitlines()
+        assert done.returncode == (2 if faults else 0) and len(said) == len(faults), done
+        assert all(fault in line for fault, line in zip(faults, said, strict=True)), said
+        assert time.monotonic() - started < 25
+        if not faults:
+            header, *rows = done.stdout.splitlines()
+            assert header.split()[:3] == ["host", "name", "ranks"]
+            assert [row.split()[:3] for row in rows] == [["alpha", "alpha", "2"], ["beta", "beta", "1"]]
+    missing_file = alpha.run("./launch.sh", "check", "--hostfile", shared / "nowhere")
+    assert missing_file.returncode == 2 and "No such file" in missing_file.stderr
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "left"),
+    [
+        (None, None, {"a": [0, 1], "b": [0, 1, 2]}),
+        ("b:2,0@a", None, {"a": [0, 1], "b": [0, 2]}),
+        (None, "a@b:1", {"b": [0, 2]}),
+    ],
+)
+def test_hosts_are_chosen_as_by_deepspeed(include: str | None, exclude: str | None, left: dict[str, list[int]]) -> None:
+    from deepspeed.launcher import runner
+
+    hosts = {"a": [0, 1], "b": [0, 1, 2]}
+    assert chosen(hosts, include, exclude) == left
+    slots = {host: len(numbers) for host, numbers in hosts.items()}
+    assert runner.parse_inclusion_exclusion(slots, include or "", exclude or "") == left
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "words"),
+    [
+        ("c", None, "the hostfile has no c"),
+        ("b:3", None, "b has no slot 3; the last is 2"),
+        (None, "a@b", "leaves no slot"),
+        ("a", "b", "give one of them"),
+        ("a:x", None, "should be like"),
+    ],
+)
+def test_a_wrong_choice_of_hosts_is_refused(include: str | None, exclude: str | None, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        chosen({"a": [0, 1], "b": [0, 1, 2]}, include, exclude)
 
 
 def node(**changed: Any) -> dict[str, Any]:
