@@ -129,7 +129,7 @@ run_tests() {
   "$bin/ruff" check .
   "$bin/ruff" format --check .
   "$bin/mypy"
-  "$bin/shellcheck" launch.sh .ci/run docs/story.sh
+  "$bin/shellcheck" launch.sh .ci/run docs/story.sh docs/cluster/slurm.sbatch
   "$python" -m pytest "$@"
 }
 
