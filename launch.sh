@@ -34,8 +34,8 @@ options:
   --ds_config FILE   any DeepSpeed JSON instead; also a name from ds_configs/<recipe>, such as zero3_offload
   --ranks N          processes, one a GPU (default: all GPUs, or 2 on a CPU)
   --restarts N       after a fault (a killed rank, say), start again from the newest checkpoint, up to N times
-  --nodes M --node_rank N --master HOST:PORT   on each of M machines, N from 0 up: they train together, with --ranks
-                     each; HOST is the machine with --node_rank 0, PORT a free port there (docs/machines.md)
+  --nodes M --node_rank N --master HOST:PORT   on each of M machines, which train together (docs/machines.md): N is
+                     its number, from 0 up; HOST the machine with number 0, PORT a free port there
   --hostfile FILE    start it on every machine of the file, by ssh; --include or --exclude HOSTS, --env NAME=VALUE
   --dry_run          print the deepspeed command and stop
   --quick            a run of a few seconds, with the settings of the YAML's 'quick:' section
@@ -61,8 +61,9 @@ recipes() {
 
 # `; did you mean 'x'?` for the nearest recipe or command, if one is near.
 did_you_mean() {
-  # shellcheck disable=SC2046 # names without spaces
-  python3 - "$1" $(recipes) compare test search chat generate merge export results torture check <<'EOF' 2>/dev/null || true
+  local commands="compare test search chat generate merge export results torture check"
+  # shellcheck disable=SC2046,SC2086 # names without spaces
+  python3 - "$1" $(recipes) $commands <<'EOF' 2>/dev/null || true
 import difflib, sys
 for near in difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1, 0.6):
     print(f"; did you mean '{near}'?", end="")

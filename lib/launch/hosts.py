@@ -250,6 +250,9 @@ def main() -> int:
     for option in ("--ranks", "--nodes", "--node_rank"):
         if any(argument == option or argument.startswith(f"{option}=") for argument in arguments):
             raise UserError(f"{option} and --hostfile: the hostfile says that; leave one of them out")
+    what = arguments[0].removeprefix("recipes/").removesuffix(".py") if arguments else ""
+    if what != "check" and not (ROOT / "recipes" / f"{what}.py").is_file():
+        raise UserError(f"--hostfile is for recipes, which come first, and for check; {what or 'nothing'} is neither")
     found = preflight(hosts, environment)
     if arguments[:1] == ["check"]:
         print(table(hosts, found))

@@ -5,6 +5,7 @@ One machine is a team of one, which has nothing to compare and nobody to ask.
 
 import argparse
 import base64
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -12,8 +13,9 @@ import os
 import platform
 import secrets
 import socket
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,13 +129,14 @@ class Team:
         self._others_failed_at = None
         folder = run_dir if self.node == 0 else None
         chosen = os.environ.get("GLOO_SOCKET_IFNAME")
-        with socket.create_server(("", 0), backlog=self.nodes) as server:
+        token = _leave_token(folder)
+        with _removed_in_the_end(token), socket.create_server(("", 0), backlog=self.nodes) as server:
             mine = {
                 "facts": facts(script, settings), "settings": settings, "ids": ids,
                 "address": network.address_of(chosen) if chosen else meeting.own_address, "interface": chosen,
                 "reach": server.getsockname()[1], "port": network.free_port(), "run_dir": folder, "resume": resume,
-                "restarts": restarts, "folder": folder and str(Path(folder).absolute()),
-                "token": _leave_token(folder), "clocks": meeting.clocks,
+                "restarts": restarts, "folder": folder and str(Path(folder).absolute()), "token": token,
+                "clocks": meeting.clocks,
             }  # fmt: skip
             all_nodes = meeting.exchange(mine)
             first = all_nodes[0]
@@ -144,8 +147,6 @@ class Team:
             problems = [_problem_with_folder(first, names[0], names[self.node])] if self.node else []
             problems += [self._cannot_reach(number, node, names) for number, node in enumerate(all_nodes)]
             faults += [problem for found in meeting.exchange(list(filter(None, problems))) for problem in found]
-        if self.node == 0 and first["token"]:
-            Path(first["token"]).unlink(missing_ok=True)
         if faults and self.node and "SIGNALS_BY_STDIN" in os.environ:  # by hosts.py, where node 0 has said them
             raise UserError(f"{len(faults)} of what {meeting.name_of(0)} says")
         if faults:
@@ -201,7 +202,7 @@ class Team:
             for number, end in enumerate(ends):
                 if number != self.node and (end is None or end["status"] == code or end["signal"]):
                     how = "has gone" if end is None else f"ended with exit code {code}"
-                    print(f"error: {self.meeting.name_of(number)} {how}")
+                    print(f"error: {self.meeting.name_of(number)} {how}", file=sys.stderr)
         return code, again
 
     def leave(self) -> None:
@@ -245,6 +246,15 @@ def _leave_token(run_dir: str | None) -> str | None:
     except OSError:
         return None
     return str(token)
+
+
+@contextlib.contextmanager
+def _removed_in_the_end(file: str | None) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        if file:
+            Path(file).unlink(missing_ok=True)
 
 
 def _problem_with_folder(first: dict[str, Any], first_name: str, name: str) -> str | None:
