@@ -26,6 +26,7 @@ usage() {
 ./launch.sh results [--help]                       run every recipe, and make the README's table of scores
 ./launch.sh check --hostfile FILE                  look at the machines of a hostfile, before a run on several
 ./launch.sh torture <recipe> [--help]              kill it, stop it, fill its disk, resume it (an hour)
+./launch.sh gpu_check [--minutes 8] [--help]       all that only a GPU can tell: MFU, the contract in bf16, memory
 ./launch.sh --help                                 this text
 
 options:
@@ -61,7 +62,7 @@ recipes() {
 
 # `; did you mean 'x'?` for the nearest recipe or command, if one is near.
 did_you_mean() {
-  local commands="compare test search chat generate merge export results torture check"
+  local commands="compare test search chat generate merge export results torture gpu_check check"
   # shellcheck disable=SC2046,SC2086 # names without spaces
   python3 - "$1" $(recipes) $commands <<'EOF' 2>/dev/null || true
 import difflib, sys
@@ -146,6 +147,12 @@ main() {
     test) shift; environment; run_tests "$@"; exit 0 ;;
     torture) shift; environment; exec "$python" "$root/tests/by_hand/torture.py" "$@" ;;
     check) fail "./launch.sh check needs --hostfile FILE" ;;
+    gpu_check)
+      shift
+      environment
+      export PYTHONPATH=$PYTHONPATH:$root/tests/contract
+      exec "$python" "$root/tests/by_hand/gpu_check.py" "$@"
+      ;;
     search) shift; environment; exec "$python" -P -m lib.scores.search "$@" ;;
     chat | generate | merge | export)
       local command=$1

@@ -29,7 +29,7 @@ Where to look, and where to add:
     where the loss is divided          recipes/x.py, in the loop; run.undivided (run/run.py) undoes DeepSpeed's division
     which rows a rank gets             data/batches.py
     what a checkpoint holds            run/checkpoints.py (save, load), distributed/zero_state.py (what a rank has),
-                                       run/checkpoint_files.py (the files)
+                                       run/checkpoint_writing.py and checkpoint_files.py (the files)
     a DeepSpeed key that is allowed    settings/ds_config.py
     a built-in corpus                  data/samples.py
 

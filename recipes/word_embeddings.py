@@ -9,9 +9,8 @@ same words: how well their cosines agree with human ratings of similarity, and h
 
 Methods, both over a vector v and a context vector u for each word:
 skip_gram: for each word w and each word c beside it, minimize -log s(v_w u_c) - sum over k random words n of log s(-v_w
-u_n), where s is the logistic function (Mikolov et al. 2013, equation 4). Unlike there, the words of a span share random
-words, as many as the span has, each with the weight k / span; frequent words are subsampled once and not in each epoch,
-and the optimizer is AdamW with large batches.
+u_n), where s is the logistic function (Mikolov et al. 2013, equation 4). Here the words of a span share as many random
+words, each with the weight k / span; frequent words are subsampled once; the optimizer is AdamW, on large batches.
 glove: for each pair that occurs X times, words d apart counting 1 / d, minimize f(X) (v_w u_c + a_w + b_c - log X)^2
 with f(X) = min(1, (X / x_max)^0.75), and take v + u (Pennington et al. 2014, equations 8 and 9; AdaGrad there).
 
@@ -28,6 +27,7 @@ import deepspeed
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.lib.stride_tricks import sliding_window_view
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain launcher starts in recipes/
@@ -89,16 +89,17 @@ class WordVectors(torch.nn.Module):
             torch.nn.init.uniform_(weight, -0.5 / dimensions, 0.5 / dimensions)
 
     def forward(self, words: torch.Tensor, others: torch.Tensor, noise: torch.Tensor | None = None) -> Any:
-        """skip_gram: words [rows, span], others [rows, span + 2 * window], noise [rows, span] -> of words with those
-        around them [rows, span, 2 * window], with the noise [rows, span, span]. glove: words, others -> [rows, span]"""
-        vectors, contexts, span = self.vectors(words), self.contexts(others), words.shape[1]
+        """skip_gram: words [rows, span], others [rows, span + 2 * window], noise [rows, span] -> of words with all from
+        `window` before to behind them [rows, span, 2 * window + 1], with the noise [rows, span, span]. glove: words,
+        others -> [rows, span]"""
         if noise is None:
-            scores = (vectors * contexts).sum(-1)
-            return scores + (self.biases(words) + self.context_biases(others)).squeeze(-1)
-        window = (others.shape[1] - span) // 2
-        shifts = [shift for shift in range(2 * window + 1) if shift != window]
-        around = torch.stack([(vectors * contexts[:, shift : shift + span]).sum(-1) for shift in shifts], -1)
-        return around, vectors @ self.contexts(noise).transpose(1, 2)
+            biases = (self.biases(words) + self.context_biases(others)).squeeze(-1)
+            return (self.vectors(words) * self.contexts(others)).sum(-1) + biases
+        span, width = words.shape[1], others.shape[1]  # Of all with all: that is faster than the few that are needed.
+        scores = self.vectors(words) @ self.contexts(torch.cat([others, noise], 1)).transpose(1, 2)
+        at = torch.arange(width, device=words.device).expand(len(words), -1)
+        around = scores[:, :, :width].gather(2, at[:, :span, None] + at[:, None, : width - span + 1])
+        return around, scores[:, :, width:]
 
 
 def words_of(text: str) -> list[str]:
@@ -126,14 +127,13 @@ class SkipGrams:
         return {"others": self.stream[np.array(numbers)[:, None] * self.cfg.span + np.arange(width)]}
 
     def collate(self, rows: dict[str, np.ndarray]) -> Batch:
-        """words, noise (random words) [rows, span]; others [rows, span + 2 * window]; beside [rows, span, 2 * window]:
-        whether to learn the pair; pairs [rows, span, 1]: how many of these a word has."""
+        """words, noise (random words) [rows, span]; others [rows, span + 2 * window]; beside [rows, span, 2 * window +
+        1]: whether to learn the pair; pairs [rows, span, 1]: how many of these a word has."""
         window, span, others = self.cfg.window, self.cfg.span, rows["others"]
         words, random = others[:, window : window + span], random_numbers(rows["draw"], 2 * span)
         reach = np.where(words >= 0, 1 + np.floor(random[:, :span] * window), 0)
-        shifts = [shift for shift in range(-window, window + 1) if shift]
-        is_near = [(reach >= abs(s)) & (others[:, window + s : window + s + span] >= 0) for s in shifts]
-        beside = np.stack(is_near, -1).astype(np.float32)
+        distance, is_word = np.abs(np.arange(-window, window + 1)), sliding_window_view(others >= 0, 2 * window + 1, 1)
+        beside = (is_word & (reach[:, :, None] >= distance) & (distance > 0)).astype(np.float32)
         noise = np.searchsorted(self.noise, random[:, span:])
         arrays = {"words": words.clip(min=0), "others": others.clip(min=0), "noise": noise, "beside": beside}
         return tensors_of(**arrays, pairs=beside.sum(-1, keepdims=True).astype(np.int64))

@@ -150,16 +150,16 @@ class Record:
 
     def save(self, real: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(real)
-        def timed_save(run_checkpoints: Any, step: int) -> Any:
+        def timed_save(run_checkpoints: Any, step: int) -> None:
             dist.barrier()
             started = time.perf_counter()
-            saved = real(run_checkpoints, step)
-            if saved:
-                self.result["checkpoint_seconds"] = time.perf_counter() - started
+            real(run_checkpoints, step)
+            seconds = time.perf_counter() - started
+            if run_checkpoints.finish():
+                self.result["checkpoint_seconds"] = seconds
                 files = (run_checkpoints.folder / checkpoint_files.folder_of(step)).rglob("*")
                 self.result["checkpoint_bytes"] = sum(path.stat().st_size for path in files if path.is_file())
                 self.write()
-            return saved
 
         return timed_save
 

@@ -26,6 +26,41 @@ Batch = dict[str, torch.Tensor]
 Collate = Callable[[dict[str, Any]], Batch]  # {column: values} of some rows -> their batch
 
 
+class Streamed:
+    """Training rows that come one after the other, without a number of them: step s has those from s * batch_size on.
+
+    A rank asks for the numbers of its own rows only, step after step.
+    """
+
+    def begin(self, own: Sequence[int], position: dict[str, Any] | None) -> None:
+        """Before the first step. own: which rows of each step this rank will ask for, from 0 to batch_size - 1.
+        position: where to go on; None: at the beginning."""
+        raise NotImplementedError
+
+    def position(self, step: int) -> dict[str, Any]:
+        """Where all rows are after a step; any number of ranks goes on from it. Every rank must call it; rank 0 gets
+        it."""
+        raise NotImplementedError
+
+    def __getitem__(self, numbers: list[int]) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+def position(rows: Any, step: int) -> dict[str, Any]:
+    """What a checkpoint keeps of the training rows: nothing, unless they are Streamed. Every rank must call it."""
+    return {"stream": rows.position(step)} if isinstance(rows, Streamed) else {}
+
+
+class InOrder:
+    """As StepRows, for rows that come one after the other."""
+
+    def __init__(self, batch_size: int):
+        self.batch_size = batch_size
+
+    def __getitem__(self, step: int) -> np.ndarray:
+        return np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+
+
 class StepRows:
     """Which rows an optimizer step trains on, as a function of the step alone, so that a run can start at any step.
 
@@ -84,21 +119,29 @@ def rows_of_steps(steps: int, total: int, batch_size: int, seed: int) -> np.ndar
 def training_batches(
     rows: Any, collate: Collate, *, batch_size: int, micro_batch_size: int, seed: int,
     device: torch.device, lengths: Sequence[int] | None = None, packing: bool | None = None, start: int = 0,
+    position: dict[str, Any] | None = None,
 ) -> Iterator[list[Batch]]:  # fmt: skip
     """For each optimizer step, this rank's micro-batches: a list of accumulation_steps dicts of tensors on `device`.
 
-    rows: indexed with a list of row numbers it gives {column: values}, as a datasets.Dataset does; collate makes
-    tensors of that. Beside the columns it gets "draw", one random 64-bit number a row and step: what is random in a
-    batch and made from these (masks, negatives) does not depend on the number of ranks. batch_size: rows a step over
+    rows: indexed with a list of row numbers it gives {column: values}, as a datasets.Dataset does; or Streamed. collate
+    makes tensors of that. Beside the columns it gets "draw", one random 64-bit number a row and step: what is random in
+    a batch and made from these (masks, negatives) does not depend on the number of ranks. batch_size: rows a step over
     all ranks; a multiple of micro_batch_size * the data-parallel ranks. lengths: the rows' lengths, which put rows of
     nearly one length into a step, so that little is padded (StepRows). packing: None for that; otherwise a step has
     rows of any lengths, the same with packing and without. With it, each of its micro-batches gets nearly as many
-    tokens; without it, rows of nearly one length. A thread makes the batches of the next step while the device computes
-    this one, so collate must not draw from a global generator, which raises UserError.
+    tokens; without it, rows of nearly one length. start, position: the steps done before, and where Streamed rows were
+    then. A thread makes the batches of the next step while the device computes this one, so collate must not draw from
+    a global generator, which raises UserError.
     """
     sizes = None if lengths is None else np.asarray(lengths)  # once: a column of a data set is read from its file
-    step_rows = StepRows(len(rows), batch_size, seed, sizes if packing is None else None)
     rank, data_parallel_size = mesh.data_parallel_rank(), mesh.data_parallel_size()
+    step_rows: StepRows | InOrder
+    if isinstance(rows, Streamed):
+        step_rows = InOrder(batch_size)
+        own = np.arange(batch_size).reshape(-1, micro_batch_size)[rank::data_parallel_size]
+        rows.begin(own.flatten().tolist(), position)
+    else:
+        step_rows = StepRows(len(rows), batch_size, seed, sizes if packing is None else None)
 
     def batches_of(step: int) -> list[Batch]:
         draws = np.random.SeedSequence((seed, step, 2)).generate_state(batch_size, np.uint64)

@@ -67,11 +67,18 @@ def token_streams(splits: dict[str, Dataset], tokenizer: Any) -> dict[str, np.nd
         )
 
     def tokenize(rows: dict[str, list[str]], tokenizer: Any) -> dict[str, list[list[int]]]:
-        # verbose=False: a document may be longer than the model's limit, of which the tokenizer would warn.
-        encoded = tokenizer(rows["text"], add_special_tokens=False, verbose=False)
-        return {"input_ids": [[*ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]}
+        return {"input_ids": document_tokens(rows["text"], tokenizer)}
 
     return {split: token_stream(rows) for split, rows in map_rows(splits, tokenize, tokenizer=tokenizer).items()}
+
+
+def document_tokens(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    """The tokens of each document, and the end-of-text token."""
+    # verbose=False: a document may be longer than the model's limit, of which the tokenizer would warn.
+    encoded = tokenizer(
+        texts, add_special_tokens=False, verbose=False, return_attention_mask=False, return_token_type_ids=False
+    )
+    return [[*ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]
 
 
 @progress("joining the tokens")

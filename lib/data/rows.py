@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,17 @@ CODE = [file.read_text(encoding="utf-8") for file in sorted((ROOT / "lib").rglob
 CODE += [importlib.metadata.version(package) for package in ("datasets", "tokenizers", "transformers")]
 
 
+# Like find_sources: (dataset, columns) -> ({split: sources}, notes)
+Find = Callable[[str, Collection[str]], tuple[dict[str, list[Source]], list[str]]]
+
+
 class Splits(dict[str, Dataset]):
     """The rows of a data set by split, {"train": ..., "validation": ..., "test": ...}, and facts that a run records."""
 
     fingerprint: str  # a hash of the rows' content, whatever file the rows are in
     header: dict[str, str]  # lines for the header of the run: the label names, the first training row
     notes: list[str]
+    documents: Any = None  # lib.data.streams.Documents, where the training rows are only the first of a stream
 
 
 @progress("loading the rows")
@@ -46,11 +51,13 @@ def load_rows(
     answers: dict[str, str] | None = None,
     messages: dict[str, str] | None = None,
     scored_rows: int | None = None,
+    find: Find = find_sources,
 ) -> Splits:
     """The splits "train", "validation" and "test" of a data set, each row checked. Every rank must call it.
 
     dataset: see lib.data.sources.find_sources. max_rows: how many rows of each split to draw at random; None: all.
     scored_rows: how many of the validation and of the test split at most; None: all.
+    find: gives the sources of the data set.
     messages, text, label, answers: the columns to keep, as {name here: name in the data}.
     - A column of messages has a list of them, {"role": ..., "content": ...} or {"from": ..., "value": ...}, or the text
       of one message. It becomes JSON, which lib.data.conversations.messages_of reads.
@@ -77,7 +84,7 @@ def load_rows(
             )
 
     def read() -> str:
-        return _read_rows(dataset, messages, text, label or {}, answers or {})
+        return _read_rows(dataset, find, messages, text, label or {}, answers or {})
 
     def content(name: str) -> str:
         return json.loads((_cache() / name / "facts.json").read_text(encoding="utf-8"))["fingerprint"]
@@ -104,6 +111,18 @@ def load_rows(
         return splits
 
     return load()
+
+
+def texts_of(source: Source, column: str, start: int = 0) -> Iterator[str]:
+    """The text of each row of a source, from row number `start` (0, 1, ...) on. Raises UserError for a faulty row."""
+    reader = _Reader(source.name, {}, messages={}, text={"text": column}, label={}, answers={})
+    for number, (place, row) in enumerate(itertools.islice(source.read(), start, None), start):
+        try:
+            _check_columns(row, [column], source.name, is_first=number == 0)
+            text = reader._values(row)["text"]
+        except _Fault as fault:
+            raise UserError(f"{source.name}, {place}: {fault}") from None
+        yield text
 
 
 def map_rows(
@@ -141,13 +160,14 @@ def _cache() -> Path:
 
 
 def _read_rows(
-    dataset: str, messages: dict[str, str], text: dict[str, str], label: dict[str, str], answers: dict[str, str]
-) -> str:
+    dataset: str, find: Find, messages: dict[str, str], text: dict[str, str], label: dict[str, str],
+    answers: dict[str, str],
+) -> str:  # fmt: skip
     """Read the rows into a folder of the cache, if it is not there yet, and return the name of the folder.
 
     The folder has train.arrow, validation.arrow, test.arrow and facts.json.
     """
-    sources, notes = find_sources(dataset, {*messages.values(), *text.values(), *label.values(), *answers.values()})
+    sources, notes = find(dataset, {*messages.values(), *text.values(), *label.values(), *answers.values()})
     content = [(split, source.digest) for split, part in sources.items() for source in part]
     folder = _cache() / Hasher.hash((CODE, messages, text, label, answers, content))
     if folder.is_dir():

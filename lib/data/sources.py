@@ -19,7 +19,7 @@ from typing import Any
 
 import pyarrow.compute
 import pyarrow.parquet
-from datasets import ClassLabel, Dataset, DatasetDict, Features, load_dataset, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, load_dataset, load_from_disk
 
 from lib.data.samples import SAMPLES, load_sample
 from lib.data.splits import SPLITS
@@ -57,12 +57,16 @@ class Source:
     label_names: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
 
-def find_sources(dataset: str, columns: Collection[str]) -> tuple[dict[str, list[Source]], list[str]]:
+def find_sources(
+    dataset: str, columns: Collection[str], streaming: bool = False
+) -> tuple[dict[str, list[Source]], list[str]]:
     """({split: sources}, notes for the user). There is a "train" split; "validation" and "test" may be missing.
 
     dataset: a built-in sample, a file, a folder of files, a folder of save_to_disk, or `name[:configuration]` on the
     Hugging Face hub.
     columns: those that will be read; others may be left out of the rows.
+    streaming: read nothing whole now, and no data set of the hub to the disk; then a file's digest is of its name and
+    size alone, and the labels of a data set on the hub stay numbers.
     Raises UserError where there is no such data set, or where it is not clear which rows are of which split.
     """
     path = Path(dataset).expanduser()
@@ -70,12 +74,15 @@ def find_sources(dataset: str, columns: Collection[str]) -> tuple[dict[str, list
         return _of_datasets(dataset, load_sample(dataset), columns)
     if os.path.exists(path):  # noqa: PTH110  (Path.exists raises an error where a name is too long)
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            return _saved(path, columns)
+            return _saved(path, columns, streaming)
         files, notes = _files(path)
-        return {split: [_of_file(file, columns) for file in part] for split, part in files.items()}, notes
+        return {split: [_of_file(file, columns, streaming) for file in part] for split, part in files.items()}, notes
     if _format(path) or dataset.startswith((".", "/", "~")):
         raise UserError(f"dataset {dataset}: no such file or folder (looked from {Path.cwd()})")
-    return _of_datasets(dataset, _load_hub(dataset), columns)
+    if re.search(r"=[0-9.]+(,|$)", dataset):
+        raise UserError(f"dataset {dataset}: a mixture of data sets is read with --streaming, where the recipe has it")
+    loaded = _load_hub(dataset, streaming)
+    return _of_streams(dataset, loaded) if streaming else _of_datasets(dataset, loaded, columns)
 
 
 def digest_of(files: Sequence[Path]) -> str:
@@ -182,12 +189,11 @@ def _files(path: Path) -> tuple[dict[str, list[Path]], list[str]]:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _of_file(file: Path, columns: Collection[str]) -> Source:
+def _of_file(file: Path, columns: Collection[str], streaming: bool) -> Source:
     read = {"JSON": _json_rows, "CSV": _csv_rows, "Parquet": _parquet_rows, "text": _text_rows}[str(_format(file))]
     names = _parquet_label_names(file) if read is _parquet_rows else {}
-    return Source(
-        display_path(file), f"{_suffix(file)[0]} {digest_of([file])}", functools.partial(read, file, columns), names
-    )
+    digest = f"{file.name} {file.stat().st_size}" if streaming else f"{_suffix(file)[0]} {digest_of([file])}"
+    return Source(display_path(file), digest, functools.partial(read, file, columns), names)
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
@@ -395,7 +401,7 @@ def _named(row: dict[str, Any], names: Mapping[str, Sequence[str]]) -> dict[str,
 # --- data sets of the library `datasets` -----------------------------------------------------------------------------
 
 
-def _saved(path: Path, columns: Collection[str]) -> tuple[dict[str, list[Source]], list[str]]:
+def _saved(path: Path, columns: Collection[str], streaming: bool) -> tuple[dict[str, list[Source]], list[str]]:
     """The sources of a data set that save_to_disk wrote."""
     try:
         loaded = load_from_disk(str(path))
@@ -404,18 +410,17 @@ def _saved(path: Path, columns: Collection[str]) -> tuple[dict[str, list[Source]
             f"dataset {path}: saved by save_to_disk, but it cannot be read "
             f"({type(error).__name__}: {' '.join(str(error).split())[:200]})"
         ) from None
-    digest = digest_of(
-        sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in (".arrow", ".json"))
-    )
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in (".arrow", ".json"))
+    digest = str(sum(file.stat().st_size for file in files)) if streaming else digest_of(files)
     return _of_datasets(
         str(path), loaded if isinstance(loaded, DatasetDict) else DatasetDict({"train": loaded}), columns, digest
     )
 
 
-def _load_hub(dataset: str) -> DatasetDict:
+def _load_hub(dataset: str, streaming: bool) -> Any:
     name, _, configuration = dataset.partition(":")
     try:
-        return load_dataset(name, configuration or None)
+        return load_dataset(name, configuration or None, streaming=streaming)
     except Exception as error:  # network, missing, gated, broken: each case has an exception class of its own
         reason = " ".join(str(error).split())
         available = re.search(r"[Aa]vailable(?: configs)?: \[(.*?)\]", reason)
@@ -477,6 +482,25 @@ def _of_datasets(
         if split in named
     }
     return sources, notes
+
+
+def _of_streams(dataset: str, loaded: Mapping[Any, IterableDataset]) -> tuple[dict[str, list[Source]], list[str]]:
+    """As _of_datasets, of data sets that are not on the disk: a source for each of their files."""
+    sources: dict[str, list[Source]] = {}
+    for name, rows in loaded.items():
+        for split in _splits_named(str(name))[:1]:
+            for part in range(rows.num_shards):
+                shard = rows.shard(rows.num_shards, part)
+                place = f"dataset {dataset}, {name} rows, part {part}"
+                sources.setdefault(split, []).append(Source(place, place, functools.partial(_rows_of_stream, shard)))
+    if "train" not in sources:
+        raise UserError(f"dataset {dataset}: it has no train split (there are: {', '.join(map(str, loaded))})")
+    return {split: sources[split] for split in SPLITS if split in sources}, []
+
+
+def _rows_of_stream(rows: IterableDataset) -> Rows:
+    for number, row in enumerate(rows, 1):
+        yield f"row {number}", row
 
 
 def _largest(rows: Dataset, column: str) -> int:

@@ -250,9 +250,10 @@ def gather_on_rank0(value: T) -> list[T]:
 
 
 def rank0_first(function: Callable[P, T]) -> Callable[P, T]:
-    """Let rank 0 call a function first and fill the caches, then the others, from them. Every rank must call it.
+    """Let rank 0 call a function first and fill the caches, then one rank on each other machine, then the others, from
+    the caches. Every rank must call it.
 
-    Either may take longer than the timeout. A UserError of one rank is raised on every rank.
+    Each turn may take longer than the timeout. A UserError of one rank is raised on every rank.
     """
 
     @functools.wraps(function)
@@ -267,9 +268,12 @@ def rank0_first(function: Callable[P, T]) -> Callable[P, T]:
             return None
 
         on_rank0(lambda: results.append(function(*arguments, **options)))
-        problem = first_problem_of(lambda: None if results else call())
-        if problem is not None:
-            raise UserError(problem)
+        # Without a cache that all machines share, the ranks of a machine would all do the same work and write one file.
+        is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
+        for turn in (is_first_here, True):
+            problem = first_problem_of(call if turn and not results else lambda: None)
+            if problem is not None:
+                raise UserError(problem)
         return results[0]
 
     return in_order

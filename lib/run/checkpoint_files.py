@@ -1,5 +1,4 @@
-"""One checkpoint on disk: written beside, moved into place and flushed; found again, and read at any stage on any
-number of ranks.
+"""One checkpoint on disk: what it consists of; found again, and read at any stage on any number of ranks.
 
   step-00000120/
     rank-00000-of-00002.safetensors   the pieces (lib/distributed/zero_state.py) that rank 0 answers for,
@@ -7,24 +6,16 @@ number of ranks.
     rank-00001-of-00002.safetensors   those of rank 1
     checkpoint.json                   the manifest: step, settings, versions, size, checksum and pieces of each file
 
-Each rank writes what it holds and reads what it needs; nothing is gathered. The manifest is written last and a folder
-gets its name only when all of it is written, so whatever kills a run leaves complete checkpoints, and perhaps one
-folder `.writing-...` that the next run removes. The disk itself takes longer, and training does not wait for it: a
-flush runs beside (`Flush`), and until it is done no older checkpoint may be deleted. A power cut before that can damage
-the newest one, which its checksums show; the older one is there. safetensors and JSON hold numbers and text alone:
+Each rank writes what it holds (lib/run/checkpoint_writing.py) and reads what it needs; nothing is gathered. A folder
+gets its name only when all of it is on the disk, so whatever kills a run, or a power cut, leaves complete checkpoints,
+and perhaps one folder `.writing-...` that the next run removes. safetensors and JSON hold numbers and text alone:
 loading runs no code. Why a format of its own: docs/checkpoints.md.
 """
 
-import errno
 import functools
 import json
 import math
-import os
-import re
 import shutil
-import threading
-from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,18 +23,14 @@ import torch
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from lib.distributed import mesh, ranks
 from lib.distributed.zero_state import (
     WEIGHT,
     Layout,
     buffers,
-    frozen_size,
     layouts,
     make_optimizer_state,
-    optimizer_state,
-    owned_pieces,
     pieces,
     refresh_model,
     shapes,
@@ -61,121 +48,9 @@ def folder_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
-# --- writing --------------------------------------------------------------------------------------
-
-
-class Flush(threading.Thread):
-    """Brings what this rank wrote of a checkpoint from the memory of the operating system to the disk, beside
-    training."""
-
-    def __init__(self, folder: Path):
-        super().__init__()
-        mine = [folder / file_name()]
-        self.paths = mine if ranks.rank() else [*mine, folder / MANIFEST, folder, folder.parent]
-        self.problem: str | None = None
-        self.start()
-
-    def run(self) -> None:
-        self.problem = _problem_of(self._flush)
-
-    def outcome(self) -> str | None:
-        """What went wrong, when it is done."""
-        self.join()
-        return self.problem
-
-    def _flush(self) -> None:
-        for path in self.paths:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            except OSError as error:
-                # Some file systems cannot flush a folder.
-                if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
-                    raise
-            finally:
-                os.close(descriptor)
-
-
-def file_name() -> str:
-    """Of this rank's file in a checkpoint that it writes."""
-    return f"rank-{ranks.rank():05d}-of-{ranks.world_size():05d}.safetensors"
-
-
-@progress("saving a checkpoint")
-def write(parent: Path, engine: Any, facts: Manifest) -> str | None:
-    """Write the checkpoint of the engine's present state. Every rank must call it. Returns what went wrong, the same on
-    all ranks.
-
-    facts: what to keep beside the weights, as JSON; its "step" names the folder. A failure removes what was written of
-    it, and touches no other checkpoint. A Flush is still to be made.
-    """
-    unfinished = parent / f".writing-{folder_of(facts['step'])}"
-
-    def begin() -> None:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-
-    (kinds, scalars), frozen = optimizer_state(engine), frozen_size(engine)
-    written: list[Manifest] = []
-    problem = ranks.on_rank0(lambda: _problem_of(begin))
-    if problem is None:
-        problem = ranks.first_problem_of(
-            lambda: _problem_of(lambda: written.append(_write_pieces(unfinished, engine, kinds)))
-        )
-    files = ranks.gather_on_rank0(written)
-
-    def publish() -> None:
-        shared = {name: asdict(found) for name, found in layouts(engine).items()}
-        manifest = facts | {
-            "format": 2 if shared else 1,
-            **({"layouts": shared} if shared else {}),
-            "world_size": ranks.world_size(),
-            "shapes": shapes(engine),
-            "kinds": kinds,
-            "scalars": scalars,
-            "frozen": frozen,
-        }
-        manifest["files"] = {file.pop("name"): file for (file,) in files}
-        (unfinished / MANIFEST).write_text(
-            json.dumps(manifest | {"checksum": _checksum_of(manifest)}), encoding="utf-8"
-        )
-        unfinished.rename(parent / folder_of(facts["step"]))
-
-    if problem is None:
-        problem = ranks.on_rank0(lambda: _problem_of(publish))
-    if problem is not None:
-        ranks.on_rank0(lambda: shutil.rmtree(unfinished, ignore_errors=True))
-    return problem
-
-
-def _problem_of(do: Callable[[], object]) -> str | None:
-    """What kept `do` from writing, or None: the caller tells all ranks."""
-    try:
-        do()
-    except OSError as error:
-        return f"{error.strerror or error}"
-    except SafetensorError as error:  # it wraps errors of the file system
-        found = re.search(
-            r"(No space left on device|Disk quota exceeded|Read-only file system|Input/output error)", str(error)
-        )
-        return found.group(1) if found else " ".join(str(error).split())
-    return None
-
-
-def _write_pieces(folder: Path, engine: Any, kinds: list[str]) -> Manifest:
-    """Write this rank's file. Returns what the manifest says of it."""
-    owned = owned_pieces(engine)
-    tensors = {
-        f"{kind}/{piece.name}@{piece.start}": piece.view(kind, engine.basic_optimizer)
-        for piece in owned
-        for kind in [WEIGHT, *kinds]
-    }
-    if ranks.rank() == 0:
-        tensors |= {f"buffer/{name}": buffer.contiguous() for name, buffer in buffers(engine).items()}
-    file = folder / file_name()
-    save_file(tensors, file)
-    places = [[piece.name, piece.start, piece.size] for piece in owned]
-    return {"name": file.name, "bytes": file.stat().st_size, "xxh3_128": _checksum_of_file(file), "pieces": places}
+def unfinished_folder_of(folder: Path) -> Path:
+    """The name that a checkpoint's folder has until all of it is on the disk."""
+    return folder.with_name(f".writing-{folder.name}")
 
 
 def _checksum_of_file(file: Path) -> str:
@@ -186,7 +61,8 @@ def _checksum_of_file(file: Path) -> str:
     return state.hexdigest()
 
 
-def _checksum_of(manifest: Manifest) -> str:
+def checksum_of(manifest: Manifest) -> str:
+    """Of a manifest, to be kept in it."""
     kept = {key: value for key, value in manifest.items() if key != "checksum"}
     return xxhash.xxh3_128_hexdigest(json.dumps(kept, sort_keys=True).encode())
 
@@ -197,13 +73,13 @@ def remove(folder: Path) -> str | None:
     It loses its name first, so that a half deleted one is never taken for one. Returns what kept it from being deleted.
     """
     doomed = folder.with_name(f".deleting-{folder.name}")
-
-    def delete() -> None:
+    try:
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)
         shutil.rmtree(doomed)
-
-    return _problem_of(delete)
+    except OSError as error:
+        return f"{error.strerror or error}"
+    return None
 
 
 def remove_leftovers(parent: Path) -> None:
@@ -298,7 +174,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise ValueError(f"{MANIFEST} cannot be read ({type(error).__name__})") from None
     if (
         not isinstance(manifest, dict)
-        or manifest.get("checksum") != _checksum_of(manifest)
+        or manifest.get("checksum") != checksum_of(manifest)
         or not isinstance(manifest.get("format"), int)
     ):
         raise ValueError(f"{MANIFEST} is damaged: its checksum differs")

@@ -1,9 +1,11 @@
 """The checkpoints of one run: when one is written, which are kept, and how training goes on from one."""
 
+import contextlib
+import copy
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from lib.distributed.zero_state import frozen_size, loss_scaler, shapes
 from lib.errors import UserError, display_path
 from lib.run import checkpoint_files
 from lib.run.checkpoint_files import Manifest
+from lib.run.checkpoint_writing import HostCopies, WrittenBeside
 from lib.run.metrics import Metrics
 from lib.run.output import Output
 from lib.run.resume import Checkpoint
@@ -19,10 +22,40 @@ from lib.run.resume import Checkpoint
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what fp16's loss scaler changes
 
 
+class Pauses:
+    """How long training waits for checkpoints."""
+
+    def __init__(self, metrics: Metrics):
+        self.metrics = metrics
+        self._seconds = 0.0
+        self._first_at: float | None = None  # when the first was begun
+        self._is_noted = False
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """For what training waits for. Every rank must enter it."""
+        started = time.monotonic()
+        with self.metrics.outside_steps():
+            yield
+        self._seconds += time.monotonic() - started
+
+    def note(self, output: Output) -> None:
+        """Before each save: say, once, that those before took more than a twentieth of the time."""
+        now = time.monotonic()
+        if self._first_at is None:
+            self._first_at = now
+        elif self._seconds > max(1, 0.05 * (now - self._first_at)) and not self._is_noted:  # nobody minds a second
+            self._is_noted = True
+            output.say(
+                f"note: training has waited for checkpoints {self._seconds / (now - self._first_at):.0%} of its time; "
+                "save less often (--save_every, --save_minutes)"
+            )
+
+
 class Checkpoints:
     """The checkpoints in <run folder>/checkpoints. Made after deepspeed.initialize, by every rank.
 
-    facts: what a manifest says of the run and its data, beside the engine's state.
+    facts: what a manifest says of the run and its data after a step, beside the engine's state. Every rank calls it.
     """
 
     def __init__(
@@ -33,14 +66,16 @@ class Checkpoints:
         metrics: Metrics,
         output: Output,
         *,
-        facts: Callable[[], Manifest],
+        facts: Callable[[int], Manifest],
     ):
         self.cfg, self.engine = cfg, engine
         self.folder = run_folder / "checkpoints"
         self.metrics, self.output, self.facts = metrics, output, facts
         self.saves = cfg.save_every is not None or cfg.save_minutes is not None
         self._saved_at = time.monotonic()  # the clock of rank 0 decides
-        self._flush: checkpoint_files.Flush | None = None  # of the newest checkpoint, until it is on the disk
+        self._pauses = Pauses(metrics)
+        self._copies = HostCopies()
+        self._writing: WrittenBeside | None = None  # the newest checkpoint, until it is on the disk
         self._step_score: tuple[int, float] = (0, -math.inf)  # (step, score) of the last evaluation
         self._best_score = -math.inf
         self._undeletable: set[Path] = set()  # old checkpoints, each warned of once
@@ -69,8 +104,7 @@ class Checkpoints:
         load(folder, manifest, self.engine)
         self.metrics.skipped_steps = manifest["skipped_steps"]
         ranks.on_rank0(lambda: checkpoint_files.put_newer_aside(folder))
-        best = ranks.on_rank0(self._find_best)
-        self._best_score = best[1]["score"] if best else -math.inf
+        self._note_best()
         return int(manifest["samples"]) // int(self.cfg.batch_size)
 
     def note_score(self, step: int, score: float) -> None:
@@ -86,56 +120,50 @@ class Checkpoints:
         scored_at, score = self._step_score
         return self.cfg.keep_best and scored_at == step and score > self._best_score
 
-    def is_flushing(self) -> bool:
-        return self._flush is not None and self._flush.is_alive()
+    def is_writing(self) -> bool:
+        """Whether this rank is still writing the newest checkpoint."""
+        return self._writing is not None and self._writing.is_busy()
 
-    def save(self, step: int) -> bool:
-        """Write a checkpoint of the state after `step`. False if it did not succeed. Every rank must call it."""
-        self.wait_for_flush()
-        with self.metrics.outside_steps():
-            return self._save(step)
+    def save(self, step: int) -> None:
+        """Begin a checkpoint of the state after `step`; `finish` ends it. Every rank must call it."""
+        self.finish()
+        self._pauses.note(self.output)
+        with self._pauses.pause():
+            self._saved_at = time.monotonic()
+            scored_at, score = self._step_score
+            facts = self.facts(step) | {
+                "step": step,
+                "samples": step * self.cfg.batch_size,  # the position in the data, whatever the number of ranks
+                "skipped_steps": self.metrics.skipped_steps,
+                "score": score if scored_at == step and math.isfinite(score) else None,
+                "seconds": round(self.metrics.seconds(), 1),
+                **counters(self.engine),
+            }
+            self._writing = WrittenBeside(self.folder, self.engine, facts, self._copies)
+            if scored_at == step:
+                self._best_score = max(self._best_score, score)
 
-    def _save(self, step: int) -> bool:
-        started = time.monotonic()
-        scaler = loss_scaler(self.engine)
-        scored_at, score = self._step_score
-        facts = self.facts() | {
-            "step": step,
-            "samples": step * self.cfg.batch_size,  # the position in the data, whatever the number of ranks
-            "skipped_steps": self.metrics.skipped_steps,
-            "score": score if scored_at == step and math.isfinite(score) else None,
-            "seconds": round(self.metrics.seconds(), 1),
-            "schedule": self.engine.lr_scheduler.state_dict(),
-            "loss_scale": {name: getattr(scaler, name) for name in LOSS_SCALE if hasattr(scaler, name)},
-        }
-        problem = checkpoint_files.write(self.folder, self.engine, facts)
-        self._saved_at = time.monotonic()
-        if problem is not None:
-            kept = ranks.on_rank0(lambda: [path.name for path, _ in checkpoint_files.list_complete(self.folder)])
-            newest = f"the newest is {kept[0]}" if kept else "there is none yet"
-            self.output.say(f"warning: no checkpoint of step {step}: {problem}; {newest}, training goes on")
-            return False
-        if scored_at == step:
-            self._best_score = max(self._best_score, score)
-        self._flush = checkpoint_files.Flush(self.folder / checkpoint_files.folder_of(step))
-        self.output.say(f"step {step}/{self.metrics.total_steps}  saved in {self._saved_at - started:.1f} s")
-        return True
+    def finish(self) -> bool:
+        """Wait until the newest checkpoint is on the disk, and delete those that are not to be kept.
 
-    def wait_for_flush(self) -> None:
-        """Until the newest checkpoint is on the disk; then delete those that are not to be kept.
-
-        Every rank must call it.
+        Returns whether it is whole. Every rank must call it.
         """
-        if self._flush is None:
-            return
-        with self.metrics.outside_steps():
-            flush, self._flush = self._flush, None
-            problem = ranks.first_problem_of(flush.outcome)
+        if self._writing is None:
+            return True
+        with self._pauses.pause():
+            writing, self._writing = self._writing, None
+            problem = writing.finish()
             if problem is None:
                 ranks.on_rank0(self._delete_old)
-            else:  # its checksums will tell whether it is whole; until then nothing older is deleted
-                name = flush.paths[0].parent.name
-                self.output.say(f"warning: {name} may not have reached the disk: {problem}; the older checkpoints stay")
+        step = f"step {writing.step}/{self.metrics.total_steps}"
+        if problem is None:
+            self.output.say(f"{step}  saved in {time.monotonic() - self._saved_at:.1f} s")
+            return True
+        kept = ranks.on_rank0(lambda: [path.name for path, _ in checkpoint_files.list_complete(self.folder)])
+        newest = f"the newest is {kept[0]}" if kept else "there is none yet"
+        self.output.say(f"warning: no checkpoint of step {writing.step}: {problem}; {newest}, training goes on")
+        self._note_best()
+        return False
 
     def _delete_old(self) -> None:
         best = self._find_best()
@@ -145,6 +173,10 @@ class Checkpoints:
                 if problem is not None and folder not in self._undeletable:
                     self._undeletable.add(folder)
                     self.output.say(f"warning: {display_path(folder)} cannot be deleted: {problem}; training goes on")
+
+    def _note_best(self) -> None:
+        best = ranks.on_rank0(self._find_best)
+        self._best_score = best[1]["score"] if best else -math.inf
 
     def _find_best(self) -> Checkpoint | None:
         """With keep_best, the checkpoint with the best score, if any has one."""
@@ -169,6 +201,15 @@ class Checkpoints:
             )
         load(folder, manifest, self.engine)
         self.output.say(f"best     {folder.name}, validation score {manifest['score']:.4f}")
+
+
+def counters(engine: Any) -> Manifest:
+    """What a checkpoint keeps of the engine beside weights and optimizer states, for `load`."""
+    scaler = loss_scaler(engine)
+    return {
+        "schedule": copy.deepcopy(engine.lr_scheduler.state_dict()),
+        "loss_scale": {name: getattr(scaler, name) for name in LOSS_SCALE if hasattr(scaler, name)},
+    }
 
 
 def load(folder: Path, manifest: Manifest, engine: Any) -> None:

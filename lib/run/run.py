@@ -63,7 +63,7 @@ class Run:
 
         splits: the data that they are made from, which the header shows. A resumed run must have both again.
         """
-        self.splits: Splits | None = splits
+        self.splits, self._rows = splits, rows
         data = getattr(splits, "fingerprint", None)
         self._data: dict[str, Any] = {"rows": len(rows), "data": data, "sample": batches.fingerprint(rows)}
         max_steps, epochs = self.cfg.max_steps, self.cfg.epochs  # just one of them is given
@@ -89,10 +89,10 @@ class Run:
         ranks.on_rank0(lambda: self.checkpoints.prepare(self._run_folder.overwritten_bytes()))
         self._end_step = StepEnd(self.cfg, engine, **parts, checkpoints=self.checkpoints)
 
-    def _facts(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the run, beside the engine's state."""
+    def _facts(self, step: int) -> dict[str, Any]:
+        """What a checkpoint of the state after a step keeps of the run, beside the engine's state."""
         facts = {"stage": stage_of(self.ds_config), "settings": dataclasses.asdict(self.cfg), "versions": versions()}
-        return {"recipe": self.recipe, **self._data, **facts}
+        return {"recipe": self.recipe, **self._data, **facts, **batches.position(self._rows, step)}
 
     def _begin(self) -> None:
         """Only now, when training begins, does anything change in a run folder that was there before."""
@@ -111,9 +111,10 @@ class Run:
         best weights. A `break` in the loop leaves out what comes after it.
         """
         self._begin()
-        cfg = self.cfg
+        cfg, self._rows = self.cfg, rows
         sizes = {"batch_size": cfg.batch_size, "micro_batch_size": self.micro_batch_size, "seed": cfg.seed}
         order: Any = {"lengths": lengths, "packing": packing, "start": self.resumed_at}
+        order["position"] = self.checkpoint and self.checkpoint[1].get("stream")
         step_batches = batches.training_batches(rows, collate, device=self.device, **sizes, **order)
         self.output.begin_steps(self.resumed_at, self.total_steps)
         self.metrics.restart_clock()
@@ -171,8 +172,7 @@ class Run:
 
         tested_on: such as "1,480 test rows".
         """
-        table = {f"this model, {tested_on}": scores, **baselines}
-        write_result(table, self._run_folder, self.metrics, self.output)
+        write_result({f"this model, {tested_on}": scores, **baselines}, self._run_folder, self.metrics, self.output)
         self.close()
         return {"model": scores, **baselines}
 

@@ -60,17 +60,15 @@ class StepEnd:
             due, best = checkpoints.is_due_by_time(), checkpoints.is_best(step)
             if self.cfg.time_limit is not None and self.metrics.minutes_of_this_start() >= self.cfg.time_limit:
                 self.stop = self.stop or TIME_LIMIT
-        flags = [self.stop, float(due), float(best), float(checkpoints.is_flushing())]
-        stop, due_now, best_now, flushing_somewhere = ranks.largest(flags)
-        if not flushing_somewhere:
-            checkpoints.wait_for_flush()
+        flags = [self.stop, float(due), float(best), float(checkpoints.is_writing())]
+        stop, due_now, best_now, writing_somewhere = ranks.largest(flags)
+        if not writing_somewhere:
+            checkpoints.finish()
         is_last = step == total_steps
         by_steps = self.cfg.save_every is not None and step % self.cfg.save_every == 0
-        saved = True
         if due_now or by_steps or best_now or (stop and not is_last) or (is_last and checkpoints.saves):
-            saved = checkpoints.save(step)
-        if stop or is_last:
-            checkpoints.wait_for_flush()
+            checkpoints.save(step)
+        saved = checkpoints.finish() if stop or is_last else True
         if stop and not is_last:
             why = "the time limit" if stop == TIME_LIMIT else signal.Signals(int(stop)).name
             how = f"--run_dir {display_path(self.run_folder)} --resume goes on"
@@ -100,9 +98,12 @@ class StepEnd:
             evidence.mkdir(exist_ok=True)
             save_file(tensors, evidence / f"batch-rank-{ranks.rank():05d}.safetensors")
         # The weights are still as they were before this step.
+        self.checkpoints.finish()
         before = self.checkpoints.folder / checkpoint_files.folder_of(step - 1)
-        saved = step == 1 or ranks.on_rank0(before.exists) or self.checkpoints.save(step - 1)
-        self.checkpoints.wait_for_flush()
+        saved = step == 1 or ranks.on_rank0(before.exists)
+        if not saved:
+            self.checkpoints.save(step - 1)
+            saved = self.checkpoints.finish()
         if ranks.rank() == 0:
             rate = self.engine.lr_scheduler.get_last_lr()[0]
             facts = {"step": step, "what": what, "learning_rate": rate, "state_before": saved}

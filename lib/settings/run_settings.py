@@ -36,4 +36,5 @@ MAY_CHANGE |= {"dataset", "max_steps", "epochs", "trust_remote_code", "packing",
 
 # Settings that older checkpoints lack, and what they were trained with.
 NEWER = {"adam_betas": [0.9, 0.999], "adam_eps": 1e-8}
+NEWER |= {"streaming": False, "held_out": 200}
 NEWER |= {"num_experts": None, "experts_per_token": 2, "balance_loss": 0.01}  # which dense models do not have

@@ -2,11 +2,13 @@
 
     deepspeed --num_accelerators 2 tests/by_hand/benchmark_checkpoint.py --stage 2 --millions 100 --series 5
 
-One launch, one engine, one model (a Llama of about so many million parameters, fp32). After one step, series of four
-ways take turns: lib/run/checkpoint_files.py, with checksums, until training goes on, and until its flush is done too;
-DeepSpeed's save_checkpoint, which does neither; and that one followed by os.sync. With --universal, DeepSpeed's
+One launch, one engine, one model (a Llama of about so many million parameters, fp32). After one step, series of six
+ways take turns: this project's, with checksums, until training goes on, and until it is on the disk; DeepSpeed's
+save_checkpoint, and that one followed by os.sync; torch's distributed checkpoint (DCP) of the same pieces by
+async_save, until training goes on, and until it is written, which does not flush either. With --universal, DeepSpeed's
 checkpoint is then converted to a universal one, in a process of its own. Prints seconds (all ranks wait), bytes on the
-disk, and the most memory that a rank needed beyond what it held before.
+disk, and the most memory that a rank needed beyond what it held before, warmed up: this project keeps the host memory
+that it copies to, a checkpoint's size, which is shown apart.
 """
 
 import argparse
@@ -30,13 +32,16 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import deepspeed
+from torch.distributed.checkpoint.state_dict_saver import async_save
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lib.distributed import ranks
 from lib.distributed.loading import load_model
 from lib.distributed.optimizer import make_adamw, make_schedule
 from lib.distributed.repairs import repair_stage0
+from lib.distributed.zero_state import WEIGHT, optimizer_state, owned_pieces
 from lib.run import checkpoint_files, cli
+from lib.run.checkpoint_writing import HostCopies, WrittenBeside
 
 Figures = dict[str, list[float]]
 
@@ -123,10 +128,10 @@ def main() -> None:
     tokens = torch.arange(32)[None] + ranks.rank()
     engine.backward(engine(input_ids=tokens, labels=tokens).loss)
     engine.step()
+    dcp_group = torch.distributed.new_group(backend="gloo")
     folder = Path(ranks.on_rank0(lambda: tempfile.mkdtemp(prefix="benchmark-")))
     ours, theirs = folder / "ours", folder / "theirs"
-    ways = ("this project", "this project, flushed", "DeepSpeed", "DeepSpeed, os.sync")
-    saving: dict[str, Figures] = {name: {"seconds": [], "memory": []} for name in ways}
+    dcp = folder / "dcp"
     loading: dict[str, Figures] = {name: {"seconds": [], "memory": []} for name in ("this project", "DeepSpeed")}
     sizes_on_disk: dict[str, int] = {}
 
@@ -139,12 +144,14 @@ def main() -> None:
         **{name: {} for name in ("schedule", "loss_scale", "settings", "versions")},
     }
 
-    def save_ours() -> None:
-        assert checkpoint_files.write(ours, engine, facts) is None
+    copies, later = HostCopies(), list[Callable[[], Any]]()
 
-    def save_ours_and_flush() -> None:
-        save_ours()
-        checkpoint_files.Flush(ours / checkpoint_files.folder_of(1)).join()
+    def save_ours() -> None:
+        beside = WrittenBeside(ours, engine, facts, copies)
+        later.append(beside.finish)
+
+    def save_ours_and_finish() -> None:
+        assert WrittenBeside(ours, engine, facts, copies).finish() is None
 
     def save_theirs() -> None:
         engine.save_checkpoint(str(theirs), tag="x")
@@ -152,6 +159,30 @@ def main() -> None:
     def save_theirs_and_sync() -> None:
         save_theirs()
         os.sync()
+
+    def save_dcp() -> None:
+        kinds = [WEIGHT, *optimizer_state(engine)[0]]
+        tensors = {
+            f"{kind}/{piece.name}@{piece.start}": piece.view(kind, engine.basic_optimizer)
+            for piece in owned_pieces(engine)
+            for kind in kinds
+        }
+        writing: Any = async_save(tensors, checkpoint_id=dcp, process_group=dcp_group)
+        later.append(writing.result)
+
+    def save_dcp_and_finish() -> None:
+        save_dcp()
+        later.pop()()
+
+    ways: dict[str, tuple[Path, Callable[[], None]]] = {
+        "this project, pause": (ours, save_ours),
+        "this project, on disk": (ours, save_ours_and_finish),
+        "DeepSpeed": (theirs, save_theirs),
+        "DeepSpeed, os.sync": (theirs, save_theirs_and_sync),
+        "DCP async, pause": (dcp, save_dcp),
+        "DCP async, written": (dcp, save_dcp_and_finish),
+    }
+    saving: dict[str, Figures] = {name: {"seconds": [], "memory": []} for name in ways}
 
     def load_ours() -> None:
         _, manifest, _ = checkpoint_files.find_newest(ours)  # which reads every byte once, to check it
@@ -168,10 +199,11 @@ def main() -> None:
             figures["memory"].append(memory)
 
     for series in range(-1, options.series):  # the first one warms up
-        for name, do in zip(ways, (save_ours, save_ours_and_flush, save_theirs, save_theirs_and_sync), strict=True):
-            where = ours if name.startswith("this") else theirs
+        for name, (where, do) in ways.items():
             ranks.on_rank0(functools.partial(remove, where))
             note(saving[name], do, series >= 0)
+            while later:
+                later.pop()()
             sizes_on_disk[name] = ranks.on_rank0(functools.partial(bytes_of, where))
         for name, do in (("this project", load_ours), ("DeepSpeed", load_theirs)):
             note(loading[name], do, series >= 0)
@@ -190,6 +222,7 @@ def main() -> None:
                     f"{max(figures['memory']) / 1e9:>11.2f}   "
                     + " ".join(f"{value:.2f}" for value in figures["seconds"])
                 )
+        print(f"host memory that this project keeps: {copies.nbytes / 1e9:.2f} GB a rank")
         if options.universal:
             convert(theirs / "x", folder / "universal", options.stage)
         shutil.rmtree(folder)

@@ -4,7 +4,7 @@
 
 One launch, one engine, one model: series of steps of causal_lm's loop (run.steps, label counts, log_step) and of a loop
 of engine(...), backward and step on ready tensors take turns, so that a machine's drift meets both. Prints the medians
-and peak memory.
+and peak memory. tests/by_hand/gpu_worker.py has the same loops on models of other sizes.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import deepspeed
+from deepspeed.accelerator import get_accelerator
 
 from lib.data.batches import IGNORED, training_batches
 from lib.data.blocks import Blocks
@@ -44,44 +46,54 @@ class Vocabulary(tuple[int, ...]):
     eos_token_id = 0
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--stage", default="2")
-    parser.add_argument("--series", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--local_rank")
-    options = parser.parse_args()
-    ranks.init(timeout_minutes=10)
-    folder = ranks.on_rank0(tempfile.mkdtemp)
-    given = {"run_dir": f"{folder}/run", "save_minutes": "null", "lr_schedule": "constant", "warmup_steps": "0"}
-    cfg: Any = config.load(causal_lm.Config, ROOT / "recipes" / "causal_lm.yaml", given)
-    ds_config = load_ds_config(ROOT / "ds_configs" / "causal_lm" / f"zero{options.stage}.json", cfg, ranks.world_size())
-    micro = ds_config["train_micro_batch_size_per_gpu"]
-    tokenizer: Any = Vocabulary(range(cfg.vocab_size))
-    model = load_model(lambda: causal_lm.build_model(cfg, tokenizer), ds_config, cfg.seed)
-    optimizer = make_adamw(cfg, model, ds_config)
-    schedule = make_schedule(cfg, optimizer, options.steps)
-    engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
-    run = Run(cfg, ds_config, causal_lm.__file__)
-    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, 2_000_000).astype(np.int32)
-    blocks = Blocks(tokens, cfg.max_length, drop_last=True)
-    run.plan(blocks)
-    run.attach(engine, {})
-    sizes = {"batch_size": cfg.batch_size, "micro_batch_size": micro}
-    batches = training_batches(blocks, causal_lm.collate_blocks, **sizes, seed=0, device=run.device)
-    ready = [next(batches) for _ in range(4)]
+def load_settings(run_dir: str | Path, **settings: str) -> Any:
+    """The settings of causal_lm for a run that neither saves nor changes its learning rate."""
+    given = {"run_dir": str(run_dir), "save_minutes": "null", "lr_schedule": "constant", "warmup_steps": "0"}
+    return config.load(causal_lm.Config, ROOT / "recipes" / "causal_lm.yaml", given | settings)
 
-    def bare() -> None:
-        for step in range(options.steps):
-            for batch in ready[step % 4]:
-                logits = engine(input_ids=batch["input_ids"]).logits
+
+def new_model(cfg: Any) -> torch.nn.Module:
+    return causal_lm.build_model(cfg, Vocabulary(range(cfg.vocab_size)))
+
+
+class Loops:
+    """One engine, and two loops that train it on random tokens. initialize: deepspeed.initialize, or what wraps it."""
+
+    def __init__(
+        self,
+        cfg: Any,
+        json_path: Path,
+        build: Callable[[Any], torch.nn.Module] = new_model,
+        initialize: Callable[..., Any] = deepspeed.initialize,
+    ):
+        ds_config = load_ds_config(json_path, cfg, ranks.world_size())
+        micro = ds_config["train_micro_batch_size_per_gpu"]
+        model = load_model(lambda: build(cfg), ds_config, cfg.seed)
+        optimizer = make_adamw(cfg, model, ds_config)
+        schedule = make_schedule(cfg, optimizer, 1)
+        self.engine, _, _, _ = initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
+        self.run, self.ds_config = Run(cfg, ds_config, causal_lm.__file__), ds_config
+        rows = max(64, 4 * cfg.batch_size)
+        tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, rows * cfg.max_length + 1).astype(np.int32)
+        self.blocks = Blocks(tokens, cfg.max_length, drop_last=True)
+        self.run.plan(self.blocks)
+        self.run.attach(self.engine, {})
+        sizes = {"batch_size": cfg.batch_size, "micro_batch_size": micro}
+        batches = training_batches(self.blocks, causal_lm.collate_blocks, **sizes, seed=0, device=self.run.device)
+        self.ready = [next(batches) for _ in range(4)]
+
+    def bare(self, steps: int) -> None:
+        engine = self.engine
+        for step in range(steps):
+            for batch in self.ready[step % 4]:
+                logits = engine(input_ids=batch["input_ids"], use_cache=False).logits
                 engine.backward(F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()))
                 engine.step()
 
-    run.total_steps = run.metrics.total_steps = options.steps
-
-    def recipe() -> None:
-        for step, micro_batches in run.steps(blocks, causal_lm.collate_blocks):
+    def recipe(self, steps: int) -> None:
+        engine, run = self.engine, self.run
+        run.total_steps = run.metrics.total_steps = steps
+        for step, micro_batches in run.steps(self.blocks, causal_lm.collate_blocks):
             labels = ranks.sum_over_ranks((batch["labels"] != IGNORED).sum() for batch in micro_batches)
             step_loss = torch.zeros((), device=run.device)
             for batch in micro_batches:
@@ -91,16 +103,38 @@ def main() -> None:
                 step_loss += loss.detach()
             run.log_step(step, step_loss, tokens=labels)
 
+
+def seconds_of(loop: Callable[[int], None], steps: int) -> float:
+    """Seconds a step, until the devices of all ranks have done the last one."""
+    for _ in range(2):
+        get_accelerator().synchronize()
+        torch.distributed.barrier()
+    started = time.perf_counter()
+    loop(steps)
+    get_accelerator().synchronize()
+    torch.distributed.barrier()
+    return (time.perf_counter() - started) / steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--stage", default="2")
+    parser.add_argument("--series", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--local_rank")
+    options = parser.parse_args()
+    ranks.init(timeout_minutes=10)
+    folder = ranks.on_rank0(tempfile.mkdtemp)
+    cfg = load_settings(f"{folder}/run")
+    loops = Loops(cfg, ROOT / "ds_configs" / "causal_lm" / f"zero{options.stage}.json")
+    run = loops.run
     seconds: dict[str, list[float]] = {"bare": [], "recipe": []}
     peak: dict[str, int] = {}
     for series in range(-1, options.series):  # the first one warms up
-        for loop in (bare, recipe):
-            torch.distributed.barrier()
-            started = time.perf_counter()
-            loop()
-            torch.distributed.barrier()
+        for loop in (loops.bare, loops.recipe):
+            found = seconds_of(loop, options.steps)
             if series >= 0:
-                seconds[loop.__name__].append((time.perf_counter() - started) / options.steps)
+                seconds[loop.__name__].append(found)
             else:
                 peak[loop.__name__] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     for name, values in seconds.items():

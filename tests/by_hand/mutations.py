@@ -76,9 +76,9 @@ MUTATIONS = [
     ),
     Mutation(
         "save on rank 0 alone",
-        "lib/run/checkpoint_files.py",
-        "    owned = owned_pieces(engine)\n    tensors =",
-        "    owned = owned_pieces(engine) if ranks.rank() == 0 else []\n    tensors =",
+        "lib/run/checkpoint_writing.py",
+        "        owned, shared = owned_pieces(engine), layouts(engine)",
+        "        owned, shared = owned_pieces(engine) if ranks.rank() == 0 else [], layouts(engine)",
         "tests/run/test_checkpoints.py -k 'resumes_every_other'",
     ),
     Mutation(

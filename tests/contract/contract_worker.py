@@ -118,69 +118,73 @@ def small_data(folder: Path, sample: str, max_rows: int, learn: bool) -> Path:
 
 
 def main(where: str, *cases: str) -> None:
-    folder = Path(where)
     output_layer.LOGITS_AT_ONCE = 32 * 600  # so that the loss of a micro-batch is computed in pieces
     ranks.init(timeout_minutes=10)
     for case in cases:
-        recipe_name, name, json_path, settings, *source = case.split(":")
-        recipe: Any = importlib.import_module(f"recipes.{recipe_name}")
-        run_dir = folder / recipe_name / f"{name}-{os.environ['WORLD_SIZE']}"
-        if source and ranks.rank() == 0:
-            shutil.copytree(
-                folder / recipe_name / source[0],
-                run_dir,
-                ignore=shutil.ignore_patterns(folder_of(20), "result.json", "model", ".lock"),
-            )
-        given = {"run_dir": str(run_dir), "log_every": "7", "max_steps": "20"} | dict(
-            setting.split("=") for setting in settings.split(",")
+        run_case(Path(where), case)
+
+
+def run_case(folder: Path, case: str) -> None:
+    recipe_name, name, json_path, settings, *source = case.split(":")
+    recipe: Any = importlib.import_module(f"recipes.{recipe_name}")
+    run_dir = folder / recipe_name / f"{name}-{os.environ['WORLD_SIZE']}"
+    if source and ranks.rank() == 0:
+        shutil.copytree(
+            folder / recipe_name / source[0],
+            run_dir,
+            ignore=shutil.ignore_patterns(folder_of(20), "result.json", "model", ".lock"),
         )
-        cfg = config.load(recipe.Config, ROOT / "recipes" / f"{recipe_name}.yaml", given, quick=True)
-        if getattr(cfg, "vocab_size", None) is not None:
-            cfg.vocab_size += 1  # an odd number, so that ranks that share the vocabulary have unequal parts
-        for setting in ("model", "decoder"):
-            if getattr(cfg, setting, None) == "minilm":
-                setattr(cfg, setting, str(ranks.on_rank0(lambda: small_encoder(folder / "inputs" / "encoder"))))
-        if getattr(cfg, "model", None) in ("smollm2-tiny", "base"):
-            cfg.model = str(small_decoder(folder / "inputs" / cfg.model, chats=cfg.model != "base"))
-        if cfg.dataset in SAMPLES and recipe_name != "word_embeddings":  # whose scores need many words
-            learn = name == "learn"
-            folder_of_rows = folder / "inputs" / f"{cfg.dataset}{'-learn' if learn else ''}"
-            cfg.dataset, cfg.max_rows = (
-                str(ranks.on_rank0(functools.partial(small_data, folder_of_rows, cfg.dataset, cfg.max_rows, learn))),
-                None,
-            )
-        ds_config = load_ds_config(Path(json_path), cfg, int(os.environ["WORLD_SIZE"]))
-        real_initialize = plain_torch.initialize if name.startswith("plain") else deepspeed.initialize
-        inputs: dict[str, Any] = {}
+    given = {"run_dir": str(run_dir), "log_every": "7", "max_steps": "20"} | dict(
+        setting.split("=") for setting in settings.split(",")
+    )
+    cfg = config.load(recipe.Config, ROOT / "recipes" / f"{recipe_name}.yaml", given, quick=True)
+    if getattr(cfg, "vocab_size", None) is not None:
+        cfg.vocab_size += 1  # an odd number, so that ranks that share the vocabulary have unequal parts
+    for setting in ("model", "decoder"):
+        if getattr(cfg, setting, None) == "minilm":
+            setattr(cfg, setting, str(ranks.on_rank0(lambda: small_encoder(folder / "inputs" / "encoder"))))
+    if getattr(cfg, "model", None) in ("smollm2-tiny", "base"):
+        cfg.model = str(small_decoder(folder / "inputs" / cfg.model, chats=cfg.model != "base"))
+    whole = recipe_name == "word_embeddings" or name.startswith("long")  # whose scores, or rows, need many words
+    if cfg.dataset in SAMPLES and not whole:
+        learn = name == "learn"
+        folder_of_rows = folder / "inputs" / f"{cfg.dataset}{'-learn' if learn else ''}"
+        cfg.dataset, cfg.max_rows = (
+            str(ranks.on_rank0(functools.partial(small_data, folder_of_rows, cfg.dataset, cfg.max_rows, learn))),
+            None,
+        )
+    ds_config = load_ds_config(Path(json_path), cfg, int(os.environ["WORLD_SIZE"]))
+    real_initialize = plain_torch.initialize if name.startswith("plain") else deepspeed.initialize
+    inputs: dict[str, Any] = {}
 
-        def initialize_and_watch(real: Any = real_initialize, inputs: dict[str, Any] = inputs, **options: Any) -> Any:
-            everything = real(**options)
+    def initialize_and_watch(real: Any = real_initialize, inputs: dict[str, Any] = inputs, **options: Any) -> Any:
+        everything = real(**options)
 
-            def note_inputs(module: Any, _: Any, named: dict[str, Any]) -> None:
-                if module.training:
-                    inputs.update(named)
+        def note_inputs(module: Any, _: Any, named: dict[str, Any]) -> None:
+            if module.training:
+                inputs.update(named)
 
-            everything[0].module.register_forward_pre_hook(note_inputs, with_kwargs=True)
-            return everything
+        everything[0].module.register_forward_pre_hook(note_inputs, with_kwargs=True)
+        return everything
 
-        def export_and_probe(
-            engine: Any,
-            *rest: Any,
-            real_export: Any = recipe.export,
-            run_dir: Path = run_dir,
-            inputs: dict[str, Any] = inputs,
-        ) -> None:
-            real_export(engine, *rest)
-            engine.eval()
-            probe = {name: value for name, value in inputs.items() if name != "packed_lengths"}  # of whole rows
-            with torch.no_grad():
-                answered = tensors_of(engine(**probe))
-            if ranks.rank() == 0:
-                torch.save((probe, answered), run_dir / "probe.pt")
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(recipe, "deepspeed", SimpleNamespace(initialize=initialize_and_watch))
-            patch.setattr(recipe, "export", export_and_probe)
-            scores = recipe.main(cfg, ds_config)
+    def export_and_probe(
+        engine: Any,
+        *rest: Any,
+        real_export: Any = recipe.export,
+        run_dir: Path = run_dir,
+        inputs: dict[str, Any] = inputs,
+    ) -> None:
+        real_export(engine, *rest)
+        engine.eval()
+        probe = {name: value for name, value in inputs.items() if name != "packed_lengths"}  # of whole rows
+        with torch.no_grad():
+            answered = tensors_of(engine(**probe))
         if ranks.rank() == 0:
-            (run_dir / "scores.json").write_text(json.dumps({"scores": scores, "settings": dataclasses.asdict(cfg)}))
+            torch.save((probe, answered), run_dir / "probe.pt")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "deepspeed", SimpleNamespace(initialize=initialize_and_watch))
+        patch.setattr(recipe, "export", export_and_probe)
+        scores = recipe.main(cfg, ds_config)
+    if ranks.rank() == 0:
+        (run_dir / "scores.json").write_text(json.dumps({"scores": scores, "settings": dataclasses.asdict(cfg)}))

@@ -8,20 +8,32 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 
 
 class PlainEngine:
-    """What a recipe uses of DeepSpeed's engine, in fp32, on one rank and with one micro-batch a step."""
+    """What a recipe uses of DeepSpeed's engine, on one rank and with one micro-batch a step.
+
+    In bf16 the optimizer has an fp32 copy of each weight (Micikevicius et al. 2018, "Mixed Precision Training").
+    """
 
     def __init__(
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, lr_scheduler: Any, config: dict[str, Any]
     ):
         assert config["gradient_accumulation_steps"] == 1
         self.module, self.optimizer, self.lr_scheduler, self.config = model, optimizer, lr_scheduler, config
-        self.device = torch.device("cpu")
+        self.device = torch.device(get_accelerator().current_device_name())
         self.monitor = SimpleNamespace(enabled=False)
         self.norm: torch.Tensor | None = None
-        model.train()
+        model.to(self.device).train()
+        self.copies: list[tuple[torch.nn.Parameter, torch.nn.Parameter]] = []  # (a weight, its copy in fp32)
+        if config.get("bf16", {}).get("enabled"):
+            for parameter in model.parameters():  # and no buffers, as rotary frequencies
+                parameter.data = parameter.data.bfloat16()
+            for group in optimizer.param_groups:
+                pairs = [(weight, torch.nn.Parameter(weight.detach().float())) for weight in group["params"]]
+                group["params"] = [copy for _, copy in pairs]
+                self.copies += pairs
 
     def __call__(self, **inputs: torch.Tensor) -> Any:
         return self.module(**inputs)
@@ -30,14 +42,19 @@ class PlainEngine:
         torch.autograd.backward(loss)
 
     def step(self) -> None:
-        norms = [torch.linalg.vector_norm(p.grad.double()) for p in self.module.parameters() if p.grad is not None]
+        for weight, copy in self.copies:
+            copy.grad = weight.grad.float() if weight.grad is not None else None
+        trained = [copy for _, copy in self.copies] or list(self.module.parameters())
+        norms = [torch.linalg.vector_norm(p.grad.double()) for p in trained if p.grad is not None]
         self.norm = torch.stack(norms).norm().float()
-        torch.nn.utils.clip_grads_with_norm_(
-            self.module.parameters(), self.config["gradient_clipping"] or math.inf, self.norm
-        )
+        torch.nn.utils.clip_grads_with_norm_(trained, self.config["gradient_clipping"] or math.inf, self.norm)
         self.optimizer.step()
         self.lr_scheduler.step()
         self.optimizer.zero_grad()
+        with torch.no_grad():
+            for weight, copy in self.copies:
+                weight.copy_(copy)
+                weight.grad = None
 
     def get_global_grad_norm(self) -> torch.Tensor | None:
         return self.norm

@@ -5,6 +5,7 @@ One recipe runs under every config and number of ranks, the others under half of
 a recipe's; with --all every recipe runs under all. All cases of one number of ranks share one launch.
 """
 
+import functools
 import importlib
 import itertools
 import json
@@ -12,11 +13,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import contract_cases
 import peft
 import pytest
 import torch
 import transformers
 from conftest import ALL, CONFIGS, MEASURED, PIPELINES, RECIPES, ROOT, execute, read_losses
+from contract_cases import BATCH, BF16, FP32
 from contract_worker import tensors_of
 from safetensors.torch import load_file
 
@@ -24,8 +27,6 @@ from lib.models.hub import model_folder
 
 pytestmark = pytest.mark.slow
 
-# 8 rows a step in micro-batches of 2: 4 accumulation steps on 1 rank, 2 on 2 ranks, 1 on 4 ranks.
-BATCH, MICRO = 8, 2
 # What a recipe can do otherwise, and plain PyTorch can do too: (the setting that it must have, what is set).
 VARIANTS = {
     "scratch": ("pretrained_learning_rate", "model=null"),
@@ -40,6 +41,7 @@ VARIANTS = {
     "new_tokens": ("answer_tokens", "model=base,chat_template=chatml"),
 }
 WHOLE_MATRIX = ["recurrent_lm"]  # the cheapest
+SHARED_AT_STAGE_3 = ["causal_lm", "sft"]
 # Scores of a few rows that were learned by heart.
 BY_HEART = {
     "accuracy": 1,
@@ -49,7 +51,6 @@ BY_HEART = {
     "ndcg_at_10": 1,
 }
 SAVING = "save_every=10,keep_checkpoints=9"
-FP32, BF16 = f"precision=fp32,batch_size={BATCH}", f"precision=bf16,batch_size={BATCH}"
 
 
 @pytest.fixture(params=[recipe for recipe in RECIPES if recipe not in PIPELINES])
@@ -63,26 +64,9 @@ def cases_of(recipe: str, folder: Path) -> dict[str, list[str]]:
 
     DeepSpeed 0.19.8 keeps its tensor-parallel groups until the process ends, and so they have a launch of their own.
     """
-    (folder / recipe).mkdir()
     known = kinds_of_settings(recipe)
 
-    def case(
-        name: str, config: str, settings: str, micro: int = MICRO, source: str | None = None, **sections: Any
-    ) -> str:
-        ds_config = json.loads((ROOT / "ds_configs" / recipe / f"{config}.json").read_text()) | {
-            "train_micro_batch_size_per_gpu": micro, **sections
-        }  # fmt: skip
-        if config == "zero3":  # so that a small model is partitioned, gathered and released as a large one is
-            knobs = [
-                "stage3_param_persistence_threshold",
-                "stage3_max_live_parameters",
-                "stage3_max_reuse_distance",
-                "stage3_prefetch_bucket_size",
-            ]
-            ds_config["zero_optimization"] |= dict.fromkeys(knobs, 0)
-        path = folder / recipe / f"{'_'.join([config, str(micro), *sections])}.json"
-        path.write_text(json.dumps(ds_config))
-        return ":".join([recipe, name, str(path), settings, *([source] if source else [])])
+    case = functools.partial(contract_cases.case, folder, recipe)
 
     def resumed(source: str, config: str, settings: str) -> str:
         """The case that goes on under `config` from the checkpoint that the run `source` wrote after 10 of its 20
@@ -176,9 +160,9 @@ def configs_of(recipe: str) -> list[str]:
 
 
 def sharing_configs(recipe: str, form: str) -> list[str]:
-    """Those under which 2 ranks share the matrices (tp) or the rows (sp)."""
+    """Those under which 2 ranks share the matrices (tp) or the rows (sp): some recipes with stage 3, the slowest."""
     known = sorted(path.stem for path in (ROOT / "ds_configs" / recipe).glob(f"{form}2_*.json"))
-    return known if ALL else known[-1:]
+    return known if ALL else known[-1:] if recipe in SHARED_AT_STAGE_3 else known[:1]
 
 
 def configs_of_bf16(recipe: str) -> list[str]:

@@ -341,7 +341,7 @@ def test_a_folder_without_splits_says_so(tmp_path: Path) -> None:
 def hub(monkeypatch: pytest.MonkeyPatch, **configurations: DatasetDict) -> None:
     """A hub that has one data set, with these configurations."""
 
-    def load_dataset(name: str, configuration: str | None = None) -> DatasetDict:
+    def load_dataset(name: str, configuration: str | None = None, streaming: bool = False) -> DatasetDict:
         assert name == "nyu/glue"
         if configuration not in configurations:
             if configuration is None:

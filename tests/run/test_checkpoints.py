@@ -215,7 +215,7 @@ def test_where_no_checkpoint_is_whole_it_does_not_start_from_scratch(run_folder:
 def test_a_checkpoint_of_a_newer_format_is_refused(run_folder: Path) -> None:
     manifest = run_folder / "checkpoints" / LAST / "checkpoint.json"
     newer = json.loads(manifest.read_text()) | {"format": checkpoint_files.FORMAT + 1}
-    manifest.write_text(json.dumps(newer | {"checksum": checkpoint_files._checksum_of(newer)}))
+    manifest.write_text(json.dumps(newer | {"checksum": checkpoint_files.checksum_of(newer)}))
     with pytest.raises(UserError, match="newer code"):
         open_run(run_folder)
 
@@ -259,7 +259,7 @@ def test_a_setting_that_one_of_them_lacks_is_refused(run_folder: Path) -> None:
         (without_seed, "lacks the setting 'seed'"),
     ):
         newer = original | {"settings": changed}
-        manifest.write_text(json.dumps(newer | {"checksum": checkpoint_files._checksum_of(newer)}))
+        manifest.write_text(json.dumps(newer | {"checksum": checkpoint_files.checksum_of(newer)}))
         with pytest.raises(UserError, match=words):
             open_run(run_folder)
 

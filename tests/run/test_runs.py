@@ -41,9 +41,10 @@ from lib.distributed import ranks
 from lib.distributed.export import export
 from lib.errors import Stopped, UserError
 from lib.launch import supervise
-from lib.run import checkpoint_files, cli, console
+from lib.run import checkpoint_files, checkpoint_writing, cli, console
 from lib.run import folder as folder_module
 from lib.run.checkpoint_files import folder_of
+from lib.run.checkpoint_writing import WrittenBeside
 from lib.run.console import Console
 from lib.run.folder import check_ranks_agree
 from lib.run.run import Run
@@ -186,15 +187,10 @@ def test_only_steps_count_as_steps(
     a slow disk, slow deletion.
     """
     clock = Clock(monkeypatch)
-    for name in ("write", "remove"):
-        monkeypatch.setattr(
-            checkpoint_files,
-            name,
-            clock.takes(
-                1000, (lambda *_: "it is full") if fails and name == "write" else getattr(checkpoint_files, name)
-            ),
-        )
-    monkeypatch.setattr(checkpoint_files.Flush, "outcome", clock.takes(1000, checkpoint_files.Flush.outcome))
+    finish = (lambda _: "it is full") if fails else WrittenBeside.finish
+    monkeypatch.setattr("lib.run.checkpoints.WrittenBeside", clock.takes(1000, WrittenBeside))
+    monkeypatch.setattr(WrittenBeside, "finish", clock.takes(1000, finish))
+    monkeypatch.setattr(checkpoint_files, "remove", clock.takes(1000, checkpoint_files.remove))
     training = Training(tmp_path / "run", max_steps=20, eval_every=3, save_every=5, log_every=4)
     training.train(clock.takes(1, lambda step: None), clock.takes(1000, lambda step: 1.0))
     assert [entry["step_seconds"] for entry in entries_of(tmp_path / "run") if "loss" in entry] == [1.0] * 20
@@ -549,9 +545,8 @@ def test_rank_0_decides_which_checkpoint_is_the_best(
     training = Training(tmp_path / "run", keep_best=True, eval_every=1)
     saved, told = list[int](), list[list[float]]()
 
-    def save(step: int) -> bool:
+    def save(step: int) -> None:
         saved.append(step)
-        return True
 
     def largest(values: list[float]) -> list[float]:
         told.append(values)
@@ -569,6 +564,105 @@ def test_rank_0_decides_which_checkpoint_is_the_best(
 
 
 # --- checkpoints ----------------------------------------------------------------------------------
+
+
+class SlowDisk:
+    """Nothing is written before it is `free`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.free = threading.Event()
+        real = checkpoint_writing.write_safetensors
+
+        def write(file: Path, tensors: Any) -> tuple[int, str]:
+            assert self.free.wait(60)
+            return real(file, tensors)
+
+        monkeypatch.setattr(checkpoint_writing, "write_safetensors", write)
+
+
+def test_a_checkpoint_is_of_its_step_however_late_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = SlowDisk(monkeypatch)
+    training = Training(tmp_path / "run", max_steps=8, save_every=2, keep_checkpoints=9)
+    weights: dict[int, torch.Tensor] = {}
+    seen: dict[int, list[str]] = {}
+
+    def in_step(step: int) -> None:
+        weights[step] = training.engine.module.weight.detach().clone().reshape(-1)
+        seen[step] = sorted(path.name for path in training.checkpoints.folder.iterdir()) if step > 2 else []
+        if step == 4:  # the next save waits for this one
+            disk.free.set()
+
+    training.train(in_step)
+    assert seen[3] == seen[4] == [f".writing-{folder_of(2)}"]
+    folders = sorted(path.name for path in training.checkpoints.folder.iterdir())
+    assert folders == [folder_of(step) for step in (2, 4, 6, 8)]
+    for step in (2, 4, 6, 8):
+        file = training.checkpoints.folder / folder_of(step) / "rank-00000-of-00001.safetensors"
+        assert torch.equal(load_file(file)["fp32/weight@0"], weights[step])
+    training.run.close()
+
+
+def test_without_memory_for_a_copy_training_waits_until_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=0))
+    disk = SlowDisk(monkeypatch)
+    threading.Timer(1, disk.free.set).start()
+    training = Training(tmp_path / "run", max_steps=2, save_every=1)
+    busy: list[bool] = []
+    training.train(lambda step: busy.append(training.checkpoints.is_writing()))
+    assert busy == [False, False]
+    training.run.close()
+
+
+def test_an_error_while_a_checkpoint_is_written_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(file: Path, tensors: Any) -> tuple[int, str]:
+        raise ZeroDivisionError("a fault of this project")
+
+    monkeypatch.setattr(checkpoint_writing, "write_safetensors", fails)
+    training = Training(tmp_path / "run", save_every=2)
+    with pytest.raises(ZeroDivisionError, match="a fault of this project"):
+        training.train()
+    assert not list(training.checkpoints.folder.glob("step-*"))
+    training.run.close()
+
+
+def test_saving_too_often_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def run_of(name: str, pause: float) -> list[str]:
+        clock = Clock(monkeypatch)
+        monkeypatch.setattr("lib.run.checkpoints.time", clock)
+        monkeypatch.setattr("lib.run.checkpoints.WrittenBeside", clock.takes(pause, WrittenBeside))
+        training = Training(tmp_path / name, max_steps=12, save_every=3)
+        training.train(clock.takes(10, lambda step: None))
+        training.run.close()
+        return [line for line in capfd.readouterr().out.splitlines() if "note: training has waited" in line]
+
+    assert run_of("seldom", 1.4) == []
+    assert run_of("often", 2.0) == [
+        "note: training has waited for checkpoints 6% of its time; save less often (--save_every, --save_minutes)"
+    ]
+
+
+def test_the_files_are_what_safetensors_reads(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tensors = {
+        f"{dtype}-{'x'.join(map(str, shape))}": (100 * torch.rand(shape)).to(dtype)
+        for dtype in checkpoint_writing.DTYPES
+        for shape in ((), (0,), (3,), (5, 7))
+    }
+    tensors["not contiguous"] = torch.rand(4, 6).T
+    file = tmp_path / "file.safetensors"
+    size, checksum = checkpoint_writing.write_safetensors(file, tensors)
+    assert (size, checksum) == (file.stat().st_size, checkpoint_files._checksum_of_file(file))
+    read = load_file(file)
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype and read[name].shape == tensor.shape
+        assert torch.equal(read[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
 
 
 def test_a_checkpoint_that_cannot_be_deleted_ends_nothing(
@@ -668,7 +762,7 @@ def hostile(manifest: dict[str, Any]) -> dict[str, Any]:
 def forge(folder: Path, changes: dict[str, Any]) -> None:
     file = folder / checkpoint_files.MANIFEST
     manifest = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps(manifest | {"checksum": checkpoint_files._checksum_of(manifest)}))
+    file.write_text(json.dumps(manifest | {"checksum": checkpoint_files.checksum_of(manifest)}))
 
 
 def test_a_hostile_manifest_is_a_damaged_one(tmp_path: Path) -> None:
@@ -687,7 +781,7 @@ def test_a_hostile_manifest_is_a_damaged_one(tmp_path: Path) -> None:
     for name in missing:
         manifest = {key: value for key, value in json.loads(original).items() if key != name}
         (last / checkpoint_files.MANIFEST).write_text(
-            json.dumps(manifest | {"checksum": checkpoint_files._checksum_of(manifest)})
+            json.dumps(manifest | {"checksum": checkpoint_files.checksum_of(manifest)})
         )
         assert [folder.name for folder, _ in checkpoint_files.list_complete(run / "checkpoints")] == [folder_of(3)], (
             name
