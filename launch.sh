@@ -24,6 +24,7 @@ usage() {
 ./launch.sh merge <run> [--help]                   put the LoRA adapter of a run into its model
 ./launch.sh export <run|model> --gguf FILE         write a model for llama.cpp [--help]
 ./launch.sh results [--help]                       run every recipe, and make the README's table of scores
+./launch.sh check --hostfile FILE                  look at the machines of a hostfile, before a run on several
 ./launch.sh torture <recipe> [--help]              kill it, stop it, fill its disk, resume it (an hour)
 ./launch.sh gpu_check [--minutes 8] [--help]       all that only a GPU can tell: MFU, the contract in bf16, memory
 ./launch.sh --help                                 this text
@@ -34,6 +35,9 @@ options:
   --ds_config FILE   any DeepSpeed JSON instead; also a name from ds_configs/<recipe>, such as zero3_offload
   --ranks N          processes, one a GPU (default: all GPUs, or 2 on a CPU)
   --restarts N       after a fault (a killed rank, say), start again from the newest checkpoint, up to N times
+  --nodes M --node_rank N --master HOST:PORT   on each of M machines, which train together (docs/machines.md): N is
+                     its number, from 0 up; HOST the machine with number 0, PORT a free port there
+  --hostfile FILE    start it on every machine of the file, by ssh; --include or --exclude HOSTS, --env NAME=VALUE
   --dry_run          print the deepspeed command and stop
   --quick            a run of a few seconds, with the settings of the YAML's 'quick:' section
 
@@ -58,9 +62,9 @@ recipes() {
 
 # `; did you mean 'x'?` for the nearest recipe or command, if one is near.
 did_you_mean() {
-  # shellcheck disable=SC2046 # names without spaces
-  python3 - "$1" $(recipes) compare test search chat generate merge export results torture gpu_check \
-    <<'EOF' 2>/dev/null || true
+  local commands="compare test search chat generate merge export results torture gpu_check check"
+  # shellcheck disable=SC2046,SC2086 # names without spaces
+  python3 - "$1" $(recipes) $commands <<'EOF' 2>/dev/null || true
 import difflib, sys
 for near in difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1, 0.6):
     print(f"; did you mean '{near}'?", end="")
@@ -127,15 +131,22 @@ run_tests() {
   "$bin/ruff" check .
   "$bin/ruff" format --check .
   "$bin/mypy"
-  "$bin/shellcheck" launch.sh .ci/run docs/story.sh
+  "$bin/shellcheck" launch.sh .ci/run docs/story.sh docs/cluster/slurm.sbatch
   "$python" -m pytest "$@"
 }
 
 main() {
+  local argument
+  for argument in "$@"; do
+    case "$argument" in
+      --hostfile | --hostfile=*) environment; exec "$python" -P -m lib.launch.hosts "$@" ;;
+    esac
+  done
   case "${1:-}" in
     --help | -h | "") usage; exit 0 ;;
     test) shift; environment; run_tests "$@"; exit 0 ;;
     torture) shift; environment; exec "$python" "$root/tests/by_hand/torture.py" "$@" ;;
+    check) fail "./launch.sh check needs --hostfile FILE" ;;
     gpu_check)
       shift
       environment
@@ -164,11 +175,13 @@ main() {
   [ -f "$root/recipes/$recipe.py" ] ||
     fail "there is no recipes/$recipe.py$(did_you_mean "$recipe"); recipes: $(recipes)"
 
-  local stage="" ds_config="" ranks="" restarts=0 dry_run="" help="" settings=()
+  local stage="" ds_config="" ranks="" restarts=0 dry_run="" help="" settings=() nodes="" node_rank="" master=""
   while [ $# -gt 0 ]; do
     case "$1" in
-      --stage=* | --ds_config=* | --ranks=* | --restarts=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
-      --stage | --ds_config | --ranks | --restarts)
+      --stage=* | --ds_config=* | --ranks=* | --restarts=* | --nodes=* | --node_rank=* | --master=*)
+        set -- "${1%%=*}" "${1#*=}" "${@:2}"
+        ;;
+      --stage | --ds_config | --ranks | --restarts | --nodes | --node_rank | --master)
         [ $# -ge 2 ] || fail "$1 needs a value"
         declare "${1#--}=$2"
         shift 2
@@ -207,8 +220,11 @@ main() {
   export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}
   [ "${options[0]}" = cuda ] || export DS_ACCELERATOR=${DS_ACCELERATOR:-${options[0]}} # DeepSpeed need not look again
 
+  local machines=()
+  [ -z "$nodes$node_rank$master" ] || machines=("$nodes" "$node_rank" "$master")
   exec "$python" -P -m lib.launch.supervise \
     "$recipe-$(basename "$ds_config" .json)" "$root/recipes/$recipe.yaml" "$restarts" "$dry_run" \
+    ${machines[@]+"${machines[@]}"} \
     -- "$bin/deepspeed" "${options[@]:1}" "$root/recipes/$recipe.py" \
     --deepspeed_config "$ds_config" ${settings[@]+"${settings[@]}"}
 }

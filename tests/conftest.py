@@ -50,6 +50,7 @@ BUDGETS = {
     "test_generation.py": 40,
     "test_parallel.py": 165,
     "test_pipelines.py": 60,
+    "test_machines.py": 180,
     "test_gpu_check.py": 60,
 }
 BUDGET = 30  # seconds of each other file

@@ -34,6 +34,7 @@ from typing import Any
 
 from lib.compare import report, results, theory
 from lib.compare.results import INSPECTED, case_folder, read_outcome
+from lib.distributed import network
 from lib.errors import INTERRUPTED, MISTAKE, ROOT, UserError, did_you_mean, display_path, from_home, new_folder
 from lib.launch import devices, supervise
 from lib.progress import progress
@@ -400,7 +401,7 @@ def run_one(run: Path, spec: dict[str, Any], number: int, ranks: int, config: st
     settings = [*spec["settings"], *(f"--{name}={value}" for name, value in decided.items() if name in spec["fields"])]
     command = [
         str(Path(sys.executable).parent / "deepspeed"), "--log_level", "critical",
-        "--master_port", str(supervise.free_port()), *devices.find().launcher_options(ranks),
+        "--master_port", str(network.free_port()), *devices.find().launcher_options(ranks),
         "--module", "lib.compare.measure", str(run), str(steps), "all" if number == 1 else "times",
         str(ROOT / "recipes" / f"{spec['recipe']}.py"),
         "--deepspeed_config", str(run.parents[1] / "ds_configs" / f"{config}.json"), *settings,

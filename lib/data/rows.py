@@ -86,13 +86,18 @@ def load_rows(
     def read() -> str:
         return _read_rows(dataset, find, messages, text, label or {}, answers or {})
 
-    name_in_cache = ranks.on_rank0(read)
+    def content(name: str) -> str:
+        return json.loads((_cache() / name / "facts.json").read_text(encoding="utf-8"))["fingerprint"]
+
+    name_in_cache, expected = ranks.on_rank0(lambda: (name := read(), content(name)))
 
     @ranks.rank0_first
     def load() -> Splits:
         folder = _cache() / name_in_cache
-        if not folder.is_dir() and read() != name_in_cache:  # on another machine than rank 0
-            raise UserError(f"dataset {dataset} has other rows on this machine than on that of rank 0")
+        if not folder.is_dir():  # another machine than rank 0's: the same rows may be under another name there, since
+            folder = _cache() / read()  # `datasets` tells versions of a file apart by its time and place
+            if content(folder.name) != expected:
+                raise UserError(f"dataset {dataset} has other rows on this machine than on that of rank 0")
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         rows = {split: Dataset.from_file(str(folder / f"{split}.arrow")) for split in SPLITS}
         for split in SPLITS:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from lib.distributed import mesh
+from lib.distributed import mesh, network
 from lib.errors import FAULT, UserError
 
 P = ParamSpec("P")
@@ -50,6 +50,8 @@ def init(timeout_minutes: float, precision: str = "fp32") -> torch.device:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1"))))
     if not dist.is_initialized():
+        if int(os.environ["WORLD_SIZE"]) > int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))):
+            network.use_interface_towards(os.environ["MASTER_ADDR"])
         if accelerator.device_name() != "cpu":
             wanted, available = int(os.environ.get("LOCAL_SIZE", "1")), accelerator.device_count()
             if wanted > available:

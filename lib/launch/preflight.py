@@ -15,7 +15,7 @@ from lib.launch import devices
 from lib.settings import config
 
 # launch.sh takes its own options out before it calls this, but a misspelt one arrives here.
-LAUNCH_OPTIONS = ("stage", "ds_config", "ranks", "restarts", "dry_run")
+LAUNCH_OPTIONS = ("stage", "ds_config", "ranks", "restarts", "dry_run", "nodes", "node_rank", "master")
 
 
 def main(recipe: str, ranks: str, *settings: str) -> None:

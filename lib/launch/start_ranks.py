@@ -7,9 +7,14 @@ launch.sh prints, and gives each rank the environment and arguments that DeepSpe
 (deepspeed/launcher/launch.py; tests/launch/test_start.py compares the two). When a rank fails, this process ends the
 other ranks and takes the failed rank's exit code. Accelerators other than CPUs and NVIDIA's and AMD's GPUs need
 variables that only DeepSpeed knows; for these this process becomes the `deepspeed` command itself.
+
+With --world_info, --node_rank and --master_addr it starts this machine's ranks of a run on several machines, as
+`python -m deepspeed.launcher.launch`, which `deepspeed` starts on each machine, does with the same options.
 """
 
 import argparse
+import base64
+import json
 import os
 import signal
 import subprocess
@@ -24,24 +29,37 @@ OWN_WORDS_SECONDS = 1.0  # after a rank has failed, the other ranks may report i
 GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL
 
 
-def main() -> int:
-    if os.environ.get("DS_ACCELERATOR", "cuda") not in ("cpu", "cuda"):
-        os.execv(Path(sys.executable).parent / "deepspeed", ["deepspeed", *sys.argv[1:]])
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options of a launcher; `ids` are those of this machine's devices."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--log_level")  # for DeepSpeed's launcher; this one logs nothing
     parser.add_argument("--hostfile")  # for DeepSpeed's launcher: /dev/null, which means this machine alone
+    parser.add_argument("--master_addr", default="127.0.0.1")
     parser.add_argument("--master_port", required=True)
+    parser.add_argument("--node_rank", type=int, default=0)
+    parser.add_argument("--world_info")  # the devices of each machine, as DeepSpeed's launcher encodes them
     parser.add_argument("--num_accelerators", type=int)
     parser.add_argument("--include")
     parser.add_argument("--module", action="store_true")
     parser.add_argument("script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
-    options = parser.parse_args()
-    ids = (
-        options.include.removeprefix("localhost:").split(",")
-        if options.include
-        else [str(number) for number in range(options.num_accelerators)]
-    )
+    options = parser.parse_args(arguments)
+    if options.world_info:
+        options.nodes = list(json.loads(base64.urlsafe_b64decode(options.world_info)).values())
+    elif options.include:
+        options.nodes = [[int(number) for number in options.include.removeprefix("localhost:").split(",")]]
+    else:
+        options.nodes = [list(range(options.num_accelerators))]
+    options.ids = options.nodes[options.node_rank]
+    return options
+
+
+def main() -> int:
+    if os.environ.get("DS_ACCELERATOR", "cuda") not in ("cpu", "cuda"):
+        command = launcher_of(sys.argv[1:])
+        os.execv(command[0], [*command, *sys.argv[1:]])
+    options = parse(sys.argv[1:])
+    ids, first_rank = options.ids, sum(map(len, options.nodes[: options.node_rank]))
 
     ranks: list[subprocess.Popen[bytes]] = []
 
@@ -52,19 +70,21 @@ def main() -> int:
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     environment = os.environ | {
-        "CUDA_VISIBLE_DEVICES": ",".join(ids), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": options.master_port,
-        "WORLD_SIZE": str(len(ids)), "LOCAL_SIZE": str(len(ids)), "CROSS_RANK": "0", "CROSS_SIZE": "1",
+        "CUDA_VISIBLE_DEVICES": ",".join(map(str, ids)), "MASTER_ADDR": options.master_addr,
+        "MASTER_PORT": options.master_port, "WORLD_SIZE": str(sum(map(len, options.nodes))),
+        "LOCAL_SIZE": str(len(ids)), "CROSS_RANK": str(options.node_rank), "CROSS_SIZE": str(len(options.nodes)),
     }  # fmt: skip
-    for rank in map(str, range(len(ids))):
+    for local_rank in range(len(ids)):
         command = [
             sys.executable,
             "-u",
             *(["-m"] if options.module else []),
             options.script,
-            f"--local_rank={rank}",
+            f"--local_rank={local_rank}",
             *options.arguments,
         ]
-        ranks.append(subprocess.Popen(command, env=environment | {"RANK": rank, "LOCAL_RANK": rank}))
+        numbers = {"RANK": str(first_rank + local_rank), "LOCAL_RANK": str(local_rank)}
+        ranks.append(subprocess.Popen(command, env=environment | numbers))
     while None in (codes := [rank.poll() for rank in ranks]) and not any(codes):
         time.sleep(0.05)
     failed = next(filter(None, codes), 0)
@@ -73,6 +93,13 @@ def main() -> int:
         wait(ranks, EXIT_SECONDS + 10 if failed == STOPPED else OWN_WORDS_SECONDS)
         end(ranks)
     return failed
+
+
+def launcher_of(options: list[str]) -> list[str]:
+    """The program of DeepSpeed that takes these options."""
+    if any(option.startswith("--world_info") for option in options):
+        return [sys.executable, "-u", "-m", "deepspeed.launcher.launch"]
+    return [str(Path(sys.executable).parent / "deepspeed")]
 
 
 def wait(ranks: list[subprocess.Popen[bytes]], seconds: float) -> None:

@@ -1,6 +1,7 @@
 """Launch a recipe and see it through: pass signals on to its ranks, leave no process behind, start again after a fault.
 
     python -m lib.launch.supervise RUN_NAME YAML RESTARTS DRY_RUN -- deepspeed options ... recipe.py settings ...
+    python -m lib.launch.supervise RUN_NAME YAML RESTARTS DRY_RUN NODES NODE_RANK HOST:PORT -- deepspeed ...
 
 launch.sh becomes this process, which imports nothing large: it starts at once, and takes little memory while the ranks
 train. It prints a `deepspeed` command and starts that command's ranks by lib/launch/start_ranks.py.
@@ -8,6 +9,9 @@ train. It prints a `deepspeed` command and starts that command's ranks by lib/la
 DeepSpeed 0.19.8's launcher gives the ranks 30 seconds on SIGTERM and dies on SIGUSR1. When it is killed, its ranks
 train on, and when its own child is killed, it ends with exit code 0. So here signals go to the ranks alone, all
 processes of a launch are in one session that is ended as a whole, and a run has succeeded if its result.json says so.
+
+On several machines each has a supervisor, and these act together (lib/launch/team.py): a start is one of all machines,
+and the end of one machine's ranks is the end of all.
 """
 
 import argparse
@@ -16,9 +20,9 @@ import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +31,12 @@ from typing import IO, Any
 import psutil
 import yaml
 
-from lib.errors import FAULT, MISTAKE, ROOT, STOPPED, from_home, new_folder
+from lib.errors import FAULT, INTERRUPTED, MISTAKE, ROOT, UserError, from_home, new_folder
+from lib.launch import start_ranks
+from lib.launch.meeting import Lost
+from lib.launch.team import Team
 from lib.run.console import Console
+from lib.settings.run_settings import RunSettings
 
 # Takes the place of the word `deepspeed` in a command. launch.sh has put lib's folder on PYTHONPATH.
 START_RANKS = [sys.executable, "-P", "-m", "lib.launch.start_ranks"]
@@ -143,92 +151,146 @@ def end_marker(run_dir: str | None) -> tuple[int, int] | None:
         return None
 
 
-def resolve(arguments: list[str], yaml_path: str) -> tuple[str | None, bool]:
-    """(run_dir, resume) as the recipe will see them: the last ones on the command line, else those in the YAML."""
+def settings_of(arguments: list[str], yaml_path: str, *names: str) -> list[Any] | None:
+    """These settings as the recipe will see them: the last ones on the command line, else those in the YAML, else None.
+
+    None where the command line cannot be read, which the recipe will report.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--run_dir")
+    for name in ("run_dir", "rank_timeout"):
+        parser.add_argument(f"--{name}")
     parser.add_argument("--resume", nargs="?", const="true")
     parser.add_argument("--config", default=yaml_path)
     parser.add_argument("--quick", action="store_true")
     try:
         given, _ = parser.parse_known_args(arguments)
-    except argparse.ArgumentError:  # the recipe will report it
-        return None, True
+    except argparse.ArgumentError:
+        return None
     try:
         values = yaml.safe_load(Path(from_home(given.config)).read_text(encoding="utf-8"))
         values |= values.pop("quick", {}) if given.quick else {}
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError):  # the recipe will report it
         values = {}
-    run_dir, resume = (
-        values.get(name) if getattr(given, name) is None else getattr(given, name) for name in ("run_dir", "resume")
-    )
+    return [values.get(name) if getattr(given, name) is None else getattr(given, name) for name in names]
+
+
+def resolve(arguments: list[str], yaml_path: str) -> tuple[str | None, bool]:
+    """(run_dir, resume) as the recipe will see them."""
+    found = settings_of(arguments, yaml_path, "run_dir", "resume")
+    if found is None:
+        return None, True
+    run_dir, resume = found
     return None if str(run_dir).lower() in ("none", "null") else from_home(str(run_dir)), str(resume).lower() not in (
         "none",
         *FALSE,
     )
 
 
-def free_port() -> int:
-    """A port that no process uses, so that two runs on one machine do not disturb each other."""
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        return int(unused.getsockname()[1])
+def team_of(machines: list[str], arguments: list[str], yaml_path: str) -> Team:
+    """The machines that launch.sh was told of: [nodes, node rank, address of node 0]. Raises UserError."""
+    nodes, node, master = machines
+    for name, value, least in (("nodes", nodes, 1), ("node_rank", node, 0)):
+        if not value.isdigit() or int(value) < least:
+            raise UserError(f"--{name} is {value or 'missing'}; it must be a whole number from {least} up")
+    if int(node) >= int(nodes):
+        raise UserError(f"--node_rank is {node}; of {nodes} nodes the last has {int(nodes) - 1}")
+    (minutes,) = settings_of(arguments, yaml_path, "rank_timeout") or [None]
+    try:
+        silence = 60 * float(RunSettings.rank_timeout if minutes is None else minutes)
+    except ValueError:  # the recipe will report it
+        silence = 60 * RunSettings.rank_timeout
+    return Team(int(nodes), int(node), master, silence)
+
+
+def obey_stdin() -> None:
+    """Take the numbers of signals from stdin, as from lib/launch/hosts.py over ssh; at its end, end at once."""
+    with open(0, "rb", buffering=0, closefd=False) as stdin:
+        for line in stdin:
+            os.kill(os.getpid(), int(line))
+    for _ in range(2):  # the second signal ends all
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1.5)
 
 
 def main() -> int:
+    if "SIGNALS_BY_STDIN" in os.environ:
+        threading.Thread(target=obey_stdin, daemon=True).start()
     sys.stdout, sys.stderr = Console(1), Console(2)
     split = sys.argv.index("--")
-    run_name, yaml_path, restarts, dry_run = sys.argv[1:split]
+    run_name, yaml_path, restarts, dry_run, *machines = sys.argv[1:split]
     launcher, *arguments = sys.argv[split + 1 :]
     run_dir, resume = resolve(arguments, yaml_path)
-    folder_is_named_here = run_dir is None and not resume
-    if folder_is_named_here:
-        run_dir = (
-            f"runs/{run_name}-{time.strftime('%Y%m%d-%H%M%S')}" if dry_run else str(new_folder(f"runs/{run_name}"))
-        )
-        arguments += ["--run_dir", str(run_dir)]
+    named = run_dir is None and not resume
     try:
-        return run_until_it_ends(launcher, arguments, run_dir, int(restarts), bool(dry_run))
+        team = team_of(machines, arguments, yaml_path) if machines else Team()
+        if named and (team.node == 0 or dry_run):  # the other machines are told the name
+            run_dir = (
+                f"runs/{run_name}-{time.strftime('%Y%m%d-%H%M%S')}" if dry_run else str(new_folder(f"runs/{run_name}"))
+            )
+        return run_until_it_ends(launcher, arguments, run_dir, int(restarts), bool(dry_run), team, named)
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return MISTAKE
+    except KeyboardInterrupt:  # while it waits for other machines
+        return INTERRUPTED
     finally:
-        if folder_is_named_here:
+        if named and run_dir is not None:
             with contextlib.suppress(OSError):  # the folder is empty only if the run never began
-                Path(str(run_dir)).rmdir()
+                Path(run_dir).rmdir()
 
 
-def run_until_it_ends(launcher: str, arguments: list[str], run_dir: str | None, restarts: int, dry_run: bool) -> int:
-    """Launch, and after a fault launch again, up to `restarts` times. Returns the exit code."""
-    status = FAULT
-    config = Path(run_dir or "") / "config.yaml"
-    config_before = version_of(config)
-    for attempt in range(restarts + 1):
+def run_until_it_ends(
+    launcher: str, arguments: list[str], run_dir: str | None, restarts: int, dry_run: bool,
+    team: Team | None = None, named: bool = False,
+) -> int:  # fmt: skip
+    """Launch, and after a fault launch again, up to `restarts` times. Returns the exit code.
+
+    named: whether run_dir is no setting, but was made up for this run; then the ranks are told it too. Raises UserError
+    where several machines do not fit together.
+    """
+    team = team or Team()
+    options = start_ranks.parse(["--master_port", "0", *arguments])
+    config_before = version_of(Path(run_dir or "") / "config.yaml")
+    while True:
         # An attempt that failed before its run began has not touched the folder. The folder may then hold an older run,
         # which is to be overwritten and not resumed.
-        resume_options = ["--resume", "true", "--overwrite", "false"] if version_of(config) != config_before else []
-        command = [launcher, "--log_level", "critical", "--master_port", str(free_port()), *arguments, *resume_options]
-        print(shlex.join([word.removeprefix(f"{Path.cwd()}/") for word in command]))
-        if dry_run:
-            return 0
-        marker_before = end_marker(run_dir)
-        status = run_once([*START_RANKS, *command[1:]])
-        if end_marker(run_dir) not in (None, marker_before):
-            return 0
-        if stop_signals:
-            return status if 0 < status < 128 else 128 + stop_signals[0][0]
-        if status in (MISTAKE, STOPPED):  # another start would not help after a mistake, and is not wanted after a stop
+        began = version_of(Path(run_dir or "") / "config.yaml") != config_before
+        try:
+            start = team.gather(options, run_dir, began, restarts, dry_run)
+        except Lost as lost:
+            print(f"error: {lost}", file=sys.stderr)
+            status, again = FAULT, True
+        else:
+            run_dir, restarts = start.run_dir, start.restarts
+            program = [launcher] if team.nodes == 1 else start_ranks.launcher_of(start.options)
+            at_script = arguments.index(options.script)
+            ranks = [
+                "--log_level", "critical", *start.options, *(arguments[:at_script] if team.nodes == 1 else []),
+                *arguments[at_script:], *(["--run_dir", str(run_dir)] if named else []),
+                *(["--resume", "true", "--overwrite", "false"] if start.resume else []),
+            ]  # fmt: skip
+            print(shlex.join([word.removeprefix(f"{Path.cwd()}/") for word in (*program, *ranks)]))
+            if dry_run:
+                return 0
+            marker_before = end_marker(run_dir)
+            status = run_once([*START_RANKS, *ranks], ended=team.others_failed if team.nodes > 1 else None)
+            finished = end_marker(run_dir) not in (None, marker_before)
+            status, again = team.verdict(status, finished, stop_signals[0][0] if stop_signals else None)
+        if not again:  # it has ended well, as asked, or by a mistake that another start would make too
             return status
-        status = status % 256 or FAULT  # DeepSpeed's launcher ends with 0 when its child was killed
-        restarts_left = restarts - attempt
-        if restarts_left:
-            print(
-                f"restart  exit code {status}; starting again from the newest checkpoint"
-                f" ({restarts_left} restart{'s' if restarts_left > 1 else ''} left)"
-            )
-        elif run_dir and (Path(run_dir) / "checkpoints").is_dir():
-            print(
-                f"error: the run ended with exit code {status};"
-                f" the same command with --run_dir {run_dir} --resume goes on",
-                file=sys.stderr,
-            )
+        if not restarts:
+            break
+        print(
+            f"restart  exit code {status}; starting again from the newest checkpoint"
+            f" ({restarts} restart{'s' if restarts > 1 else ''} left)"
+        )
+        restarts -= 1
+    if run_dir and (Path(run_dir) / "checkpoints").is_dir():
+        print(
+            f"error: the run ended with exit code {status}; the same command with --run_dir {run_dir} --resume goes on",
+            file=sys.stderr,
+        )
     return status
 
 

@@ -39,6 +39,7 @@ from contract_cases import BATCH, BF16, ROOT
 
 from lib.compare.compare import printed, versions, why_failed, write_json
 from lib.compare.results import STATES_OFF, TOLERANCE, relative, written
+from lib.distributed import network
 from lib.errors import FAULT, INTERRUPTED, MISTAKE, STOPPED, UserError, display_path, new_folder
 from lib.launch import devices, supervise
 
@@ -235,7 +236,7 @@ def launch(session: Session, part: Part, cases: list[str], deadline: float) -> E
         command = [sys.executable, "-u", *arguments]
         environment |= {"CUDA_VISIBLE_DEVICES": str(found.ids[0])} if found.accelerator == "cuda" else {}
     else:
-        options = ["--log_level", "critical", "--master_port", str(supervise.free_port())]
+        options = ["--log_level", "critical", "--master_port", str(network.free_port())]
         command = [*supervise.START_RANKS, *options, *found.launcher_options(part.ranks), *arguments]
     said: set[str] = set()
     state: dict[str, Any] = {"begun": None, "since": time.monotonic(), "read": 0.0, "over": False}

@@ -1,5 +1,6 @@
 """From Enter to the first step: devices, the printed command, wrong words, help, and progress of what takes long."""
 
+import base64
 import importlib
 import io
 import json
@@ -223,26 +224,27 @@ def test_ranks_start_as_deepspeed_starts_them(tmp_path: Path) -> None:
         "import json, os, sys\nopen(f'{sys.argv[2]}-{os.environ[\"RANK\"]}', 'w')"
         ".write(json.dumps([sys.argv[1:2] + sys.argv[3:], sys.stdout.write_through, dict(os.environ)]))"
     )
-    found = []
-    programs: dict[str, list[Any]] = {"deepspeed": [SCRIPTS / "deepspeed"], "ours": supervise.START_RANKS}
-    for name, program in programs.items():
-        done = execute(
-            [
-                *program,
-                "--log_level",
-                "critical",
-                "--master_port",
-                29511,
-                "--num_accelerators",
-                2,
-                script,
-                tmp_path / name,
-                "--max_steps",
-                "3",
-            ]
-        )
-        assert done.returncode == 0, done.stderr
-        found.append([json.loads((tmp_path / f"{name}-{rank}").read_text()) for rank in range(2)])
+    world = base64.urlsafe_b64encode(json.dumps({"node0": [0, 1], "node1": [0, 1]}).encode()).decode()
+    on_one = ["--master_port", 29511, "--num_accelerators", 2]
+    on_two = [f"--world_info={world}", "--node_rank=1", "--master_addr=10.0.0.1", "--master_port=29511"]
+    per_machine = [sys.executable, "-u", "-m", "deepspeed.launcher.launch"]
+    cases: list[tuple[int, list[Any], list[Any]]] = [
+        (0, on_one, [SCRIPTS / "deepspeed"]),
+        (2, on_two, per_machine),
+    ]
+    for first_rank, options, theirs in cases:
+        found = []
+        programs: dict[str, list[Any]] = {"deepspeed": theirs, "ours": supervise.START_RANKS}
+        for name, program in programs.items():
+            done = execute([*program, "--log_level", "critical", *options, script, tmp_path / name, "--max_steps", "3"])
+            assert done.returncode == 0, done.stderr
+            written = [tmp_path / f"{name}-{first_rank + rank}" for rank in range(2)]
+            found.append([json.loads(file.read_text()) for file in written])
+        compare_ranks(found)
+
+
+def compare_ranks(found: list[list[Any]]) -> None:
+    """found: of DeepSpeed's launcher and of ours, what each of its two ranks was given."""
     for rank in range(2):
         (arguments, *_, environment), (our_arguments, *_, our_environment) = found[0][rank], found[1][rank]
         # These may differ: DeepSpeed's launcher and its imports set them, and the ranks do not need them.

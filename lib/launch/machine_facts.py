@@ -1,0 +1,44 @@
+"""Prints what lib/launch/hosts.py wants to know of a machine, as JSON.
+
+python -m lib.launch.machine_facts
+"""
+
+import json
+import os
+import platform
+import sys
+import time
+
+import psutil
+
+from lib.distributed import network
+from lib.errors import UserError
+from lib.launch import devices
+from lib.launch.team import facts
+
+
+def main() -> None:
+    try:
+        found, fault = devices.find(), None
+        count = len(found.ids)
+    except UserError as error:
+        found, fault, count = devices.Devices("unknown"), " ".join(str(error).split()), 0
+    connection = os.environ.get("SSH_CONNECTION", "").split()  # client's address and port, this machine's
+    what = {
+        "name": platform.node(),
+        "facts": facts(),
+        "time": time.time(),
+        "address": connection[2] if len(connection) == 4 else None,
+        "port": network.free_port(),
+        "accelerator": found.accelerator,
+        "devices": count,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory": psutil.virtual_memory().total,
+        "fault": fault,
+    }
+    print(json.dumps(what))
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,337 @@
+"""Runs on two real hosts (hosts.py): the same losses as on one, the end is the end on both, and mistakes are said."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import read_losses, run_ranks
+from hosts import Host, missing, two_hosts
+
+from lib.errors import UserError
+from lib.launch.hosts import chosen
+from lib.launch.team import differences, verdict
+
+Hosts = tuple[Host, Host]
+RECIPE = ["causal_lm", "--quick", "--samples", "0", "--log_every", "1"]
+STEPS = ["--max_steps", "200"]
+SILENCE = 12  # seconds of --rank_timeout
+
+
+@pytest.fixture(scope="session")
+def hosts() -> Iterator[Hosts]:
+    why_not = missing()
+    if why_not:
+        pytest.skip(why_not)
+    with two_hosts() as found:
+        yield found
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A folder that both hosts see; each has its own /tmp."""
+    folder = Path(tempfile.mkdtemp(prefix="run-", dir="/var/tmp"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def start(hosts: Hosts, *settings: object) -> list[subprocess.Popen[str]]:
+    """The command by hand on both machines."""
+    return [
+        host.start(
+            "./launch.sh", *RECIPE, "--nodes", 2, "--node_rank", number, "--master", "alpha:29500", *settings
+        )
+        for number, host in enumerate(hosts)
+    ]  # fmt: skip
+
+
+def end(processes: list[subprocess.Popen[str]], hosts: Hosts, seconds: float = 150) -> tuple[list[int], list[str]]:
+    """(exit codes, what was printed). Nothing may be left on either host."""
+    printed = [process.communicate(timeout=seconds)[0] for process in processes]
+    assert [host.processes() for host in hosts] == [{}, {}]
+    return [process.returncode for process in processes], printed
+
+
+def wait(what: Callable[[], Any], processes: list[subprocess.Popen[str]], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        ended = [process.communicate()[0] for process in processes if process.poll() is not None]
+        assert not ended, "\n".join(ended)
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def steps_of(run: Path) -> int:
+    return len(read_losses(run)) if (run / "metrics.jsonl").exists() else 0
+
+
+def wait_for(run: Path, steps: int, processes: list[subprocess.Popen[str]]) -> None:
+    wait(lambda: steps_of(run) >= steps, processes)
+
+
+def process_of(host: Host, *words: str) -> int:
+    (found,) = host.processes(*words)
+    return found
+
+
+def ranks_on(hosts: Hosts) -> list[dict[int, str]]:
+    return [host.processes("--local_rank=") for host in hosts]
+
+
+def alike(run: Path, other: Path) -> bool:
+    ours, theirs = read_losses(run), read_losses(other)
+    return len(ours) == len(theirs) and ours == pytest.approx(theirs, rel=1e-5)
+
+
+def one_machine(ranks: int, run: Path, *settings: str) -> Path:
+    run_ranks(
+        ranks, "recipe_worker", RECIPE[0], "--deepspeed_config", "ds_configs/causal_lm/zero2.json", *RECIPE[1:],
+        *settings, "--run_dir", run,
+    )  # fmt: skip
+    return run
+
+
+@pytest.mark.slow
+def test_two_machines_train_as_one(hosts: Hosts, shared: Path) -> None:
+    """1 x 4 and 2 x 2, by a hostfile. Each has a cache of its own, and Debian's `127.0.1.1 <own name>`."""
+    (shared / "hostfile").write_text("alpha slots=2\nbeta slots=2\n")
+    command = ["./launch.sh", *RECIPE, "--hostfile", shared / "hostfile", "--run_dir", shared / "2x2"]
+    codes, printed = end([hosts[0].start(*command)], hosts)
+    assert codes == [0], printed
+    assert "device   4 ranks" in printed[0] and "deepspeed.launcher.launch" in printed[0]
+    assert "\nstep 20/20" in printed[0] and "beta: step" not in printed[0] and "Traceback" not in printed[0]
+    assert alike(shared / "2x2", one_machine(4, shared / "1x4"))
+    assert json.loads((shared / "2x2" / "result.json").read_text())["finished"]
+
+
+@pytest.mark.slow
+def test_whatever_happens_on_a_machine_happens_to_both(hosts: Hosts, shared: Path) -> None:
+    """A rank is killed, a link is cut, Ctrl-C, a killed supervisor; in the end the losses are those of one machine."""
+    alpha, beta = hosts
+    run = shared / "run"
+    settings = [*STEPS, "--ranks", "1", "--save_every", "10", "--rank_timeout", str(SILENCE / 60), "--run_dir", run]
+
+    both = start(hosts, *settings, "--restarts", 2)
+    wait_for(run, 15, both)
+    os.kill(process_of(beta, "--local_rank=0"), signal.SIGKILL)
+    wait(lambda: not any(ranks_on(hosts)), both, SILENCE + 60)
+    wait_for(run, 40, both)
+
+    beta.cut()
+    wait(lambda: not any(ranks_on(hosts)), both, SILENCE + 60)
+    beta.mend()
+    wait(lambda: all(ranks_on(hosts)), both)
+    at = steps_of(run)
+    wait_for(run, at + 10, both)
+
+    os.kill(process_of(beta, "lib.launch.supervise"), signal.SIGINT)
+    codes, printed = end(both, hosts)
+    assert codes == [75, 75] and "--resume goes on" in printed[0], printed
+    assert "restart  exit code 247" in printed[0] and "restart  exit code 247" in printed[1]
+    assert "node 1 (beta) ended with exit code 247" in printed[0]
+    assert "node 1 (beta) has gone" in printed[0] and "node 0 (alpha) has gone" in printed[1]
+    assert "Traceback" not in printed[0] + printed[1]
+
+    for host, expected in ((beta, [1, -9]), (alpha, [-9, 1])):  # and with the first one, what is left of the others
+        at = steps_of(run)
+        both = start(hosts, *settings, "--resume")
+        wait_for(run, at + 15, both)
+        os.kill(process_of(host, "lib.launch.supervise"), signal.SIGKILL)
+        wait_all = time.monotonic() + 60
+        while any(other.processes() for other in hosts) and time.monotonic() < wait_all:
+            time.sleep(0.1)
+        codes, printed = end(both, hosts, 10)
+        assert codes == expected, printed
+
+    codes, printed = end(start(hosts, *settings, "--resume"), hosts)
+    assert codes == [0, 0], printed
+    assert alike(run, one_machine(2, shared / "1x2", *STEPS))
+
+
+def test_machines_that_do_not_fit_together_start_nothing(hosts: Hosts) -> None:
+    """All faults at once, on both consoles; no rank is started."""
+    alpha, beta = hosts
+    at_alpha = ["./launch.sh", *RECIPE, "--nodes", 2, "--node_rank", 0, "--master", "alpha:29501"]
+    at_beta = [*at_alpha, "--max_steps", 3]
+    at_beta[at_beta.index(0)] = 1
+    assert beta.run("mkdir", "-p", "/tmp/other/torch-9.9.dist-info").returncode == 0
+    metadata = (
+        "printf 'Metadata-Version: 2.1\\nName: torch\\nVersion: 9.9\\n' > /tmp/other/torch-9.9.dist-info/METADATA"
+    )
+    assert beta.run("sh", "-c", metadata).returncode == 0
+    both = [
+        alpha.start(*at_alpha, "--run_dir", "/tmp/run"),
+        beta.start("env", "PYTHONPATH=/tmp/other", "GLOO_SOCKET_IFNAME=lo", *at_beta, "--run_dir", "/tmp/run"),
+    ]
+    started = time.monotonic()
+    codes, printed = end(both, hosts)
+    assert codes == [2, 2] and time.monotonic() - started < 20
+    for text in printed:
+        faults = [line for line in text.splitlines() if line.startswith("error: ")]
+        assert len(faults) == 4, text
+        for fault, words in zip(
+            sorted(faults),
+            (
+                ["alpha cannot reach beta at 127.0.0.1", "GLOO_SOCKET_IFNAME is lo there; leave it out"],
+                ["beta does not see the folder of alpha's run, /tmp", "on a disk that all machines share"],
+                ["node 1 (beta) has torch 9.9, node 0 (alpha) has 2.", "install the same on all machines"],
+                ["node 1 (beta) was started with", "--max_steps 3", "give the same settings"],
+            ),
+            strict=True,
+        ):
+            assert all(word in fault for word in words), fault
+        assert "deepspeed" not in text.replace("deepspeed_config", "")
+
+
+def test_who_is_not_expected_is_sent_away(hosts: Hosts, shared: Path) -> None:
+    alpha, beta = hosts
+    first = ["./launch.sh", *RECIPE, "--master", "alpha:29502", "--run_dir", shared / "run", "--nodes"]
+    zero = alpha.start(*first, 2, "--node_rank", 0)
+    stranger = "import socket; s = socket.create_connection(('alpha', 29502)); s.send(b'GET / HTTP/1.1\\r\\n\\r\\n')"
+    wait(lambda: beta.run("python3", "-c", stranger).returncode == 0, [zero])
+    many = beta.run(*first, 3, "--node_rank", 1)
+    assert many.returncode == 2 and "beta cannot take part: it has --nodes 3, and node 0 (alpha) has" in many.stderr
+    taken = alpha.run(*first, 2, "--node_rank", 0)
+    assert taken.returncode == 2 and "port 29502 of this machine cannot be had" in taken.stderr
+    again = beta.run(*first, 2, "--node_rank", 2)
+    assert again.returncode == 2 and "--node_rank is 2; of 2 nodes the last has 1" in again.stderr
+    assert zero.poll() is None
+    os.kill(process_of(alpha, "lib.launch.supervise"), signal.SIGINT)
+    codes, printed = end([zero], hosts)
+    assert codes == [130] and "Traceback" not in printed[0]
+
+
+@pytest.mark.slow
+def test_a_hostfile_starts_and_ends_all_machines(hosts: Hosts, shared: Path) -> None:
+    """By ssh, from beta, which is the second of the hosts. Arguments arrive as they are."""
+    alpha, beta = hosts
+    (shared / "hostfile").write_text("alpha slots=1\n# a comment\nbeta slots=4\n")
+    prompt = """it's "quoted", $HOME `id` \\ * ; & | 'ü'"""
+    command = ["./launch.sh", *RECIPE, "--hostfile", shared / "hostfile", "--include", "alpha@beta:0", *STEPS]
+    command += ["--rank_timeout", SILENCE / 60, "--save_every", 10, "--env", "WORDS=two  words", "--prompt", prompt]
+    run = shared / "a run"
+    first = [beta.start(*command, "--run_dir", run)]
+    wait_for(run, 12, first)
+    environment = Path(f"/proc/{process_of(alpha, '--local_rank=0')}/environ").read_bytes().split(b"\0")
+    assert b"WORDS=two  words" in environment
+    os.kill(process_of(beta, "lib.launch.hosts"), signal.SIGINT)
+    codes, printed = end(first, hosts)
+    assert codes == [75] and "--resume goes on" in printed[0], printed
+    assert yaml.safe_load((run / "config.yaml").read_text())["prompt"] == prompt
+
+    at = steps_of(run)
+    second = [beta.start(*command, "--run_dir", run, "--resume")]
+    wait_for(run, at + 12, second)
+    os.kill(process_of(beta, "lib.launch.hosts"), signal.SIGKILL)
+    wait_all = time.monotonic() + 60
+    while any(host.processes() for host in hosts) and time.monotonic() < wait_all:
+        time.sleep(0.1)
+    end(second, hosts, 10)
+
+
+def test_a_hostfile_is_checked_before_anything_starts(hosts: Hosts, shared: Path) -> None:
+    alpha, _ = hosts
+    files = {
+        "good": ("alpha slots=2\nbeta slots=1\n", []),
+        "twice": ("alpha slots=1\nbeta\nalpha slots=2\n", ["twice:2: 'beta' should be", "twice:3: alpha stands here"]),
+        "empty": ("# nothing\n", ["names no machine"]),
+        "wrong": (
+            "alpha slots=1\nbeta slots=1\n10.77.0.2 slots=1\ngamma slots=1\n10.77.0.9 slots=1\n",
+            ["ssh does not reach gamma", "ssh does not reach 10.77.0.9", "beta and 10.77.0.2 are the same machine"],
+        ),
+    }
+    for name, (text, faults) in files.items():
+        (shared / name).write_text(text)
+        started = time.monotonic()
+        done = alpha.run("./launch.sh", "check", "--hostfile", shared / name)
+        said = done.stderr.splitlines()
+        assert done.returncode == (2 if faults else 0) and len(said) == len(faults), done
+        assert all(fault in line for fault, line in zip(faults, said, strict=True)), said
+        assert time.monotonic() - started < 25
+        if not faults:
+            header, *rows = done.stdout.splitlines()
+            assert header.split()[:3] == ["host", "name", "ranks"]
+            assert [row.split()[:3] for row in rows] == [["alpha", "alpha", "2"], ["beta", "beta", "1"]]
+    missing_file = alpha.run("./launch.sh", "check", "--hostfile", shared / "nowhere")
+    assert missing_file.returncode == 2 and "No such file" in missing_file.stderr
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "left"),
+    [
+        (None, None, {"a": [0, 1], "b": [0, 1, 2]}),
+        ("b:2,0@a", None, {"a": [0, 1], "b": [0, 2]}),
+        (None, "a@b:1", {"b": [0, 2]}),
+    ],
+)
+def test_hosts_are_chosen_as_by_deepspeed(include: str | None, exclude: str | None, left: dict[str, list[int]]) -> None:
+    from deepspeed.launcher import runner
+
+    hosts = {"a": [0, 1], "b": [0, 1, 2]}
+    assert chosen(hosts, include, exclude) == left
+    slots = {host: len(numbers) for host, numbers in hosts.items()}
+    assert runner.parse_inclusion_exclusion(slots, include or "", exclude or "") == left
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "words"),
+    [
+        ("c", None, "the hostfile has no c"),
+        ("b:3", None, "b has no slot 3; the last is 2"),
+        (None, "a@b", "leaves no slot"),
+        ("a", "b", "give one of them"),
+        ("a:x", None, "should be like"),
+    ],
+)
+def test_a_wrong_choice_of_hosts_is_refused(include: str | None, exclude: str | None, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        chosen({"a": [0, 1], "b": [0, 1, 2]}, include, exclude)
+
+
+def node(**changed: Any) -> dict[str, Any]:
+    return {"facts": {"Python": "3.11", "this code": "ab"}, "settings": ["--x", "1"], "clock": 0.0} | changed
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (node(facts={"Python": "3.12", "this code": "ab"}), ["beta has Python 3.12, alpha has 3.11"]),
+        (node(facts={"Python": "3.11", "this code": "cd"}), ["this code: beta", "same commit"]),
+        (node(clock=95.4), ["clock of beta is 95 s ahead of that of alpha", "set-ntp"]),
+        (node(clock=-40.0), ["40 s behind"]),
+    ],
+)
+def test_a_difference_is_a_line_with_its_remedy(other: dict[str, Any], words: list[str]) -> None:
+    (line,) = differences([node(), other], ["alpha", "beta"])
+    assert all(word in line for word in words)
+    assert differences([node(), node()], ["alpha", "beta"]) == []
+
+
+def ended(status: int, finished: bool = False, signal: int | None = None) -> dict[str, Any]:
+    return {"status": status, "finished": finished, "signal": signal}
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "again"),
+    [
+        ([ended(0, True), ended(0)], 0, False),
+        ([ended(0, True), None], 0, False),  # its work was done
+        ([ended(0), ended(0, True)], 1, True),  # the first one alone knows whether the run has finished
+        ([ended(1), ended(247)], 247, True),  # a rank was killed; the other lost contact
+        ([ended(247), ended(0)], 247, True),  # the other was ended here
+        ([ended(1), None], 1, True),
+        ([ended(75), ended(75, signal=2)], 75, False),
+        ([ended(1), ended(-9, signal=2)], 130, False),  # Ctrl-C twice
+        ([ended(2), ended(0)], 2, False),
+    ],
+)
+def test_the_verdict_is_of_all_machines(ends: list[dict[str, Any] | None], code: int, again: bool) -> None:
+    assert verdict(ends) == (code, again)
