@@ -33,11 +33,11 @@ def load_model(build: Callable[[], torch.nn.Module], ds_config: dict[str, Any], 
 
     build: makes a whole model in host memory, from a config (at random, from the seed) or from_pretrained. A model that
     is not one of transformers' must have what makes it anew as its only argument and attribute `config`, a dict that
-    JSON can hold. Pre-trained weights in 16 bits are views of their files (lib/distributed/stored_weights.py) until they
-    get the type that they are trained in, which DeepSpeed would give them before it makes its fp32 copies. At stages 0
-    to 2 each rank needs all parameters and calls it. At stage 3 only rank 0 does; the model is born partitioned on all
-    ranks and gets the weights one parameter at a time, so no other rank and no device ever holds it whole, and rank 0
-    only what is no view.
+    JSON can hold. Pre-trained weights in 16 bits are views of their files (lib/distributed/stored_weights.py) until
+    they get the type that they are trained in, which DeepSpeed would give them before it makes its fp32 copies. At
+    stages 0 to 2 each rank needs all parameters and calls it. At stage 3 only rank 0 does; the model is born
+    partitioned on all ranks and gets the weights one parameter at a time, so no other rank and no device ever holds it
+    whole, and rank 0 only what is no view.
     """
     set_seed(seed)
     rows_shared_by, experts_shared_by = sequence_parallel_size(ds_config), expert_parallel_size(ds_config)

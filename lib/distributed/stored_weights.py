@@ -43,7 +43,7 @@ def weights_as_stored() -> Iterator[None]:
             parameter.data = data
 
     hooks = [
-        of_all_modules.register_module_forward_pre_hook(widen),
+        of_all_modules.register_module_forward_pre_hook(widen),  # type: ignore[arg-type]  # it may return inputs
         of_all_modules.register_module_forward_hook(put_back),
     ]
     core_model_loading._materialize_copy = leave

@@ -30,4 +30,6 @@ def test_losses_do_not_depend_on_how_the_files_are_read(tmp_path: Path) -> None:
         kind, _, precision, _ = case.split("/")
         assert losses[0] != losses[-1]
         assert losses == found[case.replace("/stored", "/widened")], case
-        assert losses == pytest.approx(found[f"{kind}/zero2/{precision}/stored"], rel=1e-6 if precision == "fp32" else 2e-3)
+        assert losses == pytest.approx(
+            found[f"{kind}/zero2/{precision}/stored"], rel=1e-6 if precision == "fp32" else 2e-3
+        )
