@@ -23,6 +23,7 @@ usage() {
 ./launch.sh generate <run|model> --input FILE --output FILE   answer every row of a file [--help]
 ./launch.sh merge <run> [--help]                   put the LoRA adapter of a run into its model
 ./launch.sh export <run|model> --gguf FILE         write a model for llama.cpp [--help]
+./launch.sh export <run> [--checkpoint STEP]       make the model of a checkpoint, also of a run that has died
 ./launch.sh results [--help]                       run every recipe, and make the README's table of scores
 ./launch.sh check --hostfile FILE                  look at the machines of a hostfile, before a run on several
 ./launch.sh torture <recipe> [--help]              kill it, stop it, fill its disk, resume it (an hour)

@@ -146,7 +146,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     optimizer = make_adamw(cfg, model, ds_config)
     schedule = make_schedule(cfg, optimizer, run.total_steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
-    run.attach(engine, {name: len(part) for name, part in rows.items()}, notes)
+    run.attach(engine, {name: len(part) for name, part in rows.items()}, notes, tokenizer)
     collate = functools.partial(preferences.collate_pairs, packing=cfg.packing)
     used = {split: part for split, part in rows.items() if split != "validation" or cfg.eval_every}
     reference = {split: before_training(run, engine, part, collate, split) for split, part in used.items()}

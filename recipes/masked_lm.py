@@ -216,7 +216,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     optimizer = make_adamw(cfg, model, ds_config)
     schedule = make_schedule(cfg, optimizer, run.total_steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
-    run.attach(engine, {f"{name} blocks": len(rows) for name, rows in blocks.items()})
+    run.attach(engine, {f"{name} blocks": len(rows) for name, rows in blocks.items()}, [], tokenizer)
 
     def hide_and_collate(rows: dict[str, Any]) -> Batch:
         return collate(hide(rows, tokenizer, cfg), tokenizer)

@@ -214,7 +214,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     optimizer = make_adamw(cfg, model, ds_config)
     schedule = make_schedule(cfg, optimizer, run.total_steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
-    run.attach(engine, {f"{name} windows": len(rows) for name, rows in windows.items()})
+    run.attach(engine, {f"{name} windows": len(rows) for name, rows in windows.items()}, [], tokenizer)
 
     def evaluate(split: str) -> dict[str, float]:
         sizes: Any = {"cfg": cfg, "batch_size": run.micro_batch_size}

@@ -109,7 +109,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     optimizer = make_adamw(cfg, model, ds_config)
     schedule = make_schedule(cfg, optimizer, run.total_steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
-    run.attach(engine, {f"{name} tokens": len(stream) for name, stream in streams.items()})
+    run.attach(engine, {f"{name} tokens": len(stream) for name, stream in streams.items()}, [], tokenizer)
 
     def evaluate(split: str) -> dict[str, float]:
         texts = splits[split]["text"]

@@ -216,7 +216,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     optimizer = make_adamw(cfg, model, ds_config)
     schedule = make_schedule(cfg, optimizer, run.total_steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
-    run.attach(engine, {name: len(rows) for name, rows in tokenized.items()}, truncation_notes(train))
+    run.attach(engine, {name: len(rows) for name, rows in tokenized.items()}, truncation_notes(train), tokenizer)
 
     def evaluate(split: str) -> tuple[dict[str, float], list[str], torch.Tensor]:
         return retrieve(engine, splits[split], tokenized[split], collate_rows, run.micro_batch_size)

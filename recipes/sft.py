@@ -108,7 +108,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     optimizer = make_adamw(cfg, model, ds_config)
     schedule = make_schedule(cfg, optimizer, run.total_steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
-    run.attach(engine, {name: len(part) for name, part in rows.items()}, notes)
+    run.attach(engine, {name: len(part) for name, part in rows.items()}, notes, tokenizer)
     collate = functools.partial(conversations.collate_conversations, packing=cfg.packing)
 
     def evaluate(split: str) -> dict[str, float]:

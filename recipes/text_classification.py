@@ -144,7 +144,8 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     optimizer = make_adamw(cfg, model, ds_config)
     schedule = make_schedule(cfg, optimizer, run.total_steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
-    run.attach(engine, {name: len(rows) for name, rows in tokenized.items()}, truncation_notes(train, cfg.max_length))
+    counts = {name: len(rows) for name, rows in tokenized.items()}
+    run.attach(engine, counts, truncation_notes(train, cfg.max_length), tokenizer)
 
     for step, micro_batches in run.steps(train, collate_rows, train["length"]):  # this rank's share of a step
         tokens = ranks.sum_over_ranks(batch["attention_mask"].sum() for batch in micro_batches)

@@ -186,7 +186,7 @@ def main(cfg: Config, ds_config: dict[str, Any]) -> Scores:
     optimizer = make_adamw(cfg, model, ds_config, encoder_decoder.pretrained_parameters(cfg, model))
     schedule = make_schedule(cfg, optimizer, run.total_steps)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
-    run.attach(engine, {name: len(rows) for name, rows in tokenized.items()}, notes_on(train))
+    run.attach(engine, {name: len(rows) for name, rows in tokenized.items()}, notes_on(train), *tokenizers)
     start = encoder_decoder.decoder_start(model)
     collate_pairs = functools.partial(collate, tokenizers=tokenizers, decoder_start=start)
 

@@ -145,7 +145,7 @@ def test_sys_path_is_changed_by_what_is_started_as_a_script_alone() -> None:
     changing = {name_of(file) for file in CODE if re.search(r"^ *sys\.path[.\[]", file.read_text(), re.MULTILINE)}
     assert changing <= {f"recipes.{recipe}" for recipe in RECIPES} | {
         f"tests.by_hand.benchmark_{what}"
-        for what in ("checkpoint", "data", "output_layer", "overhead", "padding", "trl")
+        for what in ("checkpoint", "data", "loading", "output_layer", "overhead", "padding", "trl")
     }
 
 

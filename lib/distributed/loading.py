@@ -11,6 +11,7 @@ from torch import nn
 from transformers import EncoderDecoderModel, PreTrainedModel, initialization, set_seed
 
 from lib.distributed import expert_parallel, memory, ranks, sequence_parallel
+from lib.distributed.stored_weights import weights_as_stored, widen_buffers
 from lib.errors import UserError
 from lib.progress import progress
 from lib.settings.ds_config import (
@@ -32,21 +33,28 @@ def load_model(build: Callable[[], torch.nn.Module], ds_config: dict[str, Any], 
 
     build: makes a whole model in host memory, from a config (at random, from the seed) or from_pretrained. A model that
     is not one of transformers' must have what makes it anew as its only argument and attribute `config`, a dict that
-    JSON can hold. At stages 0 to 2 each rank needs all parameters and calls it. At stage 3 only rank 0 does; the model
-    is born partitioned on all ranks and gets the weights one parameter at a time, so no other rank and no device ever
-    holds it whole.
+    JSON can hold. Pre-trained weights in 16 bits are views of their files (lib/distributed/stored_weights.py) until
+    they get the type that they are trained in, which DeepSpeed would give them before it makes its fp32 copies. At
+    stages 0 to 2 each rank needs all parameters and calls it. At stage 3 only rank 0 does; the model is born
+    partitioned on all ranks and gets the weights one parameter at a time, so no other rank and no device ever holds it
+    whole, and rank 0 only what is no view.
     """
     set_seed(seed)
     rows_shared_by, experts_shared_by = sequence_parallel_size(ds_config), expert_parallel_size(ds_config)
 
     def build_and_check() -> Any:
-        model = _check_forms(build(), tensor_parallel_size(ds_config), rows_shared_by)
+        with weights_as_stored():
+            model = _check_forms(build(), tensor_parallel_size(ds_config), rows_shared_by)
+        widen_buffers(model)
         if experts_shared_by > 1:
             expert_parallel.check_model(model, experts_shared_by, ds_config["expert_parallel"].get("preset_model"))
         return _check_output_layer(model) if shares_vocabulary(ds_config) else model
 
     if stage_of(ds_config) < 3:
         model = ranks.rank0_first(build_and_check)()
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(_training_dtype(ds_config))
     else:
         whole: list[Any] = []
 
@@ -77,6 +85,7 @@ def load_model(build: Callable[[], torch.nn.Module], ds_config: dict[str, Any], 
                 with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
                     if whole:
                         parameter.copy_(source[name])
+                        source[name].data = torch.empty(0)  # its memory is free, or its file when that is copied
         # zero.Init has rounded what the constructor computed: rotary frequencies, scales.
         right = ranks.on_rank0(lambda: {name: tensor.detach() for name, tensor in constants(whole[0]).items()})
         for name, tensor in constants(model).items():
@@ -98,6 +107,12 @@ def load_model(build: Callable[[], torch.nn.Module], ds_config: dict[str, Any], 
     memory.fit_buckets(ds_config)
     model.train()  # from_pretrained leaves a model in evaluation mode, without dropout and activation checkpointing
     return model
+
+
+def _training_dtype(ds_config: dict[str, Any]) -> torch.dtype:
+    """Of the parameters that the model computes with."""
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return next((types[name] for name in types if ds_config.get(name, {}).get("enabled")), torch.float32)
 
 
 def _check_forms(model: Any, tensor_size: int, sequence_size: int) -> Any:

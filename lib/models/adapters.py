@@ -39,6 +39,7 @@ def merge_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
     """
     if hub.base_of(folder) is None:
         raise UserError(f"{folder} has no adapter ({hub.ADAPTER_CONFIG})")
+    model.float()  # in 16 bits, as load_model may have read it, the sum would be rounded
     try:
         _prepare(model, folder)
         merged: PreTrainedModel = PeftModel.from_pretrained(model, folder).merge_and_unload()

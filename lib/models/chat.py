@@ -84,6 +84,8 @@ def fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTraine
     """The model with embeddings for all tokens of the tokenizer, which generates up to the end of an answer."""
     tokens = max(tokenizer.get_vocab().values()) + 1
     if tokens > model.get_input_embeddings().num_embeddings:
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            layer.float()  # as load_model may have read it in 16 bits: new rows are means of the old ones
         model.resize_token_embeddings(tokens)
     generation: Any = model.generation_config
     ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]

@@ -6,6 +6,7 @@ from typing import Any
 from peft import LoraConfig
 from transformers import PreTrainedModel
 
+from lib.distributed.stored_weights import seen_as_fp32
 from lib.errors import UserError
 
 ALL = "all-linear"  # peft's name for all linear layers but the output layer
@@ -23,7 +24,8 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float, targets: str) -> P
             ends = sorted({module.rpartition(".")[2] for module, layer in model.named_modules() if _is_linear(layer)})
             raise UserError(f"lora_targets: {type(model).__name__} has no layer '{name}'; it has {', '.join(ends)}")
     try:
-        model.add_adapter(LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, target_modules=names))
+        with seen_as_fp32(model):  # peft gives an adapter the type of the weights beside it, which may be 16 bits
+            model.add_adapter(LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, target_modules=names))
     except ValueError as error:
         raise UserError(f"lora_targets {targets}: {' '.join(str(error).split())[:200]}") from None
     # transformers would name the folder of this machine's cache.

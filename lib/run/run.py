@@ -16,6 +16,7 @@ from lib.data import batches
 from lib.data.batches import Batch, Collate
 from lib.data.rows import Splits
 from lib.distributed import mesh, ranks
+from lib.distributed.export import FORM, keep_form
 from lib.distributed.repairs import repair_stage0, repair_tensor_parallel, veto_if_not_finite
 from lib.errors import Stopped, from_home
 from lib.run.checkpoints import Checkpoints
@@ -72,14 +73,14 @@ class Run:
         if self.checkpoint is not None:
             check_data(self.checkpoint, self._data, steps, self.cfg.dataset)
 
-    def attach(self, engine: Any, rows: dict[str, int], notes: Sequence[str] = ()) -> None:
+    def attach(self, engine: Any, rows: dict[str, int], notes: Sequence[str] = (), *tokenizers: Any) -> None:
         """Take the engine of deepspeed.initialize: repair its stage 0, connect its monitors, and print the header.
 
-        rows: their number by split, for the header.
+        rows: their number by split. tokenizers: those that export will get.
         """
         repair_stage0(engine)
         repair_tensor_parallel(engine, self.cfg.batch_size)
-        self.engine = engine
+        self.engine, self._tokenizers = engine, tokenizers
         self.metrics.monitor = engine.monitor if engine.monitor.enabled else None
         ranks.set_timeout(self.cfg.rank_timeout)  # of the process groups that DeepSpeed has made, too
         for line in header_lines(self, rows, notes):
@@ -96,9 +97,9 @@ class Run:
 
     def _begin(self) -> None:
         """Only now, when training begins, does anything change in a run folder that was there before."""
-        if self.checkpoint is not None:
-            self.resumed_at = self.checkpoints.resume(self.checkpoint)
+        self.resumed_at = self.checkpoints.resume(self.checkpoint) if self.checkpoint is not None else 0
         ranks.on_rank0(lambda: self._run_folder.begin(self.resumed_at, self.kept.values))
+        keep_form(self.engine, self.folder / FORM, *self._tokenizers)
 
     def steps(
         self, rows: Any, collate: Collate, lengths: Sequence[int] | None = None, packing: bool | None = None

@@ -105,7 +105,7 @@ MUTATIONS = [
     Mutation(
         "export what a rank holds and not what all hold",
         "lib/distributed/export.py",
-        "with deepspeed.zero.GatheredParameters(to_gather, enabled=partitioned):",
+        "with deepspeed.zero.GatheredParameters(to_gather, enabled=self._partitioned):",
         "with deepspeed.zero.GatheredParameters(to_gather, enabled=False):",
         RECURRENT,
     ),

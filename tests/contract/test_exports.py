@@ -12,7 +12,7 @@ import pytrec_eval
 import sacrebleu
 import torch
 import torch.nn.functional as F
-from conftest import launch
+from conftest import PIPELINES, RECIPES, launch
 from gensim.models import KeyedVectors
 from gensim.test.utils import datapath
 from rouge_score.rouge_scorer import RougeScorer
@@ -30,6 +30,7 @@ from transformers import (
 )  # fmt: skip
 
 from lib.errors import UserError
+from lib.run import checkpoint_model
 from lib.scores.evaluation import question_answering_scores
 from lib.scores.search import main as search_command
 from lib.scores.search import search
@@ -257,3 +258,24 @@ def test_gensim_loads_the_word_vectors(learned: Learned) -> None:
     _, spearman, unknown = vectors.evaluate_word_pairs(datapath("wordsim353.tsv"))
     assert scores["wordsim353"] == pytest.approx(spearman.statistic, abs=1e-6)
     assert scores["wordsim353_pairs"] == pytest.approx(353 * (1 - unknown / 100))
+
+
+@pytest.mark.parametrize("runs", [recipe for recipe in RECIPES if recipe not in PIPELINES])
+def test_the_model_of_the_last_checkpoint_is_the_one_that_the_run_exported(runs: str, launched: Path) -> None:
+    made = []
+    for checkpoint in sorted((launched / runs).glob("*/checkpoints/step-00000020")):
+        run = checkpoint.parents[1]
+        try:
+            _, again = checkpoint_model.write(run, None, None, overwrite=False)
+        except UserError as error:
+            assert "are frozen" in str(error), run.name
+            continue
+        found, expected = files_of(again), files_of(run / "model")
+        assert found.keys() == expected.keys(), run.name
+        assert all(found[name] == expected[name] for name in expected), run.name
+        made.append(run.name)
+    assert made
+
+
+def files_of(folder: Path) -> dict[Path, bytes]:
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
