@@ -86,6 +86,8 @@ def load_model(build: Callable[[], torch.nn.Module], ds_config: dict[str, Any], 
                     if whole:
                         parameter.copy_(source[name])
                         source[name].data = torch.empty(0)  # its memory is free, or its file when that is copied
+                if parameter.ds_numel > 1e6:
+                    memory.trim()
         # zero.Init has rounded what the constructor computed: rotary frequencies, scales.
         right = ranks.on_rank0(lambda: {name: tensor.detach() for name, tensor in constants(whole[0]).items()})
         for name, tensor in constants(model).items():

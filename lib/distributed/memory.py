@@ -1,5 +1,6 @@
 """What the states of a model take of a rank's memory, and what to change where that is too much."""
 
+import ctypes
 import re
 from typing import Any
 
@@ -35,6 +36,14 @@ def fit_buckets(ds_config: dict[str, Any]) -> None:
     if stage_of(ds_config) > 0:
         bucket = min(LARGEST_BUCKET, max(1, _elements["trained"]))
         ds_config["zero_optimization"].setdefault("reduce_bucket_size", bucket)
+
+
+def trim() -> None:
+    """Give memory that this process has freed back to the system: glibc keeps most of what lies between other things,
+    which after hundreds of large tensors is as much as the model."""
+    release = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if release is not None:
+        release(0)
 
 
 def is_out_of_memory(error: Exception) -> bool:

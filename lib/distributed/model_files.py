@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from lib.distributed import memory
+
 SHARD_SIZE = "5GB"  # of a large model's files, which model.safetensors.index.json lists
 
 Kinds = dict[str, tuple[list[int], torch.dtype]]  # name of a tensor -> its shape and type
@@ -120,6 +122,7 @@ def write_files(
                 has_adapter = step["file"].startswith("adapter_")
                 ready |= _converted(model, tensors, plan["renamed"], has_adapter)
         alone(functools.partial(_save, ready, step["names"], folder / step["file"]))
+        memory.trim()
     if len(plan["steps"]) > 1:
         alone(lambda: _write_index(folder, plan))
 

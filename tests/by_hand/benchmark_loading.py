@@ -13,6 +13,8 @@ two ranks' pieces.
 
 import argparse
 import contextlib
+import json
+import multiprocessing
 import sys
 import threading
 import time
@@ -105,10 +107,11 @@ def load_and_export(folder: Path, stage: int, checks_too: bool) -> None:
             say(f"stage {stage} rank {rank} {what}", kinds)
 
 
-def export_offline(folder: Path) -> None:
+def write_checkpoint(folder: Path) -> None:
+    """The weights of the model in two ranks' files, in fp32, with what a manifest says of them."""
     from safetensors.torch import load_file, save_file
 
-    from lib.run import checkpoint_files, checkpoint_model
+    from lib.run import checkpoint_files
 
     manifest: dict[str, Any] = {"shapes": {}, "files": {}}
     (folder / "checkpoint").mkdir(exist_ok=True)
@@ -125,7 +128,17 @@ def export_offline(folder: Path) -> None:
         save_file(halves, file)
         facts = {"bytes": file.stat().st_size, "xxh3_128": checkpoint_files._checksum_of_file(file)}
         manifest["files"][file.name] = {**facts, "pieces": places}
-    del halves, half, tensor
+    (folder / "checkpoint" / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def export_offline(folder: Path) -> None:
+    from lib.run import checkpoint_model
+
+    # A process of its own, which leaves no memory to this one.
+    maker = multiprocessing.get_context("spawn").Process(target=write_checkpoint, args=(folder,))
+    maker.start()
+    maker.join()
+    manifest = json.loads((folder / "checkpoint" / "manifest.json").read_text(encoding="utf-8"))
     found: dict[str, float] = {}
     with watch(found):
         checkpoint_model._write(folder / "form", folder / "checkpoint", manifest, folder / "offline")
