@@ -85,7 +85,8 @@ class Training:
         self.run = Run(self.cfg, json.loads(json.dumps(DS_CONFIG)), RECIPE)
         self.run.plan(Dataset.from_dict({"number": range(rows)}))
         torch.manual_seed(0)
-        module = torch.nn.Linear(4, 3)
+        module: Any = torch.nn.Linear(4, 3)
+        module.config = {}
         optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
         schedule: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
         self.engine: Any = SimpleNamespace(
