@@ -40,7 +40,9 @@ class WholeState:
             if (id(tensor) not in routers or name in self._moved)
             and (tensor.requires_grad or not has_adapter(self.model))
         }
-        found = ranks.gather_on_rank0(self._facts() if mesh.gradient_rank() == 0 else ({}, {}))
+        found = [self._facts()]
+        if mesh.pipeline_size() > 1:  # each stage has others
+            found = ranks.gather_on_rank0(found[0] if mesh.gradient_rank() == 0 else ({}, {}))
         self.kinds, self.ties, self._owners = ranks.on_rank0(lambda: _joined(found))
 
     def _facts(self) -> tuple[Kinds, dict[str, str]]:
