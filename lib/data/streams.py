@@ -251,7 +251,9 @@ class StreamedBlocks(Streamed):
         """What only checkpoints up to this step would need."""
         for old in [known for known in self.rows_after if known <= step]:
             del self.rows_after[old]
-        needed = min(round for rows in list(self.rows_after.values()) for round, _ in rows.values())
+        noted = [round for rows in list(self.rows_after.values()) for round, _ in rows.values()]
+        # Rows whose block of this step is still to be taken, in a later micro-batch, count too.
+        needed = min(noted + [row.round for row in self.own.values()])
         for old in [known for known in self.before if known < needed]:
             del self.before[old]
 

@@ -1,7 +1,10 @@
 """What the states of a model take of a rank's memory, and what to change where that is too much."""
 
+import contextlib
 import ctypes
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -44,6 +47,27 @@ def trim() -> None:
     release = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if release is not None:
         release(0)
+
+
+def free_host_memory() -> int:
+    """Bytes that this machine, and the container or job that this process is in, can still give to programs."""
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # no cgroups of version 2
+        of_process = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()
+        root = Path("/sys/fs/cgroup")
+        for folder in (root / of_process.strip("/"), *(root / of_process.strip("/")).parents):
+            if folder.is_relative_to(root) and (folder / "memory.max").is_file():
+                free = min(free, _left_in(folder))
+    return free
+
+
+def _left_in(cgroup: Path) -> int:
+    limit = (cgroup / "memory.max").read_text().strip()
+    if limit == "max":
+        return sys.maxsize
+    used = int((cgroup / "memory.current").read_text())
+    facts = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    return int(limit) - used + int(facts["inactive_file"])  # which the system takes back when it needs it
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -104,7 +104,7 @@ def load_config(name: str, dropout: float, trust_remote_code: bool, **changes: A
 def load_weights(
     auto_class: Any, name: str, config: PretrainedConfig, trust_remote_code: bool, **options: Any
 ) -> PreTrainedModel:
-    """The whole model of a folder or hub id, in fp32 and in host memory.
+    """The whole model of a folder or hub id in host memory, in fp32; while load_model builds it, 16 bits stay 16 bits.
 
     auto_class: one of transformers' AutoModelFor... classes. options: further arguments of from_pretrained.
     Weights are read from safetensors, which have numbers only. Pickles can run code, so they are read only with

@@ -4,6 +4,7 @@ Training waits while a rank copies its part to host memory. A thread then writes
 every rank's is on the disk, the folder gets its name (see lib/run/checkpoint_files.py for what is in it).
 """
 
+import contextlib
 import errno
 import json
 import math
@@ -15,12 +16,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import xxhash
 from deepspeed.accelerator import get_accelerator
 
 from lib.distributed import ranks
+from lib.distributed.memory import free_host_memory
 from lib.distributed.zero_state import (
     WEIGHT,
     buffers,
@@ -60,6 +61,7 @@ class HostCopies:
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
+        self._is_pinned = False
 
     @property
     def nbytes(self) -> int:
@@ -68,7 +70,8 @@ class HostCopies:
     def fit(self, tensors: Mapping[str, torch.Tensor]) -> bool:
         """Whether every rank of this machine could copy as much and leave half of its free memory."""
         missing = _places(tensors)[-1] - self.nbytes
-        return missing * int(os.environ.get("LOCAL_SIZE", "1")) <= psutil.virtual_memory().available / 2
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+        return missing * ranks_here <= free_host_memory() / 2
 
     def of(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Copies, until the next call. It waits for the device."""
@@ -87,12 +90,15 @@ class HostCopies:
         if get_accelerator().device_name() != "cuda":
             self._memory = torch.empty(size, dtype=torch.uint8)
             return
-        # torch's pin_memory would take the next power of two. Where the system refuses, the copy is slower.
+        # torch's pin_memory would take the next power of two.
         cuda: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        if self.nbytes:
+        if self._is_pinned:
             cuda.cudaHostUnregister(self._memory.data_ptr())
         self._memory = torch.empty(size, dtype=torch.uint8)
-        cuda.cudaHostRegister(self._memory.data_ptr(), size, 0)
+        self._is_pinned = int(cuda.cudaHostRegister(self._memory.data_ptr(), size, 0)) == 0
+        if not self._is_pinned:  # the copy is slower then; the error would be taken for that of the next kernel
+            with contextlib.suppress(RuntimeError):
+                torch.zeros(1, device="cuda")
 
 
 def _places(tensors: Mapping[str, torch.Tensor]) -> list[int]:

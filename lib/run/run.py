@@ -34,8 +34,7 @@ from lib.settings.ds_config import NOTES, stage_of
 class Run:
     """One training run. Every rank makes it, and calls the same methods in the same order.
 
-    folder: where it is kept. kept: what the model gave before training. device: this rank's. total_steps: of the whole
-    run, once it is planned. resumed_at: the steps that earlier starts had done, once the loop has begun.
+    kept: what the model gave before training. total_steps: of the whole run. resumed_at: those that earlier starts did.
     """
 
     def __init__(self, cfg: Any, ds_config: dict[str, Any], recipe: str):
@@ -157,6 +156,7 @@ class Run:
         due = every is not None and (self.cfg.keep_best if is_last else step % every == 0)
         if due:
             self.metrics.interrupt()
+            self.checkpoints.finish()  # a long evaluation keeps no checkpoint waiting for its name
         return due
 
     def log_scores(

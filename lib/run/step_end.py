@@ -66,7 +66,8 @@ class StepEnd:
             checkpoints.finish()
         is_last = step == total_steps
         by_steps = self.cfg.save_every is not None and step % self.cfg.save_every == 0
-        if due_now or by_steps or best_now or (stop and not is_last) or (is_last and checkpoints.saves):
+        by_time = due_now and not writing_somewhere  # the disk may need longer than save_minutes
+        if by_time or by_steps or best_now or (stop and not is_last) or (is_last and checkpoints.saves):
             checkpoints.save(step)
         saved = checkpoints.finish() if stop or is_last else True
         if stop and not is_last:

@@ -101,14 +101,28 @@ def test_rows_go_on_where_they_were_whichever_rank_has_them(corpora: Path) -> No
         np.testing.assert_array_equal(np.concatenate(found)[[0, 2, 3, 1]], expected[step])
     for at in (3, 30):
         again = [blocks_of(documents, 4, own) for own in ([0], [1, 2, 3])]
-        for step in range(at + 1):  # one step ahead of training
+        for step in range(at + 1):  # one step ahead of training, in micro-batches of one row
             for part in again:
-                part[[step * 4 + row for row in part.own]]
+                for row in part.own:
+                    part[[step * 4 + row]]
         state = json.loads(json.dumps(merged([part.position_of_own(at) for part in again])))
         later = [blocks_of(documents, 4, own, state) for own in ([1], [0, 2, 3])]
         for step in range(at, 60):
             found = [part[[step * 4 + row for row in part.own]]["input_ids"] for part in later]
             np.testing.assert_array_equal(np.concatenate(found)[[1, 0, 2, 3]], expected[step])
+
+
+def test_a_row_in_a_long_document_has_a_position_however_small_the_micro_batches_are(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"{number}: " + "x" * (3000 if number == 5 else 20)}) for number in range(200)]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    documents = Documents(parts_of(str(tmp_path / "x.jsonl"), "text")[0], "text")
+    blocks = StreamedBlocks(documents, lambda texts: [[*text.encode(), 0] for text in texts], 64, 4)
+    blocks.begin([0, 1, 2, 3], None)
+    for step in range(12):
+        for row in range(4):
+            blocks[[step * 4 + row]]
+        if step > 0:  # what is saved after step number `step`, counted from 1, while the next is made
+            assert len(blocks.position_of_own(step)[1]) == 4
 
 
 @pytest.mark.usefixtures("one_rank")
