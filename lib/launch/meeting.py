@@ -156,7 +156,9 @@ class Meeting:
             if not is_open:
                 node = self.peers.pop(connection)
                 self.lines.forget(connection)
-                self.lost.setdefault(node, time.monotonic())
+                # Without node 0, which passes on what they say, the others cannot be heard either.
+                for number in [node] if self.node == 0 else set(range(self.nodes)) - {self.node}:
+                    self.lost.setdefault(number, time.monotonic())
                 if self.node == 0:
                     self.pass_on(None, "gone", node)
 

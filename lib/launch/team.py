@@ -22,12 +22,13 @@ from typing import Any
 
 from lib.distributed import network
 from lib.errors import FAULT, MISTAKE, ROOT, STOPPED, UserError
-from lib.launch.meeting import Meeting
+from lib.launch.meeting import Lost, Meeting
 
 VERSIONS_OF = ("torch", "deepspeed", "transformers")  # what must be the same on all machines, beside Python
 CLOCK_SECONDS = 30  # by so much clocks may differ: dates of files and logs are all that depends on them
 REACH_SECONDS = 5
-LAST_WORDS_SECONDS = 2  # after another machine's ranks have failed, this one's may say so and end by themselves
+# After another machine's ranks have failed, this one's may say so and end by themselves: start_ranks gives them 11 s.
+LAST_WORDS_SECONDS = 12
 END_SECONDS = 200  # within which another machine ends its ranks: exit functions, and processes that the kernel holds
 
 
@@ -123,8 +124,14 @@ class Team:
         if dry_run:
             return Start(run_dir, resume, restarts, self._options([ids] * self.nodes, self.host, self.port))
         if self.meeting is None or self.meeting.lost:
+            is_first = self.meeting is None
             self.leave()
-            self.meeting = Meeting(self.nodes, self.node, self.host, self.port, self.silence)
+            try:
+                self.meeting = Meeting(self.nodes, self.node, self.host, self.port, self.silence)
+            except UserError as error:
+                if is_first:
+                    raise
+                raise Lost(str(error)) from None  # they had come before: it is no mistake
         meeting = self.meeting
         self._others_failed_at = None
         folder = run_dir if self.node == 0 else None

@@ -363,6 +363,10 @@ def hf_trainer(folder: Path, name: str) -> dict[str, Any]:
 
 
 def contract(folder: Path, case: str) -> dict[str, Any]:
+    recipe, name = case.split(":")[:2]
+    if ranks.rank() == 0:  # of a try before
+        shutil.rmtree(folder.parents[1] / "contract" / recipe / f"{name}-{ranks.world_size()}", ignore_errors=True)
+    torch.distributed.barrier()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(output_layer, "LOGITS_AT_ONCE", 32 * 600)  # so that the loss of a micro-batch is in pieces
         contract_worker.run_case(folder.parents[1] / "contract", case)
@@ -385,12 +389,16 @@ def main(where: str, results: str, *cases: str) -> None:
     alone = cases[0].split(":")[0] in ("torch", "trainer")
     if not alone:
         ranks.init(timeout_minutes=10)
-    errors = os.fdopen(os.dup(2), "w")  # a run that fails has not given it back
+    errors = os.fdopen(os.dup(2), "w", buffering=1)  # a run that fails has not given it back
     for case in cases:
         kind, _, rest = case.partition(":")
         folder = Path(where) / "work" / "-".join(case.split(":")[:3])
         free_memory()
-        folder.mkdir(parents=True, exist_ok=True)
+        if alone or ranks.rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)  # of a try before
+            folder.mkdir(parents=True)
+        if not alone:
+            torch.distributed.barrier()
         write(Path(results), case=case, begins=True)
         started = time.monotonic()
         try:
