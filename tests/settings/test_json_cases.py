@@ -189,9 +189,10 @@ def test_notes_are_in_the_header_of_the_run(tmp_path: Path, one_rank: None, capf
     filled = load(tmp_path, auto(checkpoint={"load_universal": True}), world_size=1, **given)
     run = Run(settings(**given), filled, recipe.__file__)
     run.plan(Dataset.from_dict({"number": [1, 2, 3]}))
-    module = torch.nn.Linear(2, 2)
-    monitor = SimpleNamespace(enabled=False)
-    run.attach(SimpleNamespace(module=module, monitor=monitor, zero_optimization=lambda: True, lr_scheduler=None), {})
+    module: Any = torch.nn.Linear(2, 2)
+    module.config = {}
+    parts: dict[str, Any] = {"module": module, "monitor": SimpleNamespace(enabled=False), "config": filled}
+    run.attach(SimpleNamespace(**parts, zero_optimization=lambda: True, lr_scheduler=None), {})
     run._begin()
     run.close()
     assert "note     " in capfd.readouterr().out.split("'checkpoint' is without effect")[0]
