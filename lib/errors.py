@@ -2,8 +2,9 @@
 
 import difflib
 import os
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]  # of this repository
@@ -62,3 +63,22 @@ def new_folder(prefix: str) -> Path:
             time.sleep(0.1)
         else:
             return folder
+
+
+def run_command(main: Callable[[list[str]], int | None]) -> None:
+    """Call a command's main with the arguments of this process, and exit with the code that it returns, if any.
+
+    A mistake is one line, Ctrl-C none.
+    """
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+        sys.exit(code)
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(MISTAKE)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # whoever read the output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(0)

@@ -35,7 +35,7 @@ from typing import Any
 from lib.compare import report, results, theory
 from lib.compare.results import INSPECTED, case_folder, read_outcome
 from lib.distributed import network
-from lib.errors import INTERRUPTED, MISTAKE, ROOT, UserError, did_you_mean, display_path, from_home, new_folder
+from lib.errors import INTERRUPTED, ROOT, UserError, did_you_mean, display_path, from_home, new_folder, run_command
 from lib.launch import devices, supervise
 from lib.progress import progress
 from lib.run.signs import Signs
@@ -541,10 +541,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(MISTAKE)
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+    run_command(main)

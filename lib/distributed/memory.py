@@ -51,13 +51,19 @@ def trim() -> None:
 
 def free_host_memory() -> int:
     """Bytes that this machine, and the container or job that this process is in, can still give to programs."""
-    free = psutil.virtual_memory().available
+    free = int(psutil.virtual_memory().available)
     with contextlib.suppress(OSError, ValueError):  # no cgroups of version 2
         of_process = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()
         root = Path("/sys/fs/cgroup")
         for folder in (root / of_process.strip("/"), *(root / of_process.strip("/")).parents):
             if folder.is_relative_to(root) and (folder / "memory.max").is_file():
                 free = min(free, _left_in(folder))
+    with contextlib.suppress(OSError, ValueError):  # version 1, as a container sees its own
+        limit, used = (
+            int(Path("/sys/fs/cgroup/memory", name).read_text())
+            for name in ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        )
+        free = min(free, limit - used)
     return free
 
 

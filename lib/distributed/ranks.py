@@ -48,12 +48,12 @@ def init(timeout_minutes: float, precision: str = "fp32") -> torch.device:
     accelerator = get_accelerator()
     # Ranks that share cores slow each other down, those on GPUs when they load, and step offloaded states.
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1"))))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // on_this_machine()))
     if not dist.is_initialized():
-        if int(os.environ["WORLD_SIZE"]) > int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))):
+        if int(os.environ["WORLD_SIZE"]) > on_this_machine():
             network.use_interface_towards(os.environ["MASTER_ADDR"])
         if accelerator.device_name() != "cpu":
-            wanted, available = int(os.environ.get("LOCAL_SIZE", "1")), accelerator.device_count()
+            wanted, available = on_this_machine(), accelerator.device_count()
             if wanted > available:
                 raise UserError(
                     f"{wanted} ranks want a device each, but there are {available} on this machine; "
@@ -146,6 +146,11 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size()
+
+
+def on_this_machine() -> int:
+    """How many ranks: as DeepSpeed's launcher says it, or torchrun."""
+    return int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from lib.errors import INTERRUPTED, UserError
+from lib.errors import INTERRUPTED, UserError, run_command
 from lib.launch import model_argument
 
 HELP = "/reset clears what was said, /exit or Ctrl-D ends, Ctrl-C stops an answer"
@@ -151,4 +151,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    model_argument.run(main)
+    run_command(main)

@@ -16,7 +16,7 @@ is still training. No rank, no GPU and no more memory than one file of 5 GB are 
 import os
 from pathlib import Path
 
-from lib.errors import UserError, display_path, from_home
+from lib.errors import UserError, display_path, from_home, run_command
 from lib.launch import model_argument
 
 DTYPES = ("f32", "f16", "bf16", "q8_0")
@@ -73,4 +73,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    model_argument.run(main)
+    run_command(main)

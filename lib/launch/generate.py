@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from lib.errors import INTERRUPTED, UserError, did_you_mean, display_path, from_home
+from lib.errors import INTERRUPTED, UserError, did_you_mean, display_path, from_home, run_command
 from lib.launch import model_argument
 from lib.progress import progress
 from lib.run.signs import Signs
@@ -227,4 +227,4 @@ def write_answers(options: Any, name: str, adapter: str | None, rows: list[Row],
 
 
 if __name__ == "__main__":
-    model_argument.run(main)
+    run_command(main)

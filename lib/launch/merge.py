@@ -10,7 +10,7 @@ import os
 import shutil
 from pathlib import Path
 
-from lib.errors import UserError, display_path, from_home
+from lib.errors import UserError, display_path, from_home, run_command
 from lib.launch import model_argument
 
 
@@ -59,4 +59,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    model_argument.run(main)
+    run_command(main)

@@ -10,11 +10,11 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lib.errors import INTERRUPTED, MISTAKE, UserError, did_you_mean, display_path, from_home
+from lib.errors import UserError, did_you_mean, display_path, from_home
 from lib.launch import devices
 from lib.settings.config import Parser, known_arguments
 
@@ -168,18 +168,3 @@ def device() -> str:
     """The name by which torch knows the device to use: the first GPU, if there is one."""
     found = devices.find()
     return found.accelerator
-
-
-def run(main: Callable[[list[str]], None]) -> None:
-    """Call a command's main with the arguments of this process; a mistake is one line, Ctrl-C none."""
-    try:
-        main(sys.argv[1:])
-        sys.stdout.flush()
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(MISTAKE)
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # whoever read the output has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(0)

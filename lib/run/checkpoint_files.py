@@ -16,6 +16,7 @@ import functools
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,19 +68,28 @@ def checksum_of(manifest: Manifest) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(kept, sort_keys=True).encode())
 
 
+def problem_of(do: Callable[[], object]) -> str | None:
+    """What kept `do` from writing or deleting, or None: the caller tells all ranks, or goes on."""
+    try:
+        do()
+    except OSError as error:
+        return f"{error.strerror or error}"
+    return None
+
+
 def remove(folder: Path) -> str | None:
     """Delete a checkpoint.
 
     It loses its name first, so that a half deleted one is never taken for one. Returns what kept it from being deleted.
     """
     doomed = folder.with_name(f".deleting-{folder.name}")
-    try:
+
+    def delete() -> None:
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)
         shutil.rmtree(doomed)
-    except OSError as error:
-        return f"{error.strerror or error}"
-    return None
+
+    return problem_of(delete)
 
 
 def remove_leftovers(parent: Path) -> None:
@@ -240,7 +250,7 @@ def damage(folder: Path, manifest: Manifest) -> str | None:
     """What is wrong with a checkpoint's files, the same on all ranks, or None. The ranks share the reading of them."""
     files = list(manifest["files"].items())[ranks.rank() :: ranks.world_size()]
     return ranks.first_problem_of(
-        lambda: next((found for name, facts in files if (found := _file_problem(folder / name, facts))), None)
+        lambda: next((found for name, facts in files if (found := file_problem(folder / name, facts))), None)
     )
 
 
@@ -252,7 +262,7 @@ def _whole_manifest(folder: Path) -> tuple[str | None, Manifest]:
         return str(error), {}
 
 
-def _file_problem(file: Path, facts: Manifest) -> str | None:
+def file_problem(file: Path, facts: Manifest) -> str | None:
     """What is wrong with a file of a checkpoint, given what the manifest says of it."""
     try:
         if not file.is_file():
@@ -312,7 +322,7 @@ def _whole_shapes(stored: dict[str, list[int]], shared: dict[str, Layout]) -> di
     return whole | {name: list(found.shape) for name, found in shared.items()}
 
 
-class _Pieces:
+class Pieces:
     """The pieces of a checkpoint, by the names that parameters and shards have there."""
 
     def __init__(self, folder: Path, manifest: Manifest):
@@ -364,7 +374,7 @@ def copy(target: torch.Tensor, source: torch.Tensor, name: str) -> None:
 
 
 def _read_pieces(folder: Path, manifest: Manifest, engine: Any) -> None:
-    stored, shared = _Pieces(folder, manifest), layouts(engine)
+    stored, shared = Pieces(folder, manifest), layouts(engine)
     names = {shard_name(name, mesh.tensor_rank()): name for name in shared}  # this rank's shard -> parameter
     with torch.no_grad():
         for piece in pieces(engine):

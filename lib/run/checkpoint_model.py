@@ -63,7 +63,7 @@ def _write(form: Path, folder: Path, manifest: checkpoint_files.Manifest, output
             "are frozen; go on with the run by --resume, which exports all of it in the end"
         )
     for name, facts in manifest["files"].items():
-        problem = checkpoint_files._file_problem(folder / name, facts)
+        problem = checkpoint_files.file_problem(folder / name, facts)
         if problem is not None:
             raise UserError(f"{display_path(folder)} is damaged: {problem}; take another --checkpoint")
     shutil.copytree(form, output, ignore=shutil.ignore_patterns(PLAN))
@@ -79,7 +79,7 @@ class _StoredState:
     """The tensors of a model in a checkpoint."""
 
     def __init__(self, folder: Path, manifest: checkpoint_files.Manifest, ties: dict[str, str]):
-        self._pieces, self._ties = checkpoint_files._Pieces(folder, manifest), ties
+        self._pieces, self._ties = checkpoint_files.Pieces(folder, manifest), ties
         self._of_rank0 = self._pieces.open(next(iter(manifest["files"])))
         self._buffers = {key for key in self._of_rank0.keys() if key.startswith("buffer/")}  # noqa: SIM118
 

@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from lib.distributed.zero_state import (
     shapes,
 )
 from lib.progress import progress
-from lib.run.checkpoint_files import MANIFEST, Manifest, checksum_of, folder_of, unfinished_folder_of
+from lib.run.checkpoint_files import MANIFEST, Manifest, checksum_of, folder_of, problem_of, unfinished_folder_of
 
 # How safetensors calls what a weight, an optimizer state or a buffer can be.
 DTYPES = {
@@ -70,8 +70,7 @@ class HostCopies:
     def fit(self, tensors: Mapping[str, torch.Tensor]) -> bool:
         """Whether every rank of this machine could copy as much and leave half of its free memory."""
         missing = _places(tensors)[-1] - self.nbytes
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-        return missing * ranks_here <= free_host_memory() / 2
+        return missing * ranks.on_this_machine() <= free_host_memory() / 2
 
     def of(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Copies, until the next call. It waits for the device."""
@@ -132,7 +131,7 @@ class WrittenBeside:
             "frozen": frozen_size(engine),
         }
         self._pieces = [[piece.name, piece.start, piece.size] for piece in owned]
-        self._problem = ranks.on_rank0(lambda: _problem_of(self._make_folder))
+        self._problem = ranks.on_rank0(lambda: problem_of(self._make_folder))
         self._writing: _Writing | None = None
         if self._problem is not None:
             return
@@ -166,7 +165,7 @@ class WrittenBeside:
             problem = ranks.first_problem_of(writing.outcome)
             files = ranks.gather_on_rank0({"pieces": self._pieces, **writing.facts})
             if problem is None:
-                problem = ranks.on_rank0(lambda: _problem_of(lambda: self._publish(files)))
+                problem = ranks.on_rank0(lambda: problem_of(lambda: self._publish(files)))
         if problem is not None:
             ranks.on_rank0(lambda: shutil.rmtree(self._unfinished, ignore_errors=True))
         return problem
@@ -198,7 +197,7 @@ class _Writing(threading.Thread):
 
     def run(self) -> None:
         try:
-            self._problem = _problem_of(self._write)
+            self._problem = problem_of(self._write)
         except Exception as error:  # a thread's own would be printed and forgotten
             self._error = error
 
@@ -256,12 +255,3 @@ def _flush(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def _problem_of(do: Callable[[], object]) -> str | None:
-    """What kept `do` from writing, or None: the caller tells all ranks."""
-    try:
-        do()
-    except OSError as error:
-        return f"{error.strerror or error}"
-    return None

@@ -5,7 +5,6 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from lib.errors import MISTAKE, UserError, did_you_mean, display_path
+from lib.errors import UserError, did_you_mean, display_path, run_command
 from lib.scores import baselines, evaluation
 from lib.settings.config import Parser
 
@@ -91,7 +90,7 @@ def search(run: Path, query: str, top: int, trust_remote_code: bool) -> list[tup
     return [(float(cosines[number]), documents[number]) for number in np.argsort(-cosines)[:top]]
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     parser = Parser(
         prog="./launch.sh search", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -103,16 +102,12 @@ def main() -> None:
         action="store_true",
         help="let code that lies beside the model run, if you trust its source",
     )
-    try:
-        options = parser.parse_args()
-        if options.top < 1:
-            raise UserError(f"--top is {options.top}; set 1 or more")
-        for cosine, document in search(options.run, options.query, options.top, options.trust_remote_code):
-            print(f"{cosine:.3f}  {' '.join(document.split())[:200]}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(MISTAKE)
+    options = parser.parse_args(arguments)
+    if options.top < 1:
+        raise UserError(f"--top is {options.top}; set 1 or more")
+    for cosine, document in search(options.run, options.query, options.top, options.trust_remote_code):
+        print(f"{cosine:.3f}  {' '.join(document.split())[:200]}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

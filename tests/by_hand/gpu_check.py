@@ -40,7 +40,7 @@ from contract_cases import BATCH, BF16, ROOT
 from lib.compare.compare import printed, versions, why_failed, write_json
 from lib.compare.results import STATES_OFF, TOLERANCE, relative, written
 from lib.distributed import network
-from lib.errors import FAULT, INTERRUPTED, MISTAKE, STOPPED, UserError, display_path, new_folder
+from lib.errors import FAULT, INTERRUPTED, STOPPED, UserError, display_path, new_folder, run_command
 from lib.launch import devices, supervise
 
 # What is expected. The MFU is that of a decoder of 1 B in bf16 at 2,048 tokens on an H100 or H200.
@@ -315,7 +315,8 @@ def checks_of(session: Session) -> list[Check]:
     checks: list[Check] = []
     for part in dict.fromkeys(part.name for part in session.parts):
         cases = [case for other in session.parts if other.name == part for case in other.cases]
-        checks += JUDGES[part](session, cases)
+        absent = {case: check for case in cases if (check := not_there(session, case))}
+        checks += [*absent.values(), *JUDGES[part](session, [case for case in cases if case not in absent])]
     return checks
 
 
@@ -330,10 +331,6 @@ def not_there(session: Session, case: str) -> Check | None:
 
 def judge_speed(session: Session, cases: list[str]) -> Iterable[Check]:
     for case in cases:
-        absent = not_there(session, case)
-        if absent:
-            yield absent
-            continue
         found, name = session.found[case], case.split(":")[1]
         if found["mfu"] is not None:
             has_target = name == "1B" and any(kind in found["device"] for kind in ("H100", "H200"))
@@ -361,10 +358,6 @@ def judge_speed(session: Session, cases: list[str]) -> Iterable[Check]:
 
 def judge_pause(session: Session, cases: list[str]) -> Iterable[Check]:
     for case in cases:
-        absent = not_there(session, case)
-        if absent:
-            yield absent
-            continue
         figures = {
             "step without saving": ("step_seconds", "s"),
             "training waits for a checkpoint": ("pause_seconds", "s"),
@@ -398,11 +391,7 @@ def judge_contract(session: Session, cases: list[str]) -> Iterable[Check]:
     """Losses beside those of plain PyTorch; of long rows, those of stage 3 beside stage 2."""
     runs: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
     for case in cases:
-        absent = not_there(session, case)
         recipe, name = case.split(":")[1:3]
-        if absent:
-            yield absent
-            continue
         ranks = 1 if name.startswith("plain") else session.ranks
         runs[recipe, name] = losses_of(session.folder / "contract" / recipe / f"{name}-{ranks}")
     length = 4096 if session.on_gpu else 256
@@ -429,10 +418,6 @@ def judge_contract(session: Session, cases: list[str]) -> Iterable[Check]:
 
 def judge_torch(session: Session, cases: list[str]) -> Iterable[Check]:
     for case in cases:
-        absent = not_there(session, case)
-        if absent:
-            yield absent
-            continue
         kind, name = case.split(":")
         what = f"{name}: step of {'a bare torch loop' if kind == 'torch' else 'the HF Trainer'}"
         found, recipe = session.found[case], session.found.get(f"speed:{name}", {})
@@ -444,10 +429,6 @@ def judge_torch(session: Session, cases: list[str]) -> Iterable[Check]:
 
 def judge_memory(session: Session, cases: list[str]) -> Iterable[Check]:
     for case in cases:
-        absent = not_there(session, case)
-        if absent:
-            yield absent
-            continue
         found, name = session.found[case], case.split(":")[1]
         states, theory = found["states_device_bytes"] + found["states_host_bytes"], found["states_theory_bytes"]
         yield Check(
@@ -462,10 +443,6 @@ def judge_memory(session: Session, cases: list[str]) -> Iterable[Check]:
 
 def judge_offload(session: Session, cases: list[str]) -> Iterable[Check]:
     for case in cases:
-        absent = not_there(session, case)
-        if absent:
-            yield absent
-            continue
         found = session.found[case]
         name = f"{found['parameters'] / 1e9:.1f} B, {found['layers']} of {found['of_layers']} layers"
         whole = found["states_theory_bytes"]
@@ -544,8 +521,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(MISTAKE)
+    run_command(main)

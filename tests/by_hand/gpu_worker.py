@@ -22,7 +22,6 @@ from typing import Any
 
 import contract_worker
 import deepspeed
-import psutil
 import pytest
 import torch
 from benchmark_overhead import ROOT, Loops, load_settings, new_model, seconds_of
@@ -258,20 +257,9 @@ def peak_memory(folder: Path, config: str) -> dict[str, Any]:
     return found
 
 
-def host_memory() -> float:
-    """Bytes of host memory that this process may still take; in a container, of the container."""
-    room = float(psutil.virtual_memory().available)
-    old = "memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"  # of cgroups, version 1
-    for files in (("memory.max", "memory.current"), old):
-        with contextlib.suppress(OSError, ValueError):  # "max" is no number
-            limit, used = (int(Path("/sys/fs/cgroup", file).read_text()) for file in files)
-            room = min(room, limit - used)
-    return room
-
-
 def offload(folder: Path, name: str) -> dict[str, Any]:
     """As many layers of a 7 B decoder as host memory has room for the states of, with the shipped zero3_offload."""
-    size, room = size_of(name), host_memory() - HOST_BYTES_LEFT
+    size, room = size_of(name), memory.free_host_memory() - HOST_BYTES_LEFT
     whole = size.layers
     while ON_GPU and size.layers and HOST_BYTES_EACH * size.parameters > room:
         size = dataclasses.replace(size, layers=size.layers - 1)

@@ -9,6 +9,15 @@ ROOT = Path(__file__).resolve().parents[2]
 BATCH, MICRO = 8, 2
 FP32, BF16 = f"precision=fp32,batch_size={BATCH}", f"precision=bf16,batch_size={BATCH}"
 
+# With these, stage 3 partitions, gathers and releases a small model as it does a large one.
+AS_LARGE = dict.fromkeys(
+    [
+        "stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance",
+        "stage3_prefetch_bucket_size",
+    ],
+    0,
+)  # fmt: skip
+
 
 def case(
     folder: Path,
@@ -25,14 +34,8 @@ def case(
     ds_config = json.loads((ROOT / "ds_configs" / recipe / f"{config}.json").read_text()) | {
         "train_micro_batch_size_per_gpu": micro, **sections
     }  # fmt: skip
-    if config == "zero3":  # so that a small model is partitioned, gathered and released as a large one is
-        knobs = [
-            "stage3_param_persistence_threshold",
-            "stage3_max_live_parameters",
-            "stage3_max_reuse_distance",
-            "stage3_prefetch_bucket_size",
-        ]
-        ds_config["zero_optimization"] |= dict.fromkeys(knobs, 0)
+    if config == "zero3":
+        ds_config["zero_optimization"] |= AS_LARGE
     path = folder / recipe / f"{'_'.join([config, str(micro), *sections])}.json"
     path.write_text(json.dumps(ds_config))
     return ":".join([recipe, name, str(path), settings, *([source] if source else [])])

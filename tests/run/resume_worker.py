@@ -19,6 +19,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.nn.functional as F
+from contract_cases import AS_LARGE
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -33,12 +34,6 @@ from lib.settings.ds_config import load_ds_config
 
 causal_lm: Any = importlib.import_module("recipes.causal_lm")
 STEPS, BATCH = 8, 4
-KNOBS = [
-    "stage3_param_persistence_threshold",
-    "stage3_max_live_parameters",
-    "stage3_max_reuse_distance",
-    "stage3_prefetch_bucket_size",
-]
 
 
 class Model(LlamaForCausalLM):  # type: ignore[misc]  # transformers is not followed by mypy
@@ -102,7 +97,7 @@ def train(
         section["zero_optimization"][variant] = True
     # So that a small model is partitioned as a large one is; zero3_offload keeps small parameters whole.
     if config == "zero3":
-        section["zero_optimization"] |= dict.fromkeys(KNOBS, 0)
+        section["zero_optimization"] |= AS_LARGE
     path = folder.with_suffix(".json")
     ranks.on_rank0(lambda: path.write_text(json.dumps(section)))
     ds_config = load_ds_config(path, cfg, ranks.world_size())

@@ -404,7 +404,7 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(small_disk: Any) -> None:
     assert [path.name for path in (disk / "run" / "checkpoints").iterdir()] == ["step-00000008"]
     whole = disk / "run" / "checkpoints" / "step-00000008"
     assert (
-        checkpoint_files._file_problem(
+        checkpoint_files.file_problem(
             whole / "rank-00000-of-00002.safetensors",
             checkpoint_files.read_manifest(whole)["files"]["rank-00000-of-00002.safetensors"],
         )

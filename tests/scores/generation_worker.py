@@ -13,6 +13,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from contract_cases import AS_LARGE
 from contract_worker import small_encoder
 from datasets import Dataset
 from transformers import BertConfig, BertModel, set_seed
@@ -79,13 +80,7 @@ def main(where: str, *configs: str) -> None:
         ds_config = json.loads((ROOT / "ds_configs" / "translation" / f"{name}.json").read_text())
         ds_config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
         if name.startswith("zero3"):
-            knobs = [
-                "stage3_param_persistence_threshold",
-                "stage3_max_live_parameters",
-                "stage3_max_reuse_distance",
-                "stage3_prefetch_bucket_size",
-            ]
-            ds_config["zero_optimization"] |= dict.fromkeys(knobs, 0)
+            ds_config["zero_optimization"] |= AS_LARGE
         model = load_model(functools.partial(build, *models[kind]), ds_config, seed=0)
         engine, *_ = deepspeed.initialize(model=model, optimizer=make_adamw(cfg, model, ds_config), config=ds_config)
         for search in SEARCHES:
