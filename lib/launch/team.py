@@ -29,6 +29,7 @@ CLOCK_SECONDS = 30  # by so much clocks may differ: dates of files and logs are 
 REACH_SECONDS = 5
 # After another machine's ranks have failed, this one's may say so and end by themselves: start_ranks gives them 11 s.
 LAST_WORDS_SECONDS = 12
+GONE_SECONDS = 2  # the same after a machine has gone, of which nothing more can be heard
 END_SECONDS = 200  # within which another machine ends its ranks: exit functions, and processes that the kernel holds
 
 
@@ -191,7 +192,8 @@ class Team:
         failed = any(end["status"] not in (0, STOPPED) for end in self.meeting.heard().values())
         if self._others_failed_at is None and (failed or self.meeting.lost):
             self._others_failed_at = time.monotonic()
-        return self._others_failed_at is not None and time.monotonic() - self._others_failed_at > LAST_WORDS_SECONDS
+        patience = GONE_SECONDS if self.meeting.lost else LAST_WORDS_SECONDS
+        return self._others_failed_at is not None and time.monotonic() - self._others_failed_at > patience
 
     def verdict(self, status: int, finished: bool, signal: int | None) -> tuple[int, bool]:
         """(exit code of the run, whether another start may help), the same on all machines.
