@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from contract_cases import STEPS
 
 ROOT = Path(__file__).resolve().parents[1]
 # For the processes that tests start: they import lib, and the workers in the folders of the tests.
@@ -64,7 +65,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     if MEASURED:
-        terminalreporter.section("measured: largest relative difference of a loss over 20 steps")
+        terminalreporter.section(f"measured: largest relative difference of a loss over {STEPS} steps")
         for line in MEASURED:
             terminalreporter.line(line)
     terminalreporter.section("seconds of each file")

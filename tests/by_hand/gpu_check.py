@@ -129,11 +129,13 @@ def configs_of(recipe: str) -> list[str]:
 
 
 def contract_parts(folder: Path, recipes: list[str], ranks: int, on_gpu: bool) -> list[Part]:
+    settings = f"{BF16},max_steps=20"
+
     def case(recipe: str, config: str) -> str:
-        return "contract:" + contract_cases.case(folder, recipe, f"{config}_bf16", config, BF16)
+        return "contract:" + contract_cases.case(folder, recipe, f"{config}_bf16", config, settings)
 
     def plain(recipe: str) -> str:
-        return "contract:" + contract_cases.case(folder, recipe, "plain_bf16", "zero0", BF16, BATCH)
+        return "contract:" + contract_cases.case(folder, recipe, "plain_bf16", "zero0", settings, BATCH)
 
     long = BF16.replace(f"={BATCH}", "=4") + (
         ",max_length=4096,hidden_size=512,intermediate_size=1408,num_layers=8,num_heads=8,max_rows=40,max_steps=10"

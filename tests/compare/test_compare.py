@@ -128,6 +128,8 @@ SHARING = {
     2: ("tp2_zero1", "tp2_zero3", "sp2_zero1", "sp2_zero3", "ep2_zero2", "pp2_zero0"),
     4: ("tp2_zero0", "tp2_zero3", "sp2_zero3", "ep2_zero2", "ep2_zero3", "pp2_zero1"),
 }
+if not ALL:
+    del SHARING[2]
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,14 @@
 """The cases of contract_worker.py as words; without torch, so that a process which only starts them starts at once."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 # 8 rows a step in micro-batches of 2: 4 accumulation steps on 1 rank, 2 on 2 ranks, 1 on 4 ranks.
 BATCH, MICRO = 8, 2
+STEPS = 20 if "TEST_ALL" in os.environ else 10  # of a case; it saves after half of them
 FP32, BF16 = f"precision=fp32,batch_size={BATCH}", f"precision=bf16,batch_size={BATCH}"
 
 # With these, stage 3 partitions, gathers and releases a small model as it does a large one.

@@ -1,7 +1,7 @@
 """Runs the main() of recipes under many configs in one launch, for tests/contract/test_recipes.py. Arguments: folder,
 case ...
 
-A case is RECIPE:NAME:JSON:setting=value,... or, to go on from the checkpoint that another case wrote after 10 of its
+A case is RECIPE:NAME:JSON:setting=value,... or, to go on from the checkpoint that another case wrote after half of its
 steps, RECIPE:NAME:JSON:setting=value,...:RUN. It leaves its run in folder/RECIPE/NAME-WORLD_SIZE, the scores that
 main() returned in scores.json, and in probe.pt the last training inputs of the engine and what it answers to them after
 training. A recipe that starts from MiniLM or SmolLM2 starts from a smaller model here, and trains on some rows of its
@@ -23,6 +23,7 @@ import deepspeed
 import plain_torch
 import pytest
 import torch
+from contract_cases import STEPS
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, set_seed
 
 from lib.data.samples import SAMPLES, load_sample
@@ -132,9 +133,9 @@ def run_case(folder: Path, case: str) -> None:
         shutil.copytree(
             folder / recipe_name / source[0],
             run_dir,
-            ignore=shutil.ignore_patterns(folder_of(20), "result.json", "model", ".lock"),
+            ignore=shutil.ignore_patterns(folder_of(STEPS), "result.json", "model", ".lock"),
         )
-    given = {"run_dir": str(run_dir), "log_every": "7", "max_steps": "20"} | dict(
+    given = {"run_dir": str(run_dir), "log_every": "7", "max_steps": str(STEPS)} | dict(
         setting.split("=") for setting in settings.split(",")
     )
     cfg = config.load(recipe.Config, ROOT / "recipes" / f"{recipe_name}.yaml", given, quick=True)

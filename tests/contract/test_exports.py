@@ -13,6 +13,7 @@ import sacrebleu
 import torch
 import torch.nn.functional as F
 from conftest import PIPELINES, RECIPES, launch
+from contract_cases import STEPS
 from gensim.models import KeyedVectors
 from gensim.test.utils import datapath
 from rouge_score.rouge_scorer import RougeScorer
@@ -31,6 +32,7 @@ from transformers import (
 
 from lib.errors import UserError, run_command
 from lib.run import checkpoint_model
+from lib.run.checkpoint_files import folder_of
 from lib.scores.evaluation import question_answering_scores
 from lib.scores.search import main as search_command
 from lib.scores.search import search
@@ -271,7 +273,7 @@ REWRITTEN = ["config.json", "tokenizer_config.json"]
 @pytest.mark.parametrize("runs", [recipe for recipe in RECIPES if recipe not in PIPELINES])
 def test_the_model_of_the_last_checkpoint_is_the_one_that_the_run_exported(runs: str, launched: Path) -> None:
     made = []
-    for checkpoint in sorted((launched / runs).glob("*/checkpoints/step-00000020")):
+    for checkpoint in sorted((launched / runs).glob(f"*/checkpoints/{folder_of(STEPS)}")):
         run = checkpoint.parents[1]
         try:
             _, again = checkpoint_model.write(run, None, None, overwrite=False)

@@ -11,23 +11,25 @@ from typing import Any
 import pytest
 import torch
 from conftest import PIPELINES, ROOT, run_ranks
+from contract_cases import STEPS
 from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lib.distributed.pipeline import check_stages
 from lib.errors import UserError
+from lib.run.checkpoint_files import folder_of
 
 Stage = importlib.import_module("recipes.pipeline_lm").Stage
 
 # The quick settings, on little text, with clipping at most steps.
-SETTINGS = ["--quick", "--max_rows", "1", "--gradient_clipping", "0.4", "--log_every", "1"]
-SAVING = ["--save_every", "10", "--keep_checkpoints", "9"]
+SETTINGS: list[Any] = ["--quick", "--max_rows", "1", "--max_steps", STEPS, "--gradient_clipping", "0.4", "--log_every", "1"]
+SAVING: list[Any] = ["--save_every", STEPS // 2, "--keep_checkpoints", "9"]
 RUNS = [("zero0", 2), ("zero1", 4), ("pp4_zero1", 4)]  # 2 stages, 2 pipelines of 2 stages, 4 stages
 RESUMED = [("zero1-4", "zero1", 4), ("pp4_zero1-4", "zero0", 2)]  # from the checkpoint of the run, in the middle
 
 Records = list[dict[str, Any]]
 
 
-def train(folder: Path, recipe: str, config: str | Path, world_size: int, *more: str) -> Records:
+def train(folder: Path, recipe: str, config: str | Path, world_size: int, *more: Any) -> Records:
     """The records of the steps of a run in the folder. config: a file, or its name in ds_configs."""
     file = config if isinstance(config, Path) else ROOT / "ds_configs" / recipe / f"{config}.json"
     arguments = ["--deepspeed_config", file, "--run_dir", folder, *SETTINGS]
@@ -37,7 +39,7 @@ def train(folder: Path, recipe: str, config: str | Path, world_size: int, *more:
 
 
 def assert_alike(found: Records, expected: Records, loss: float = 1e-5, norm: float = 1e-4) -> None:
-    assert len(found) == len(expected) == 20
+    assert len(found) == len(expected) == STEPS
     for name, allowed in (("loss", loss), ("grad_norm", norm)):
         assert [record[name] for record in found] == pytest.approx([record[name] for record in expected], rel=allowed)
 
@@ -90,11 +92,12 @@ def test_a_run_goes_on_with_any_stages_and_ranks(
     pipelines: tuple[Path, dict[str, Records]], tmp_path: Path, source: str, config: str, world_size: int
 ) -> None:
     folder, records = pipelines
-    recipe = json.loads((folder / source / "checkpoints" / "step-00000010" / "checkpoint.json").read_text())["recipe"]
-    later = shutil.ignore_patterns("step-00000020", "result.json", "model")
+    half = STEPS // 2
+    recipe = json.loads((folder / source / "checkpoints" / folder_of(half) / "checkpoint.json").read_text())["recipe"]
+    later = shutil.ignore_patterns(folder_of(STEPS), "result.json", "model")
     shutil.copytree(folder / source, tmp_path / "cut", ignore=later)
     resumed = train(tmp_path / "cut", recipe, config, world_size, "--resume")
-    assert resumed[:10] == records[source][:10] and resumed[10:] != records[source][10:]  # their seconds differ
+    assert resumed[:half] == records[source][:half] and resumed[half:] != records[source][half:]  # their seconds differ
     if source == f"{config}-{world_size}":  # bit for bit
         assert [record["loss"] for record in resumed] == [record["loss"] for record in records[source]]
     assert_alike(resumed, records[source])
@@ -110,7 +113,7 @@ def test_pipeline_lm_is_causal_lm(tmp_path_factory: pytest.TempPathFactory, one_
     config.write_text(
         json.dumps(ds_config | {"activation_checkpointing": {}, "train_micro_batch_size_per_gpu": "auto"})
     )
-    assert_alike(train(run, "pipeline_lm", config, 4, "--monitor", "tensorboard", "--eval_every", "10"), expected)
+    assert_alike(train(run, "pipeline_lm", config, 4, "--monitor", "tensorboard", "--eval_every", STEPS // 2), expected)
     assert scores_of(run) == pytest.approx(scores_of(folder), rel=1e-4)
     torch.testing.assert_close(exported_logits(run), exported_logits(folder), rtol=1e-3, atol=1e-3)
     # Each goes on with what the other has exported.

@@ -19,7 +19,7 @@ import pytest
 import torch
 import transformers
 from conftest import ALL, CONFIGS, MEASURED, PIPELINES, RECIPES, ROOT, execute, read_losses
-from contract_cases import BATCH, BF16, FP32
+from contract_cases import BATCH, BF16, FP32, STEPS
 from contract_worker import tensors_of
 from safetensors.torch import load_file
 
@@ -50,7 +50,7 @@ BY_HEART = {
     "rouge1": 100,
     "ndcg_at_10": 1,
 }
-SAVING = "save_every=10,keep_checkpoints=9"
+SAVING = f"save_every={STEPS // 2},keep_checkpoints=9"
 
 
 @pytest.fixture(params=[recipe for recipe in RECIPES if recipe not in PIPELINES])
@@ -69,7 +69,7 @@ def cases_of(recipe: str, folder: Path) -> dict[str, list[str]]:
     case = functools.partial(contract_cases.case, folder, recipe)
 
     def resumed(source: str, config: str, settings: str) -> str:
-        """The case that goes on under `config` from the checkpoint that the run `source` wrote after 10 of its 20
+        """The case that goes on under `config` from the checkpoint that the run `source` wrote after half of its
         steps.
         """
         return case(f"{source}_to_{config}", config, f"{settings},resume=true,{SAVING}", source=source)
@@ -207,7 +207,7 @@ def difference(runs: tuple[str, Path], run: str, reference: str) -> float:
     """The largest relative difference of any loss of two runs, also shown at the end of the tests."""
     recipe, folder = runs
     losses, expected = read_losses(folder / run), read_losses(folder / reference)
-    assert len(losses) == len(expected) == 20
+    assert len(losses) == len(expected) == STEPS
     largest = max(abs(x - y) / abs(y) for x, y in zip(losses, expected, strict=True))
     MEASURED.append(f"{recipe:<24} {run:<24} {reference:<16} {largest:.1e}")
     return largest
@@ -293,15 +293,15 @@ def test_stages_agree_in_bf16(runs: tuple[str, Path]) -> None:
 
 def test_interrupted_and_resumed_equals_uninterrupted(runs: tuple[str, Path]) -> None:
     """Bit for bit: every loss, and the weights in the end."""
-    recipe, folder = runs
+    (recipe, folder), half = runs, STEPS // 2
     for run in resumed_alike(recipe):
         whole, cut = folder / run.split("_to_")[0], folder / run
-        assert read_losses(cut) == read_losses(whole) and len(read_losses(whole)) == 20
+        assert read_losses(cut) == read_losses(whole) and len(read_losses(whole)) == STEPS
         of_steps = [
             [line for line in (run / "metrics.jsonl").read_text().splitlines() if "step_seconds" in line]
             for run in (cut, whole)
         ]
-        assert of_steps[0][:10] == of_steps[1][:10] and of_steps[0][10:] != of_steps[1][10:], (
+        assert of_steps[0][:half] == of_steps[1][:half] and of_steps[0][half:] != of_steps[1][half:], (
             "it began anew, or did nothing"
         )
         assert not list((cut / "checkpoints").glob("damaged-*"))
