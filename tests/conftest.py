@@ -43,14 +43,14 @@ MEASURED: list[str] = []  # figures that tests found, shown at the end
 
 # Seconds on 2 otherwise idle cores. test_exports.py and test_recipes.py share runs, which the first of them starts.
 BUDGETS = {
-    "test_exports.py": 480,
-    "test_recipes.py": 480,
+    "test_exports.py": 360,
+    "test_recipes.py": 360,
     "test_launch.py": 180,
     "test_compare.py": 180,
     "test_checkpoints.py": 100,
     "test_generation.py": 40,
-    "test_parallel.py": 165,
-    "test_pipelines.py": 60,
+    "test_parallel.py": 110,
+    "test_pipelines.py": 40,
     "test_machines.py": 180,
     "test_gpu_check.py": 60,
 }

@@ -21,7 +21,8 @@ from lib.run.checkpoint_files import folder_of
 Stage = importlib.import_module("recipes.pipeline_lm").Stage
 
 # The quick settings, on little text, with clipping at most steps.
-SETTINGS: list[Any] = ["--quick", "--max_rows", "1", "--max_steps", STEPS, "--gradient_clipping", "0.4", "--log_every", "1"]
+SETTINGS: list[Any] = ["--quick", "--max_rows", "1", "--gradient_clipping", "0.4", "--log_every", "1"]
+SETTINGS += ["--max_steps", STEPS]
 SAVING: list[Any] = ["--save_every", STEPS // 2, "--keep_checkpoints", "9"]
 RUNS = [("zero0", 2), ("zero1", 4), ("pp4_zero1", 4)]  # 2 stages, 2 pipelines of 2 stages, 4 stages
 RESUMED = [("zero1-4", "zero1", 4), ("pp4_zero1-4", "zero0", 2)]  # from the checkpoint of the run, in the middle
