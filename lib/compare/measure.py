@@ -388,6 +388,8 @@ class Meter:
         self.record.result |= {"held": self.held, "forward_flops": self.flops, **self.sent.logged}
         self.record.result["facts"] = facts(engine) | self.sent.elements
         restart_host_peak()
+        if self.timeline.on_device:
+            get_accelerator().reset_peak_memory_stats()
 
     def note_times_and_peaks(self) -> None:
         on_device = self.timeline.on_device

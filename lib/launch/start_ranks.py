@@ -16,6 +16,7 @@ import argparse
 import base64
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -59,6 +60,8 @@ def main() -> int:
         command = launcher_of(sys.argv[1:])
         os.execv(command[0], [*command, *sys.argv[1:]])
     options = parse(sys.argv[1:])
+    # A rank that NCCL aborts, after another fell silent, would leave a core file as large as its memory.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     ids, first_rank = options.ids, sum(map(len, options.nodes[: options.node_rank]))
 
     ranks: list[subprocess.Popen[bytes]] = []

@@ -48,6 +48,7 @@ LEAST_MFU, MOST_OVERHEAD, TOLERANCE_BF16 = 0.45, 1.05, TOLERANCE["bf16"]
 TABLE = ("part", "what", "measured", "target", "verdict")
 PARTS = ("speed", "contract", "torch", "memory", "pause", "offload")
 LEAST_SECONDS = 20.0  # a process needs as long to import all it needs; with less left, no more are started
+NO_TIME = {"not_run": "no time was left"}  # the result of a case that has none
 START_SECONDS = 240.0  # the first process reads several GB of libraries, from a disk or over a network
 FIRST = ("zero2", "zero3")  # the configs of the contract that run first
 
@@ -193,9 +194,7 @@ def run_all(session: Session) -> None:
         for part in session.parts:
             share = part.share if in_shares else 1.0
             run_part(session, part, min(session.end, time.monotonic() + share * session.seconds))
-    for part in session.parts:
-        for case in part.cases:
-            session.found.setdefault(case, {"not_run": "no time was left"})
+            write_report(session, checks_of(session))  # what there is, should this process be ended
 
 
 def run_part(session: Session, part: Part, deadline: float) -> None:
@@ -324,7 +323,7 @@ def checks_of(session: Session) -> list[Check]:
 
 def not_there(session: Session, case: str) -> Check | None:
     """The check of a case that has no figures."""
-    result, (part, what) = session.found[case], short(case).split(" ", 1)
+    result, (part, what) = session.found.get(case, NO_TIME), short(case).split(" ", 1)
     for kind in ("failed", "not_run"):
         if kind in result:
             return Check(part, what, result[kind], failed=kind == "failed", not_run=kind == "not_run")
@@ -519,7 +518,8 @@ def main(arguments: list[str]) -> int:
         return INTERRUPTED
     if any(check.failed or check.held is False for check in checks):
         return FAULT
-    return STOPPED if any("not_run" in found for found in session.found.values()) else 0
+    results = [session.found.get(case, NO_TIME) for part in session.parts for case in part.cases]
+    return STOPPED if any("not_run" in result for result in results) else 0
 
 
 if __name__ == "__main__":
