@@ -1,21 +1,16 @@
 """The optimizer that the JSON asks for, and its learning-rate schedule."""
 
-import os
-import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import deepspeed
-import psutil
 import torch
-from torch.utils import cpp_extension
 from transformers import get_scheduler
 
 from lib.distributed import expert_parallel, ranks
-from lib.errors import UserError
+from lib.distributed.compilation import check_compilation
 from lib.progress import progress
-from lib.settings.ds_config import expert_parallel_size, offload_device
+from lib.settings.ds_config import expert_parallel_size, takes_cpu_adam
 
 
 def make_adamw(
@@ -46,7 +41,7 @@ def make_adamw(
             groups.setdefault(key, {"params": [], **options, **of_experts})["params"].append(parameter)
     common = {"lr": cfg.learning_rate, "betas": tuple(cfg.adam_betas), "eps": cfg.adam_eps}
     in_order = [groups[key] for key in sorted(groups)]  # the learning rate of the first one is what a run logs
-    if offload_device(ds_config, "optimizer") != "none" and ds_config.get("zero_force_ds_cpu_optimizer", True):
+    if takes_cpu_adam(ds_config):
         ranks.rank0_first(check_compilation)("cpu_adam")
         with progress("loading DeepSpeed's cpu_adam, which is compiled once and takes minutes then"):
             return deepspeed.ops.adam.DeepSpeedCPUAdam(in_order, **common)
@@ -59,30 +54,3 @@ def make_schedule(cfg: Any, optimizer: torch.optim.Optimizer, total_steps: int) 
     # transformers' "constant" has no warm-up
     name = "constant_with_warmup" if cfg.lr_schedule == "constant" else cfg.lr_schedule
     return get_scheduler(name, optimizer, cfg.warmup_steps, total_steps)
-
-
-def check_compilation(operator: str) -> None:
-    """Raise a UserError where an operator that DeepSpeed would compile now waits for a compilation that was killed.
-
-    torch marks a compilation by a file `lock`, which a killed one leaves behind, and every later run waits for it
-    without a word.
-    """
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
-    for lock in root.glob(f"**/{operator}/lock"):
-        if (
-            lock.exists()
-            and time.time() - lock.stat().st_mtime > 60
-            and not any(_works_in(process, lock.parent) for process in psutil.process_iter())
-        ):
-            raise UserError(
-                f"{lock} was left by a compilation of {operator} that was killed, and this run would wait for it for "
-                "ever: delete the file "
-                "(unless another machine that shares it is compiling now)"
-            )
-
-
-def _works_in(process: psutil.Process, folder: Path) -> bool:
-    try:
-        return Path(process.cwd()) == folder
-    except (psutil.Error, OSError):  # it has ended, or is another user's
-        return False

@@ -262,6 +262,11 @@ def offload_device(ds_config: dict[str, Any], what: str) -> str:
     return str(section.get("device", "none"))
 
 
+def takes_cpu_adam(ds_config: dict[str, Any]) -> bool:
+    """Whether the optimizer is DeepSpeed's own for CPUs, which is compiled at its first use."""
+    return offload_device(ds_config, "optimizer") != "none" and ds_config.get("zero_force_ds_cpu_optimizer", True)
+
+
 def _drop_auto(section: dict[str, Any]) -> None:
     """Delete each "auto" in a section, so that DeepSpeed's default or the run's own applies.
 

@@ -23,7 +23,7 @@ from conftest import ALL, CONFIGS, MEASURED, ROOT, run_ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lib.distributed.optimizer import check_compilation
+from lib.distributed.compilation import check_compilation
 from lib.errors import Stopped, UserError
 from lib.models.hub import load_config, load_weights
 from lib.run import checkpoint_files
