@@ -38,6 +38,7 @@ options:
   --restarts N       after a fault (a killed rank, say), start again from the newest checkpoint, up to N times
   --nodes M --node_rank N --master HOST:PORT   on each of M machines, which train together (docs/machines.md): N is
                      its number, from 0 up; HOST the machine with number 0, PORT a free port there
+  --min_nodes N      with --restarts: start again also without machines that have gone, if N are left
   --hostfile FILE    start it on every machine of the file, by ssh; --include or --exclude HOSTS, --env NAME=VALUE
   --dry_run          print the deepspeed command and stop
   --quick            a run of a few seconds, with the settings of the YAML's 'quick:' section
@@ -176,13 +177,15 @@ main() {
   [ -f "$root/recipes/$recipe.py" ] ||
     fail "there is no recipes/$recipe.py$(did_you_mean "$recipe"); recipes: $(recipes)"
 
-  local stage="" ds_config="" ranks="" restarts=0 dry_run="" help="" settings=() nodes="" node_rank="" master=""
+  local stage="" ds_config="" ranks="" restarts=0 dry_run="" help="" settings=()
+  local nodes="" node_rank="" master="" min_nodes=""
   while [ $# -gt 0 ]; do
     case "$1" in
-      --stage=* | --ds_config=* | --ranks=* | --restarts=* | --nodes=* | --node_rank=* | --master=*)
+      --stage=* | --ds_config=* | --ranks=* | --restarts=* | --nodes=* | --node_rank=* | --master=* | \
+        --min_nodes=*)
         set -- "${1%%=*}" "${1#*=}" "${@:2}"
         ;;
-      --stage | --ds_config | --ranks | --restarts | --nodes | --node_rank | --master)
+      --stage | --ds_config | --ranks | --restarts | --nodes | --node_rank | --master | --min_nodes)
         [ $# -ge 2 ] || fail "$1 needs a value"
         declare "${1#--}=$2"
         shift 2
@@ -214,15 +217,16 @@ main() {
     exec "$python" -P -m lib.launch.preflight "$root/recipes/$recipe.py" --help
   fi
   [[ $restarts =~ ^[0-9]+$ ]] || fail "--restarts is $restarts; it must be a whole number"
-  local found options
+  local machines=() found options
+  [ -z "$nodes$node_rank$master$min_nodes" ] || machines=("$nodes" "$node_rank" "$master" "$min_nodes")
+  [ ${#machines[@]} = 0 ] || export MACHINES=yes
   found=$("$python" -P -m lib.launch.preflight "$root/recipes/$recipe.py" "$ranks" ${settings[@]+"${settings[@]}"})
   read -ra options <<<"$found" # the accelerator, then options for deepspeed
+  [[ $found != *$'\n'* ]] || export UNFIT=${found#*$'\n'} # a mistake that the other machines are told too
   # Batches are of many lengths: without it, what one length leaves free does not fit the next.
   export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}
   [ "${options[0]}" = cuda ] || export DS_ACCELERATOR=${DS_ACCELERATOR:-${options[0]}} # DeepSpeed need not look again
 
-  local machines=()
-  [ -z "$nodes$node_rank$master" ] || machines=("$nodes" "$node_rank" "$master")
   exec "$python" -P -m lib.launch.supervise \
     "$recipe-$(basename "$ds_config" .json)" "$root/recipes/$recipe.yaml" "$restarts" "$dry_run" \
     ${machines[@]+"${machines[@]}"} \

@@ -53,6 +53,7 @@ BUDGETS = {
     "test_parallel.py": 110,
     "test_pipelines.py": 40,
     "test_machines.py": 180,
+    "test_operations.py": 100,
     "test_gpu_check.py": 60,
 }
 BUDGET = 30  # seconds of each other file

@@ -29,8 +29,9 @@ from typing import Any
 
 import psutil
 
-from lib.errors import FAULT, MISTAKE, ROOT, STOPPED, UserError, display_path
-from lib.launch.team import differences
+from lib.errors import FAULT, INTERRUPTED, MISTAKE, ROOT, STOPPED, UserError, display_path
+from lib.launch.facts import differences
+from lib.launch.team import least_of, options_of, split_address
 
 SSH = ["ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=15",
        "-o", "ServerAliveCountMax=8"]  # fmt: skip
@@ -146,8 +147,13 @@ def look_at(host: str, environment: dict[str, str]) -> dict[str, Any]:
     return found
 
 
-def preflight(hosts: dict[str, list[int]], environment: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Look at all hosts side by side: {host: what it is}. Raises UserError with all faults, a line each."""
+def preflight(
+    hosts: dict[str, list[int]], environment: dict[str, str], locks: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Look at all hosts side by side: {host: what it is}. Raises UserError with all faults, a line each.
+
+    locks: whether what a killed compilation has left is a fault, which only some runs would wait for.
+    """
     with ThreadPoolExecutor(len(hosts)) as pool:
         found = dict(zip(hosts, pool.map(lambda host: look_at(host, environment), hosts), strict=True))
     faults = [what["fault"] for what in found.values() if what["fault"]]
@@ -163,6 +169,8 @@ def preflight(hosts: dict[str, list[int]], environment: dict[str, str]) -> dict[
                 f"{host} has {what['devices']} devices, and the hostfile or --include says slot {max(hosts[host])}: "
                 f"write slots={what['devices']}"
             )
+        if locks and what["lock"]:
+            faults.append(f"{host}: {what['lock']}")
         same = names.setdefault(what["name"], host)
         if same != host:
             faults.append(f"{same} and {host} are the same machine, {what['name']}: give it one line in the hostfile")
@@ -183,8 +191,43 @@ def table(hosts: dict[str, list[int]], found: dict[str, dict[str, Any]]) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def train(hosts: dict[str, list[int]], master: str, arguments: list[str], environment: dict[str, str]) -> int:
-    """Start `./launch.sh arguments` on every host, and wait for their end. Returns the exit code."""
+def measure(
+    hosts: dict[str, list[int]], found: dict[str, dict[str, Any]], master: str, environment: dict[str, str]
+) -> str:
+    """What an all-reduce over all hosts takes, in a line. It takes some seconds. Raises UserError where it fails."""
+    on_gpus = all(found[host]["accelerator"] == "cuda" for host in hosts)
+    backend = "nccl" if on_gpus else "gloo"
+    ids = [slots if on_gpus else [0] for slots in hosts.values()]
+    print(f"measuring  the network between {len(hosts)} machines, by {backend}; some seconds", flush=True)
+    processes = {}
+    for node, host in enumerate(hosts):
+        options = [*options_of(ids, node, *split_address(master)), "--module", "lib.launch.link_speed", backend]
+        command = [sys.executable, "-P", "-m", "lib.launch.start_ranks", *options]
+        own = environment | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": found[host]["accelerator"]}
+        processes[host] = start(host, command, own, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    said = {host: process.communicate() for host, process in processes.items()}
+    if any(process.returncode for process in processes.values()):
+        errors = [
+            f"{host}: {line}" for host, (_, err) in said.items() for line in err.splitlines() if "Error: " in line
+        ]
+        raise UserError(
+            f"no all-reduce by {backend} ({errors[-1] if errors else 'no answer'}): does a firewall between the "
+            f"machines close ports above 1024, or {backend.upper()}_SOCKET_IFNAME name an interface that not all reach?"
+        )
+    speed = json.loads(next(iter(said.values()))[0].splitlines()[-1])
+    return (
+        f"network  {speed['bytes_per_second'] * 8 / 1e9:.3g} Gbit/s each way (all-reduces of "
+        f"{speed['bytes'] / 1e6:.0f} MB by {backend}), latency {speed['latency_seconds'] * 1e3:.2g} ms (of one number)"
+    )
+
+
+def train(
+    hosts: dict[str, list[int]], master: str, arguments: list[str], environment: dict[str, str], least: int
+) -> int:
+    """Start `./launch.sh arguments` on every host, and wait for their end. Returns the exit code.
+
+    least: so many hosts, the first one among them, may go on where the others have gone.
+    """
     processes: dict[str, subprocess.Popen[str]] = {}
 
     def begin(node: int, host: str) -> None:
@@ -210,19 +253,29 @@ def train(hosts: dict[str, list[int]], master: str, arguments: list[str], enviro
             signal.signal(number, pass_on)
     for node, host in enumerate(hosts):
         begin(node, host)
-    bad, bad_since = 0, 0.0
-    while any(process.poll() is None for process in processes.values()):
-        ended = [process.returncode for process in processes.values() if process.returncode is not None]
-        if not bad and (bad := next((code for code in ended if code not in (0, STOPPED)), 0)):
-            bad_since = time.monotonic()
-        # One that has found a mistake, or could not begin, does not tell the others, who would wait for it.
-        if bad and time.monotonic() - bad_since > ALONE_SECONDS:
+    bad, since, told = 0, 0.0, 0
+    while None in (codes := [process.poll() for process in processes.values()]):
+        if not bad and codes[0] is None and not enough_left(codes, least):
+            bad = next(code for code in codes if code and code != STOPPED)
+        # A host that has found a mistake, or could not begin, does not tell the others, who would wait for it. And the
+        # first one ends after all that it has not lost.
+        if not bad and codes[0] is None:
+            since = time.monotonic()
+        elif time.monotonic() - since > ALONE_SECONDS:
             pass_on(signal.SIGTERM, None)
-            bad_since = time.monotonic()
+            since, told = time.monotonic(), told + 1
+            for process in processes.values():
+                if codes[0] is not None and told > 1 and process.poll() is None:  # its ssh hears nothing of it
+                    os.killpg(process.pid, signal.SIGKILL)
         time.sleep(0.1)
-    codes = [process.returncode for process in processes.values()]
-    code = bad or next((code for code in codes if code not in (0, STOPPED)), codes[0])
+    code = bad or next(iter(processes.values())).returncode
     return code if 0 <= code < 255 else FAULT  # 255: ssh itself
+
+
+def enough_left(codes: list[int | None], least: int) -> bool:
+    """Whether the hosts that have not failed may go on. codes: the exit code of each host, None while it runs."""
+    failed = [code for code in codes if code not in (None, 0, STOPPED)]
+    return not failed or (MISTAKE not in failed and len(codes) - len(failed) >= least)
 
 
 def show(host: str, process: subprocess.Popen[str]) -> None:
@@ -239,8 +292,12 @@ def main() -> int:
     parser.add_argument("--exclude")
     parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--master")
+    parser.add_argument("--restarts", default="0")
+    parser.add_argument("--min_nodes", default="")
     given, arguments = parser.parse_known_args()
     hosts = chosen(read_hostfile(Path(given.hostfile).expanduser()), given.include, given.exclude)
+    least = least_of(given.min_nodes, len(hosts), given.restarts != "0")
+    again = ["--restarts", given.restarts, *(["--min_nodes", given.min_nodes] if given.min_nodes else [])]
     environment = {name: value for name, value in os.environ.items() if name.startswith(CARRIED)}
     for setting in given.env:
         name, equals, value = setting.partition("=")
@@ -253,13 +310,16 @@ def main() -> int:
     what = arguments[0].removeprefix("recipes/").removesuffix(".py") if arguments else ""
     if what != "check" and not (ROOT / "recipes" / f"{what}.py").is_file():
         raise UserError(f"--hostfile is for recipes, which come first, and for check; {what or 'nothing'} is neither")
-    found = preflight(hosts, environment)
-    if arguments[:1] == ["check"]:
-        print(table(hosts, found))
-        return 0
+    is_check = arguments[:1] == ["check"]
+    found = preflight(hosts, environment, locks=is_check)
     first_host, first = next(iter(found.items()))
     master = given.master or f"{first['address'] or first_host}:{first['port']}"
-    return train(hosts, master, arguments, environment)
+    if is_check:
+        print(table(hosts, found))
+        if len(hosts) > 1:
+            print(measure(hosts, found, master, environment))
+        return 0
+    return train(hosts, master, [*arguments, *again], environment, least)
 
 
 if __name__ == "__main__":
@@ -269,3 +329,5 @@ if __name__ == "__main__":
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(MISTAKE)
+    except KeyboardInterrupt:  # of check; a run is stopped by it
+        sys.exit(INTERRUPTED)

@@ -12,9 +12,10 @@ import time
 import psutil
 
 from lib.distributed import network
+from lib.distributed.compilation import check_compilation
 from lib.errors import UserError
 from lib.launch import devices
-from lib.launch.team import facts
+from lib.launch.facts import facts
 
 
 def main() -> None:
@@ -23,6 +24,11 @@ def main() -> None:
         count = len(found.ids)
     except UserError as error:
         found, fault, count = devices.Devices("unknown"), " ".join(str(error).split()), 0
+    try:
+        check_compilation("cpu_adam")
+        lock = None
+    except UserError as error:
+        lock = str(error)
     connection = os.environ.get("SSH_CONNECTION", "").split()  # client's address and port, this machine's
     what = {
         "name": platform.node(),
@@ -35,6 +41,7 @@ def main() -> None:
         "cores": len(os.sched_getaffinity(0)),
         "memory": psutil.virtual_memory().total,
         "fault": fault,
+        "lock": lock,
     }
     print(json.dumps(what))
     sys.stdout.flush()

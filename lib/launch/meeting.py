@@ -16,10 +16,16 @@ from lib.errors import UserError
 
 JOIN_SECONDS = 600  # machines that are started by hand may come so much later than the first one
 QUIET_SECONDS = 5  # of waiting before the console says so
+# With --min_nodes, for so long a machine that was lost may come back before the others start again without it.
+RETURN_SECONDS = 30
 
 
 class Lost(Exception):
     """Another machine has gone: its supervisor has ended, or its network."""
+
+
+class Left(Lost):
+    """This machine is alone; the others may have started again without it."""
 
 
 class Lines:
@@ -70,12 +76,16 @@ class Lines:
 class Meeting:
     """The supervisors of all nodes of one run. With one node, this one alone.
 
-    silence: seconds without a sign of another machine after which it is lost. Raises UserError where the nodes do not
-    come together.
+    silence: seconds without a sign of another machine after which it is lost. least: so many nodes, node 0 among them,
+    are enough after RETURN_SECONDS. patience: for so many seconds node 0 is looked for. Raises UserError where the
+    nodes do not come together.
     """
 
-    def __init__(self, nodes: int, node: int, host: str, port: int, silence: float):
+    def __init__(
+        self, nodes: int, node: int, host: str, port: int, silence: float, least: int, patience: float = JOIN_SECONDS
+    ):
         self.nodes, self.node = nodes, node
+        self.members = list(range(nodes))  # the nodes that have come
         self.names = {node: platform.node()}  # {node: its host's name}
         self.clocks: dict[int, float] = {}  # {node: seconds by which its clock is ahead}; on node 0
         self.own_address = self.master_address = "127.0.0.1"  # as the other machines see them
@@ -86,7 +96,11 @@ class Meeting:
         self.peers: dict[socket.socket, int] = {}  # on node 0 all others, on the others node 0
         if nodes > 1:
             deadline = time.monotonic() + JOIN_SECONDS
-            _receive(self, port, deadline) if node == 0 else _connect(self, host, port, deadline)
+            if node == 0:
+                _receive(self, port, deadline, least)
+            else:
+                _connect(self, host, port, deadline, patience)
+        self.members = sorted(self.names)
 
     def tell(self, value: Any) -> None:
         """Tell all others this node's next value."""
@@ -103,23 +117,23 @@ class Meeting:
         }
 
     def all_of(self, seconds: float) -> list[Any]:
-        """Wait for this round's values of all nodes. That of a node that has gone, or is silent for long, is None."""
+        """Wait for this round's values of all members. That of a node that has gone, or is silent for long, is None."""
         deadline = time.monotonic() + seconds
-        while len(found := self.heard() | dict.fromkeys(self.lost)) < self.nodes - 1:
+        while len(found := self.heard() | dict.fromkeys(self.lost)) < len(self.members) - 1:
             if time.monotonic() > deadline:
-                for number in set(range(self.nodes)) - set(found) - {self.node}:
+                for number in set(self.members) - set(found) - {self.node}:
                     self.lost[number] = time.monotonic()
             self.hear(0.2)
         found = dict.fromkeys(self.lost) | self.heard() | {self.node: self.said[self.node][self._round]}
         self._round += 1
-        return [found[number] for number in range(self.nodes)]
+        return [found[number] for number in self.members]
 
     def exchange(self, value: Any, seconds: float = 60) -> list[Any]:
-        """This round's values of all nodes, none of which is None. Raises Lost where one has gone without it."""
+        """This round's values of all members, none of which is None. Raises Lost where one has gone without it."""
         self.tell(value)
         values = self.all_of(seconds)
         if None in values:
-            raise Lost(f"{self.name_of(values.index(None))} has gone")
+            raise Lost(f"{self.name_of(self.members[values.index(None)])} has gone")
         return values
 
     def name_of(self, node: int) -> str:
@@ -157,7 +171,7 @@ class Meeting:
                 node = self.peers.pop(connection)
                 self.lines.forget(connection)
                 # Without node 0, which passes on what they say, the others cannot be heard either.
-                for number in [node] if self.node == 0 else set(range(self.nodes)) - {self.node}:
+                for number in [node] if self.node == 0 else set(self.members) - {self.node}:
                     self.lost.setdefault(number, time.monotonic())
                 if self.node == 0:
                     self.pass_on(None, "gone", node)
@@ -166,8 +180,8 @@ class Meeting:
 # --- coming together
 
 
-def _receive(meeting: Meeting, port: int, deadline: float) -> None:
-    """On node 0: wait until all others are here."""
+def _receive(meeting: Meeting, port: int, deadline: float, least: int) -> None:
+    """On node 0: wait until all others are here, or for RETURN_SECONDS and until so many nodes are here."""
     try:
         server = socket.create_server(("", port), backlog=meeting.nodes)
     except OSError as error:
@@ -177,7 +191,7 @@ def _receive(meeting: Meeting, port: int, deadline: float) -> None:
         ) from None
     with server:
         meeting.lines.open[server] = b""
-        said_so = time.monotonic() + QUIET_SECONDS
+        began, said_so = time.monotonic(), time.monotonic() + QUIET_SECONDS
         while missing := sorted(set(range(1, meeting.nodes)) - set(meeting.peers.values())):
             for connection in meeting.lines.readable(0.5):
                 if connection is server:
@@ -190,11 +204,15 @@ def _receive(meeting: Meeting, port: int, deadline: float) -> None:
                 else:
                     _admit(meeting, connection)
             which = f"node {', '.join(map(str, missing))} of {meeting.nodes}"
+            if len(meeting.peers) + 1 >= least < meeting.nodes and time.monotonic() - began > RETURN_SECONDS:
+                print(f"going on without {which}, which did not come back within {RETURN_SECONDS} s")
+                break
             if time.monotonic() > deadline:
                 raise UserError(f"{which} did not come within {JOIN_SECONDS // 60} minutes")
             if time.monotonic() > said_so:
                 said_so = deadline
-                print(f"waiting  for {which}: the same command, there with --node_rank {missing[0]}")
+                limit = f", for {RETURN_SECONDS} s" if len(meeting.peers) + 1 >= least < meeting.nodes else ""
+                print(f"waiting  for {which}{limit}: the same command, there with --node_rank {missing[0]}")
         del meeting.lines.open[server]
     for visitor in set(meeting.lines.open) - set(meeting.peers):  # of other programs
         meeting.lines.forget(visitor)
@@ -229,9 +247,9 @@ def _admit(meeting: Meeting, visitor: socket.socket) -> None:
     meeting.lines.watch(visitor)
 
 
-def _connect(meeting: Meeting, host: str, port: int, deadline: float) -> None:
-    """On the others: come to node 0, which may not be there yet, and wait until all are here."""
-    said_so, patient = time.monotonic() + QUIET_SECONDS, f"{JOIN_SECONDS // 60} minutes"
+def _connect(meeting: Meeting, host: str, port: int, deadline: float, patience: float) -> None:
+    """On the others: come to node 0, which may not be there yet, for so many seconds, and wait until all are here."""
+    began, said_so = time.monotonic(), time.monotonic() + QUIET_SECONDS
     while not meeting.peers:
         try:
             connection = socket.create_connection((host, port), timeout=5)
@@ -239,10 +257,10 @@ def _connect(meeting: Meeting, host: str, port: int, deadline: float) -> None:
             raise UserError(f"--master: there is no host {host!r} ({error.strerror})") from None
         except OSError as error:
             why = error.strerror or "no answer"
-            if time.monotonic() > deadline:
+            if time.monotonic() - began > patience:
                 raise UserError(
-                    f"node 0 did not answer at {host}:{port} within {patient} ({why}); is it started, and does a "
-                    "firewall let this machine through?"
+                    f"node 0 did not answer at {host}:{port} within {patience:.0f} s ({why}); is it started, and "
+                    "does a firewall let this machine through?"
                 ) from None
             if time.monotonic() > said_so:
                 said_so = deadline
@@ -262,7 +280,7 @@ def _connect(meeting: Meeting, host: str, port: int, deadline: float) -> None:
             except (ValueError, LookupError, TypeError):
                 raise UserError(f"what answers at {host}:{port} is no other node; give another --master") from None
             if time.monotonic() > deadline:
-                raise UserError(f"not all {meeting.nodes} nodes came within {patient}")
+                raise UserError(f"not all {meeting.nodes} nodes came within {JOIN_SECONDS // 60} minutes")
             if time.monotonic() > said_so:
                 said_so = deadline
                 print(f"waiting  at {host}:{port} until all {meeting.nodes} nodes are here")

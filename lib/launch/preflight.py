@@ -1,6 +1,7 @@
 """What launch.sh asks once before it starts a recipe: are the settings known, and which devices does the machine have?
 
-    python -m lib.launch.preflight recipe.py RANKS settings ...   prints DS_ACCELERATOR, then options for `deepspeed`
+    python -m lib.launch.preflight recipe.py RANKS settings ...   prints DS_ACCELERATOR, then options for `deepspeed`;
+        with MACHINES in the environment also a mistake, in a second line, and nothing that goes without it
     python -m lib.launch.preflight recipe.py --help               prints the recipe's settings
 
 It imports neither torch nor the recipe, so that a misspelt setting is reported at once.
@@ -15,7 +16,7 @@ from lib.launch import devices
 from lib.settings import config
 
 # launch.sh takes its own options out before it calls this, but a misspelt one arrives here.
-LAUNCH_OPTIONS = ("stage", "ds_config", "ranks", "restarts", "dry_run", "nodes", "node_rank", "master")
+LAUNCH_OPTIONS = ("stage", "ds_config", "ranks", "restarts", "dry_run", "nodes", "node_rank", "master", "min_nodes")
 
 
 def main(recipe: str, ranks: str, *settings: str) -> None:
@@ -41,5 +42,8 @@ if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(MISTAKE)
+        fault = " ".join(str(error).split())
+        if "MACHINES" not in os.environ:
+            print(f"error: {fault}", file=sys.stderr)
+            sys.exit(MISTAKE)
+        print("cpu --num_accelerators 1", fault, sep="\n")  # launch.sh goes on, to let the other machines know

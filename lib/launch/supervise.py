@@ -1,7 +1,7 @@
 """Launch a recipe and see it through: pass signals on to its ranks, leave no process behind, start again after a fault.
 
     python -m lib.launch.supervise RUN_NAME YAML RESTARTS DRY_RUN -- deepspeed options ... recipe.py settings ...
-    python -m lib.launch.supervise RUN_NAME YAML RESTARTS DRY_RUN NODES NODE_RANK HOST:PORT -- deepspeed ...
+    python -m lib.launch.supervise RUN_NAME YAML RESTARTS DRY_RUN NODES NODE_RANK HOST:PORT MIN_NODES -- deepspeed ...
 
 launch.sh becomes this process, which imports nothing large: it starts at once, and takes little memory while the ranks
 train. It prints a `deepspeed` command and starts that command's ranks by lib/launch/start_ranks.py.
@@ -31,10 +31,11 @@ from typing import IO, Any
 import psutil
 import yaml
 
-from lib.errors import FAULT, INTERRUPTED, MISTAKE, ROOT, UserError, from_home, new_folder
-from lib.launch import start_ranks
-from lib.launch.meeting import Lost
-from lib.launch.team import Team
+from lib.errors import FAULT, INTERRUPTED, MISTAKE, ROOT, STOPPED, UserError, from_home, new_folder
+from lib.launch import start_ranks, words
+from lib.launch.facts import PATHS
+from lib.launch.meeting import Left, Lost
+from lib.launch.team import Team, least_of
 from lib.run.console import Console
 from lib.settings.run_settings import RunSettings
 
@@ -69,7 +70,7 @@ def ranks_of(processes: list[psutil.Process]) -> list[psutil.Process]:
     return found
 
 
-def run_once(command: list[str], output: IO[str] | None = None, ended: Callable[[], bool] | None = None) -> int:
+def run_once(command: list[str], output: IO[Any] | None = None, ended: Callable[[], bool] | None = None) -> int:
     """Run the command in its own session. Returns the command's exit code when no process of the session is left.
 
     output: where the command prints; None: where this process prints.
@@ -157,7 +158,7 @@ def settings_of(arguments: list[str], yaml_path: str, *names: str) -> list[Any] 
     None where the command line cannot be read, which the recipe will report.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("run_dir", "rank_timeout"):
+    for name in ("run_dir", "rank_timeout", *PATHS):
         parser.add_argument(f"--{name}")
     parser.add_argument("--resume", nargs="?", const="true")
     parser.add_argument("--config", default=yaml_path)
@@ -186,20 +187,20 @@ def resolve(arguments: list[str], yaml_path: str) -> tuple[str | None, bool]:
     )
 
 
-def team_of(machines: list[str], arguments: list[str], yaml_path: str) -> Team:
-    """The machines that launch.sh was told of: [nodes, node rank, address of node 0]. Raises UserError."""
-    nodes, node, master = machines
-    for name, value, least in (("nodes", nodes, 1), ("node_rank", node, 0)):
-        if not value.isdigit() or int(value) < least:
-            raise UserError(f"--{name} is {value or 'missing'}; it must be a whole number from {least} up")
+def team_of(machines: list[str], restarts: int, arguments: list[str], yaml_path: str) -> Team:
+    """The machines that launch.sh was told of: [nodes, node rank, address of node 0, least]. Raises UserError."""
+    nodes, node, master, least = machines
+    for name, value, lowest in (("nodes", nodes, 1), ("node_rank", node, 0)):
+        if not value.isdigit() or int(value) < lowest:
+            raise UserError(f"--{name} is {value or 'missing'}; it must be a whole number from {lowest} up")
     if int(node) >= int(nodes):
         raise UserError(f"--node_rank is {node}; of {nodes} nodes the last has {int(nodes) - 1}")
-    (minutes,) = settings_of(arguments, yaml_path, "rank_timeout") or [None]
+    minutes, *paths = settings_of(arguments, yaml_path, "rank_timeout", *PATHS) or [None]
     try:
         silence = 60 * float(RunSettings.rank_timeout if minutes is None else minutes)
     except ValueError:  # the recipe will report it
         silence = 60 * RunSettings.rank_timeout
-    return Team(int(nodes), int(node), master, silence)
+    return Team(int(nodes), int(node), master, silence, least_of(least, int(nodes), restarts), paths)
 
 
 def obey_stdin() -> None:
@@ -222,7 +223,7 @@ def main() -> int:
     run_dir, resume = resolve(arguments, yaml_path)
     named = run_dir is None and not resume
     try:
-        team = team_of(machines, arguments, yaml_path) if machines else Team()
+        team = team_of(machines, int(restarts), arguments, yaml_path) if machines else Team()
         if named and (team.node == 0 or dry_run):  # the other machines are told the name
             run_dir = (
                 f"runs/{run_name}-{time.strftime('%Y%m%d-%H%M%S')}" if dry_run else str(new_folder(f"runs/{run_name}"))
@@ -260,6 +261,8 @@ def run_until_it_ends(
             start = team.gather(options, run_dir, began, restarts, dry_run)
         except Lost as lost:
             print(f"error: {lost}", file=sys.stderr)
+            if isinstance(lost, Left):
+                return FAULT
             status, again = FAULT, True
         else:
             run_dir, restarts = start.run_dir, start.restarts
@@ -274,9 +277,12 @@ def run_until_it_ends(
             if dry_run:
                 return 0
             marker_before = end_marker(run_dir)
-            status = run_once([*START_RANKS, *ranks], ended=team.others_failed if team.nodes > 1 else None)
+            # What is printed here by lib/launch/hosts.py's order is on its console anyway.
+            with words.overheard(team.node > 0 and "SIGNALS_BY_STDIN" not in os.environ) as (output, lines):
+                status = run_once([*START_RANKS, *ranks], output, team.others_failed if team.nodes > 1 else None)
             finished = end_marker(run_dir) not in (None, marker_before)
-            status, again = team.verdict(status, finished, stop_signals[0][0] if stop_signals else None)
+            said = [] if status in (0, STOPPED) else words.of_the_fault(lines)
+            status, again = team.verdict(status, finished, stop_signals[0][0] if stop_signals else None, said)
         if not again:  # it has ended well, as asked, or by a mistake that another start would make too
             return status
         if not restarts:

@@ -6,11 +6,8 @@ One machine is a team of one, which has nothing to compare and nobody to ask.
 import argparse
 import base64
 import contextlib
-import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import secrets
 import socket
 import sys
@@ -21,72 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from lib.distributed import network
-from lib.errors import FAULT, MISTAKE, ROOT, STOPPED, UserError
-from lib.launch.meeting import Lost, Meeting
+from lib.distributed.compilation import check_compilation
+from lib.errors import FAULT, MISTAKE, STOPPED, UserError
+from lib.launch.facts import differences, facts
+from lib.launch.meeting import JOIN_SECONDS, RETURN_SECONDS, Left, Lost, Meeting
 
-VERSIONS_OF = ("torch", "deepspeed", "transformers")  # what must be the same on all machines, beside Python
-CLOCK_SECONDS = 30  # by so much clocks may differ: dates of files and logs are all that depends on them
 REACH_SECONDS = 5
 # After another machine's ranks have failed, this one's may say so and end by themselves: start_ranks gives them 11 s.
 LAST_WORDS_SECONDS = 12
 GONE_SECONDS = 2  # the same after a machine has gone, of which nothing more can be heard
 END_SECONDS = 200  # within which another machine ends its ranks: exit functions, and processes that the kernel holds
-
-
-def facts(script: Path | None = None, arguments: Sequence[str] = ()) -> dict[str, str]:
-    """What must be the same on all machines: {what it is: its value, or a checksum of it}.
-
-    script, arguments: of the recipe, if one is to be run.
-    """
-    found = {"Python": platform.python_version()}
-    found |= {name: importlib.metadata.version(name) for name in VERSIONS_OF}
-    found["this code"] = _checksum(*sorted((ROOT / "lib").rglob("*.py")), *([script] if script else []))
-    if script is None:
-        return found
-    found["the recipe's YAML"] = _checksum(script.with_suffix(".yaml"))
-    for name in ("deepspeed_config", "config"):
-        if f"--{name}" in arguments[:-1]:
-            found[f"--{name}"] = _checksum(Path(arguments[arguments.index(f"--{name}") + 1]))
-    return found
-
-
-def _checksum(*files: Path) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode() + b"\0" + (file.read_bytes() if file.is_file() else b"missing"))
-    return digest.hexdigest()[:12]
-
-
-def differences(nodes: list[dict[str, Any]], names: list[str]) -> list[str]:
-    """A line for each thing that a machine has otherwise than the first one, with the remedy.
-
-    nodes: {"facts": see above, "settings": the settings as given, "clock": seconds ahead of the first} of each machine.
-    """
-    found, (first, first_name) = [], (nodes[0], names[0])
-    for node, name in list(zip(nodes, names, strict=True))[1:]:
-        for what, value in node["facts"].items():
-            expected = first["facts"].get(what)
-            if value == expected:
-                continue
-            if what in ("Python", *VERSIONS_OF):
-                found.append(
-                    f"{name} has {what} {value}, {first_name} has {expected}: install the same on all machines"
-                )
-            else:
-                found.append(
-                    f"{what}: {name} has another content than {first_name}: "
-                    "bring the checkouts to the same commit and the same changes"
-                )
-        if node["settings"] != first["settings"]:
-            theirs, ours = " ".join(node["settings"]), " ".join(first["settings"])
-            found.append(f"{name} was started with {theirs!r}, {first_name} with {ours!r}: give the same settings")
-        if abs(node["clock"]) > CLOCK_SECONDS:
-            side = "ahead of" if node["clock"] > 0 else "behind"
-            found.append(
-                f"the clock of {name} is {abs(node['clock']):.0f} s {side} that of {first_name}: "
-                "let both follow a time server (timedatectl set-ntp true)"
-            )
-    return found
 
 
 @dataclass(frozen=True)
@@ -102,11 +43,15 @@ class Start:
 class Team:
     """All machines of a run; on each machine its supervisor makes one.
 
-    silence: seconds without a sign of another machine after which it is lost.
+    silence: seconds without a sign of another machine after which it is lost. least: so many machines, the first one
+    among them, are enough to start again; 0: all of them. paths: settings that may be files of each machine.
     """
 
-    def __init__(self, nodes: int = 1, node: int = 0, master: str = "", silence: float = 600):
-        self.nodes, self.node, self.silence = nodes, node, silence
+    def __init__(
+        self, nodes: int = 1, node: int = 0, master: str = "", silence: float = 600, least: int = 0,
+        paths: Sequence[Any] = (),
+    ):  # fmt: skip
+        self.nodes, self.node, self.silence, self.least, self.paths = nodes, node, silence, least or nodes, paths
         self.host, self.port = split_address(master) if nodes > 1 else ("", 0)
         self.meeting: Meeting | None = None
         self._others_failed_at: float | None = None
@@ -117,30 +62,24 @@ class Team:
         """Wait until all machines are here, and compare them. What to run, where and how often is said by node 0.
 
         launched: what this machine's launcher was told (start_ranks.parse). Raises UserError with all faults that were
-        found, a line each, and Lost where a machine has gone.
+        found, a line each, Lost where a machine has gone, and Left where this one does not find back to the others.
         """
         ids, script, settings = launched.ids, Path(launched.script), launched.arguments
+        unfit = os.environ.get("UNFIT")  # lib/launch/preflight.py
+        if unfit and (self.nodes == 1 or dry_run):
+            raise UserError(unfit)
         if self.nodes == 1:
             return Start(run_dir, resume, restarts, ["--master_port", str(network.free_port())])
         if dry_run:
-            return Start(run_dir, resume, restarts, self._options([ids] * self.nodes, self.host, self.port))
-        if self.meeting is None or self.meeting.lost:
-            is_first = self.meeting is None
-            self.leave()
-            try:
-                self.meeting = Meeting(self.nodes, self.node, self.host, self.port, self.silence)
-            except UserError as error:
-                if is_first:
-                    raise
-                raise Lost(str(error)) from None  # they had come before: it is no mistake
-        meeting = self.meeting
+            return Start(run_dir, resume, restarts, options_of([ids] * self.nodes, self.node, self.host, self.port))
+        meeting = self._meet()
         self._others_failed_at = None
         folder = run_dir if self.node == 0 else None
         chosen = os.environ.get("GLOO_SOCKET_IFNAME")
         token = _leave_token(folder)
         with _removed_in_the_end(token), socket.create_server(("", 0), backlog=self.nodes) as server:
             mine = {
-                "facts": facts(script, settings), "settings": settings, "ids": ids,
+                "facts": facts(script, settings, self.paths), "settings": settings, "ids": ids,
                 "address": network.address_of(chosen) if chosen else meeting.own_address, "interface": chosen,
                 "reach": server.getsockname()[1], "port": network.free_port(), "run_dir": folder, "resume": resume,
                 "restarts": restarts, "folder": folder and str(Path(folder).absolute()), "token": token,
@@ -148,42 +87,41 @@ class Team:
             }  # fmt: skip
             all_nodes = meeting.exchange(mine)
             first = all_nodes[0]
-            for number, node in enumerate(all_nodes):
+            for number, node in zip(meeting.members, all_nodes, strict=True):
                 node["clock"] = {int(key): value for key, value in first["clocks"].items()}.get(number, 0)
-            names = [meeting.names[number] for number in range(self.nodes)]
-            faults = differences(all_nodes, [meeting.name_of(number) for number in range(self.nodes)])
-            problems = [_problem_with_folder(first, names[0], names[self.node])] if self.node else []
-            problems += [self._cannot_reach(number, node, names) for number, node in enumerate(all_nodes)]
+            names, here = meeting.names, meeting.names[self.node]
+            faults = differences(all_nodes, list(map(meeting.name_of, meeting.members)))
+            problems = [f"{here}: {unfit}" if unfit else None, _problem_with_compilation(settings, here)]
+            problems.append(_problem_with_folder(first, names[0], here))
+            others = [(names[at], node) for at, node in zip(meeting.members, all_nodes, strict=True) if at != self.node]
+            problems += [_cannot_reach(here, name, node) for name, node in others]
             faults += [problem for found in meeting.exchange(list(filter(None, problems))) for problem in found]
         if faults and self.node and "SIGNALS_BY_STDIN" in os.environ:  # by hosts.py, where node 0 has said them
             raise UserError(f"{len(faults)} of what {meeting.name_of(0)} says")
         if faults:
             raise UserError("\n".join(faults))
-        options = self._options([node["ids"] for node in all_nodes], meeting.master_address, first["port"])
+        number = meeting.members.index(self.node)  # without machines that have gone
+        options = options_of([node["ids"] for node in all_nodes], number, meeting.master_address, first["port"])
         return Start(first["run_dir"], first["resume"], first["restarts"], options)
 
-    def _options(self, ids: list[list[int]], address: str, port: int) -> list[str]:
-        world = json.dumps({f"node{number}": of_node for number, of_node in enumerate(ids)})
-        return [
-            f"--world_info={base64.urlsafe_b64encode(world.encode()).decode()}", f"--node_rank={self.node}",
-            f"--master_addr={address}", f"--master_port={port}",
-        ]  # fmt: skip
-
-    def _cannot_reach(self, number: int, node: dict[str, Any], names: list[str]) -> str | None:
-        """Why this machine's ranks could not talk to another's."""
-        if number == self.node:
-            return None
+    def _meet(self) -> Meeting:
+        """Come together, unless all are together still."""
+        if self.meeting is not None and not self.meeting.lost and len(self.meeting.members) == self.nodes:
+            return self.meeting
+        is_first = self.meeting is None
+        self.leave()
+        least, patience = self.nodes, float(JOIN_SECONDS)
+        if not is_first:
+            least = self.least
+            if least < self.nodes or "SIGNALS_BY_STDIN" in os.environ:  # nobody else will start node 0 again
+                patience = RETURN_SECONDS + 15
         try:
-            socket.create_connection((node["address"] or "", node["reach"]), REACH_SECONDS).close()
-        except OSError as error:
-            remedy = (
-                f"GLOO_SOCKET_IFNAME is {node['interface']} there; leave it out, or name the interface that all reach"
-                if node["interface"]
-                else "does a firewall between the machines close ports above 1024?"
-            )
-            where = f"at {node['address']} ({error.strerror or 'no answer'})" if node["address"] else "(no address)"
-            return f"{names[self.node]} cannot reach {names[number]} {where}: {remedy}"
-        return None
+            self.meeting = Meeting(self.nodes, self.node, self.host, self.port, self.silence, least, patience)
+        except UserError as error:
+            if is_first:
+                raise
+            raise (Left if self.node and patience < JOIN_SECONDS else Lost)(str(error)) from None
+        return self.meeting
 
     def others_failed(self) -> bool:
         """Whether the ranks of another machine have failed and those here have had the time to say so."""
@@ -195,20 +133,22 @@ class Team:
         patience = GONE_SECONDS if self.meeting.lost else LAST_WORDS_SECONDS
         return self._others_failed_at is not None and time.monotonic() - self._others_failed_at > patience
 
-    def verdict(self, status: int, finished: bool, signal: int | None) -> tuple[int, bool]:
+    def verdict(self, status: int, finished: bool, signal: int | None, words: Sequence[str] = ()) -> tuple[int, bool]:
         """(exit code of the run, whether another start may help), the same on all machines.
 
         status: the exit code of this machine's ranks. finished: whether the run's last file is there. signal: the one
-        that asked this machine to stop.
+        that asked this machine to stop. words: the lines of this machine's ranks on what went wrong, for the first
+        machine's console.
         """
         if self.meeting is None:
             return verdict([{"status": status, "finished": finished, "signal": signal}])
-        mine = {"status": status, "finished": finished, "signal": signal}
-        self.meeting.tell(mine)
+        self.meeting.tell({"status": status, "finished": finished, "signal": signal, "words": list(words)})
         ends = self.meeting.all_of(END_SECONDS)
         code, again = verdict(ends)
         if code not in (0, STOPPED):
-            for number, end in enumerate(ends):
+            for number, end in zip(self.meeting.members, ends, strict=True):
+                for line in end["words"] if end is not None and self.node == 0 else ():
+                    print(f"{self.meeting.names[number]}: {line}", file=sys.stderr)
                 if number != self.node and (end is None or end["status"] == code or end["signal"]):
                     how = "has gone" if end is None else f"ended with exit code {code}"
                     print(f"error: {self.meeting.name_of(number)} {how}", file=sys.stderr)
@@ -241,9 +181,33 @@ def verdict(ends: list[dict[str, Any] | None]) -> tuple[int, bool]:
     return (telling[0] if telling else FAULT), True
 
 
+def options_of(ids: list[list[int]], node: int, address: str, port: int) -> list[str]:
+    """The options by which a launcher starts the ranks of one machine. ids: the devices of each machine."""
+    world = json.dumps({f"node{number}": of_node for number, of_node in enumerate(ids)})
+    return [
+        f"--world_info={base64.urlsafe_b64encode(world.encode()).decode()}", f"--node_rank={node}",
+        f"--master_addr={address}", f"--master_port={port}",
+    ]  # fmt: skip
+
+
+def _cannot_reach(here: str, name: str, node: dict[str, Any]) -> str | None:
+    """Why this machine's ranks could not talk to another's."""
+    try:
+        socket.create_connection((node["address"] or "", node["reach"]), REACH_SECONDS).close()
+    except OSError as error:
+        remedy = (
+            f"GLOO_SOCKET_IFNAME is {node['interface']} there; leave it out, or name the interface that all reach"
+            if node["interface"]
+            else "does a firewall between the machines close ports above 1024?"
+        )
+        where = f"at {node['address']} ({error.strerror or 'no answer'})" if node["address"] else "(no address)"
+        return f"{here} cannot reach {name} {where}: {remedy}"
+    return None
+
+
 def _leave_token(run_dir: str | None) -> str | None:
     """Write a file by which the other machines see that they have the same folder. Returns its path; None if it cannot
-    be written, which the ranks will report."""
+    be written."""
     if run_dir is None:
         return None
     folder = Path(run_dir).absolute()
@@ -269,7 +233,7 @@ def _removed_in_the_end(file: str | None) -> Iterator[None]:
 def _problem_with_folder(first: dict[str, Any], first_name: str, name: str) -> str | None:
     """Why this machine cannot take part in a run whose folder the first one has named."""
     if first["token"] is None:
-        return None
+        return _not_writable(Path(first["folder"]), name) if first["folder"] and name == first_name else None
     token, here = Path(first["token"]), str(Path(first["run_dir"]).absolute())
     if here != first["folder"]:
         return (
@@ -283,9 +247,43 @@ def _problem_with_folder(first: dict[str, Any], first_name: str, name: str) -> s
                 "machines share; give one with --run_dir"
             )
         time.sleep(0.2)
-    if not os.access(token.parent, os.W_OK):
-        return f"{name} may not write to {token.parent}: let user {os.getuid()} write there, on every machine"
+    return None if os.access(token.parent, os.W_OK) else _not_writable(token.parent, name)
+
+
+def _not_writable(folder: Path, name: str) -> str:
+    while not folder.is_dir():
+        folder = folder.parent
+    if os.statvfs(folder).f_flag & os.ST_RDONLY:
+        return f"{name} may only read {folder}: mount it there for writing too"
+    return f"{name} may not write to {folder}: let user {os.getuid()} write there, on every machine"
+
+
+def _problem_with_compilation(settings: Sequence[str], name: str) -> str | None:
+    """Why a rank of this machine would wait for a compilation that nobody does any more."""
+    from lib.settings import ds_config  # it takes 0.2 s, which a run on one machine need not spend
+
+    try:
+        config = ds_config.read_json(Path(settings[settings.index("--deepspeed_config") + 1]))
+        compiles = ds_config.takes_cpu_adam(config)
+    except (UserError, AttributeError):  # of a JSON that the recipe will refuse
+        return None
+    try:
+        if compiles:
+            check_compilation("cpu_adam")
+    except UserError as error:
+        return f"{name}: {error}"
     return None
+
+
+def least_of(text: str, nodes: int, restarts: int) -> int:
+    """The number that --min_nodes says; without it, all. Raises UserError."""
+    if not text:
+        return nodes
+    if not text.isdigit() or not 0 < int(text) <= nodes:
+        raise UserError(f"--min_nodes is {text}; it must be a whole number from 1 to {nodes}, the number of machines")
+    if not restarts:
+        raise UserError(f"--min_nodes {text} is for what --restarts starts again; give --restarts N too")
+    return int(text)
 
 
 def split_address(text: str) -> tuple[str, int]:

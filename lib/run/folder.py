@@ -1,6 +1,6 @@
-"""The run folder: config.yaml, ds_config.json, versions.json, log.txt, metrics.jsonl, before.json (what the model
-before training gave, where a recipe needs it), checkpoints, monitor events, the exported model in model/, and last
-result.json, which says that the run ended well and with which scores.
+"""The run folder: config.yaml, ds_config.json, versions.json, log.txt (and log-<host>.txt of each other machine),
+metrics.jsonl, before.json (what the model before training gave, where a recipe needs it), checkpoints, monitor events,
+the exported model in model/, and last result.json, which says that the run ended well and with which scores.
 """
 
 import atexit
@@ -65,7 +65,8 @@ class RunFolder:
                 offload = "_offload" if offload_device(self.ds_config, "optimizer") != "none" else ""
                 folder = new_folder(f"runs/{self.recipe}-zero{stage_of(self.ds_config)}{offload}")
             found = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
-            untrained = {path.name for path in found} == UNTRAINED and not (cfg.resume or cfg.overwrite)
+            names = {path.name for path in found if not path.match("log-*.txt")}
+            untrained = names == UNTRAINED and not (cfg.resume or cfg.overwrite)
             if found and not (untrained or cfg.resume or cfg.overwrite):
                 raise UserError(
                     f"run_dir {display_path(folder)} exists already; give another --run_dir, --resume to go on with "
@@ -80,7 +81,8 @@ class RunFolder:
             token = self._take_lock(folder)
             if cfg.overwrite:
                 self._old = {path: _identity(path) for top in found for path in _contents_first(top)}
-            (folder / ".log.txt").unlink(missing_ok=True)  # of a start that was to overwrite this run and failed
+            for log in folder.glob(".log*.txt"):  # of a start that was to overwrite this run and failed
+                log.unlink(missing_ok=True)
         except OSError as error:
             raise _cannot_be_written(folder, error) from None
         return str(folder), token, finished_before(folder, cfg) if cfg.resume else None
@@ -132,7 +134,8 @@ class RunFolder:
                 elif os.path.lexists(path) and _identity(path) == identity:
                     path.unlink()
             if self._old:
-                (self.path / ".log.txt").replace(self.path / "log.txt")
+                for log in self.path.glob(".log*.txt"):
+                    log.replace(self.path / log.name.removeprefix("."))
         except OSError as error:
             raise UserError(
                 f"run_dir {display_path(self.path)}: what is to be overwritten cannot be deleted: "

@@ -1,6 +1,7 @@
-"""What a run says on the console of rank 0, and the log file for whatever libraries print."""
+"""What a run says on the console of rank 0, and the log files for whatever libraries print."""
 
 import os
+import platform
 import sys
 from pathlib import Path
 
@@ -13,6 +14,13 @@ from lib.run.console import Console
 from lib.run.signs import Signs
 
 PLAIN_LINES = 10  # progress lines of a whole run where the console is no terminal
+
+
+def log_name() -> str:
+    """log.txt on the machine of rank 0, and log-<host>.txt on each other one: machines that append to one file of a
+    network's disk overwrite each other's lines."""
+    node = os.environ.get("CROSS_RANK", os.environ.get("GROUP_RANK", "0"))  # by DeepSpeed's launcher, by torchrun
+    return "log.txt" if node == "0" else f"log-{platform.node()}.txt"
 
 
 class Output:

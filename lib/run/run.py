@@ -24,7 +24,7 @@ from lib.run.folder import RunFolder
 from lib.run.header import header_lines
 from lib.run.kept import Kept
 from lib.run.metrics import Metrics
-from lib.run.output import Output
+from lib.run.output import Output, log_name
 from lib.run.result import Scores, write_result
 from lib.run.resume import check_data, find_checkpoint, versions
 from lib.run.step_end import StepEnd
@@ -51,7 +51,7 @@ class Run:
         overwrites = self._run_folder.overwrites
         if self.checkpoint is None and not overwrites:  # else in _begin: a start that is refused changes nothing
             ranks.on_rank0(lambda: self._run_folder.write_facts(0))
-        self.output = Output(self.folder / (".log.txt" if overwrites else "log.txt"))
+        self.output = Output(self.folder / f"{'.' if overwrites else ''}{log_name()}")
         self.say = self.output.say
         seconds_before = self.checkpoint[1]["seconds"] if self.checkpoint else 0.0
         self.metrics = Metrics(self.folder, cfg.log_every, self.output, started=started, seconds_before=seconds_before)
