@@ -7,6 +7,7 @@ import functools
 import importlib
 import itertools
 import os
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -17,8 +18,9 @@ import psutil
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.comm import comm
 
-from lib.distributed import mesh, network
+from lib.distributed import mesh, network, waits
 from lib.errors import FAULT, UserError
 
 P = ParamSpec("P")
@@ -44,6 +46,8 @@ def init(timeout_minutes: float, precision: str = "fp32") -> torch.device:
         os.environ.setdefault(key, alone)
     # DeepSpeed's CPU collectives serve inference only, take half a minute to compile, and leave 69 MB a rank in shm.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # gloo connects each rank with each other one: 1,024 ranks need more files than the usual limit of 1,024.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     _import_muon_without_the_compiler()
     accelerator = get_accelerator()
     # Ranks that share cores slow each other down, those on GPUs when they load, and step offloaded states.
@@ -62,6 +66,7 @@ def init(timeout_minutes: float, precision: str = "fp32") -> torch.device:
             accelerator.set_device(int(os.environ["LOCAL_RANK"]))
         # This timeout holds until all ranks have started.
         deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(minutes=max(timeout_minutes, 10)))
+        waits.watch(comm.cdb)
         threading.Thread(target=_leave_with_the_launcher, daemon=True).start()
     cpu_group()
     set_timeout(timeout_minutes)
@@ -158,7 +163,8 @@ def all_sum(tensor: torch.Tensor) -> torch.Tensor:
 
     On a GPU it is queued: the caller does not wait.
     """
-    dist.all_reduce(tensor, group=mesh.gradient_group())
+    with waits.waiting():
+        dist.all_reduce(tensor, group=mesh.gradient_group())
     return tensor
 
 
@@ -176,11 +182,21 @@ def cpu_group() -> dist.ProcessGroup:
 def largest(values: list[float]) -> list[float]:
     """The largest of each value over all ranks, the same on every rank.
 
-    It waits for the ranks, but not for their devices.
+    It waits for the ranks, but not for their devices. In each round a rank passes on what it knows to one twice as far
+    away (Hensgen, Finkel, Manber 1988, "Two algorithms for barrier synchronization"): log2(ranks) messages one after
+    another, where gloo's own all-reduce has 2 (ranks - 1). To know a value twice does a maximum no harm.
     """
-    tensor = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=cpu_group())
-    return tensor.tolist()
+    known = torch.tensor(values, dtype=torch.float64)
+    received, timeout = torch.empty_like(known), datetime.timedelta(seconds=_timeout_seconds[-1])
+    for distance in (2**turn for turn in range((world_size() - 1).bit_length())):
+        target, source = (rank() + distance) % world_size(), (rank() - distance) % world_size()
+        sending = dist.isend(known, target, cpu_group())
+        receiving = dist.irecv(received, source, cpu_group())
+        for work in (receiving, sending):  # by themselves they would wait as long as at the group's start
+            assert work is not None
+            work.wait(timeout)
+        known = torch.maximum(known, received)
+    return known.tolist()
 
 
 def together(do: Callable[[], T]) -> T:
@@ -252,6 +268,13 @@ def gather_on_rank0(value: T) -> list[T]:
     values: list[Any] = [None] * world_size() if rank() == 0 else []
     dist.gather_object(value, values or None, dst=0, group=cpu_group())
     return values
+
+
+def floats_on_rank0(value: float) -> list[float]:
+    """The number of each rank on rank 0, and an empty list elsewhere; one message a rank."""
+    values = [torch.zeros(1, dtype=torch.float64) for _ in range(world_size() if rank() == 0 else 0)]
+    dist.gather(torch.tensor([value], dtype=torch.float64), values or None, dst=0, group=cpu_group())
+    return [float(found) for found in values]
 
 
 def rank0_first(function: Callable[P, T]) -> Callable[P, T]:

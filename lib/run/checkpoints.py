@@ -159,7 +159,7 @@ class Checkpoints:
         if problem is None:
             self.output.say(f"{step}  saved in {time.monotonic() - self._saved_at:.1f} s")
             return True
-        kept = ranks.on_rank0(lambda: [path.name for path, _ in checkpoint_files.list_complete(self.folder)])
+        kept = ranks.on_rank0(lambda: [path.name for path, _ in checkpoint_files.scores_of(self.folder)])
         newest = f"the newest is {kept[0]}" if kept else "there is none yet"
         self.output.say(f"warning: no checkpoint of step {writing.step}: {problem}; {newest}, training goes on")
         self._note_best()
@@ -167,7 +167,7 @@ class Checkpoints:
 
     def _delete_old(self) -> None:
         best = self._find_best()
-        for folder, _ in checkpoint_files.list_complete(self.folder)[self.cfg.keep_checkpoints :]:
+        for folder, _ in checkpoint_files.scores_of(self.folder)[self.cfg.keep_checkpoints :]:
             if best is None or folder != best[0]:
                 problem = checkpoint_files.remove(folder)
                 if problem is not None and folder not in self._undeletable:
@@ -176,13 +176,13 @@ class Checkpoints:
 
     def _note_best(self) -> None:
         best = ranks.on_rank0(self._find_best)
-        self._best_score = best[1]["score"] if best else -math.inf
+        self._best_score = best[1] if best else -math.inf
 
-    def _find_best(self) -> Checkpoint | None:
-        """With keep_best, the checkpoint with the best score, if any has one."""
-        complete = checkpoint_files.list_complete(self.folder)
-        scored = [(folder, manifest) for folder, manifest in complete if manifest["score"] is not None]
-        return max(scored, key=lambda found: found[1]["score"]) if scored and self.cfg.keep_best else None
+    def _find_best(self) -> tuple[Path, float] | None:
+        """With keep_best, (folder, score) of the checkpoint with the best score, if any has one."""
+        complete = checkpoint_files.scores_of(self.folder) if self.cfg.keep_best else []
+        scored = [(folder, score) for folder, score in complete if score is not None]
+        return max(scored, key=lambda found: found[1], default=None)
 
     def take_best(self) -> None:
         """With keep_best, bring the engine to the best checkpoint, for the export and the test.
@@ -192,15 +192,15 @@ class Checkpoints:
         best = ranks.on_rank0(self._find_best)
         if best is None:
             return
-        folder, manifest = best
-        problem = checkpoint_files.damage(folder, manifest)
+        folder, score = best
+        problem, manifest = checkpoint_files.read_whole(folder)
         if problem is not None:
             raise UserError(
                 f"the best checkpoint, {display_path(folder)}, is damaged: {problem}; "
                 "--resume --keep_best false exports the last weights"
             )
         load(folder, manifest, self.engine)
-        self.output.say(f"best     {folder.name}, validation score {manifest['score']:.4f}")
+        self.output.say(f"best     {folder.name}, validation score {score:.4f}")
 
 
 def counters(engine: Any) -> Manifest:

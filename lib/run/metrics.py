@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from lib.distributed import ranks
+from lib.distributed import ranks, waits
 from lib.run.output import Output
+from lib.run.slowest import SlowestRank
 
 
 class Metrics:
@@ -34,6 +35,7 @@ class Metrics:
         self._pending: list[dict[str, Any]] = []  # records of steps since the last flush, losses still on the device
         self._figures: list[str] = []  # names of what a step's record has beside what every recipe logs
         self._unwritten: list[str] = []  # lines for which there was no room on the disk
+        self._slowest = SlowestRank(output)
         self._unseen: list[tuple[float, int, float]] = []  # (loss, tokens, seconds) since progress was last shown
 
     def seconds(self) -> float:
@@ -47,6 +49,7 @@ class Metrics:
 
     def restart_clock(self) -> None:
         """Leave what was done until now out of the time of the next step."""
+        waits.forget()
         self._flushed_at = time.perf_counter()
         self._is_interrupted = False
 
@@ -105,11 +108,14 @@ class Metrics:
         self._steps_timed += len(pending)
         for record, loss, count in zip(pending, losses, tokens, strict=True):
             record |= {"loss": loss, "tokens": int(count), "step_seconds": step_seconds}
+            record["tokens_per_second"] = count / step_seconds
+            record["tokens_per_second_per_device"] = count / step_seconds / ranks.world_size()
             record["grad_norm"] = None if record["grad_norm"] is None else float(record["grad_norm"])
         self._last_loss = pending[-1]["step"], losses[-1]
         self._write(pending)
         self._unseen += [(loss, count, step_seconds) for loss, count in zip(losses, tokens, strict=True)]
         self._show_progress(pending[-1]["step"], len(pending))
+        self._slowest.note(pending[-1]["step"], len(pending), step_seconds * len(pending))
         self._flushed_at = time.perf_counter()
 
     def _show_progress(self, step: int, new_steps: int) -> None:

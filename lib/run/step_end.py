@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from lib.distributed import ranks
+from lib.distributed import ranks, waits
 from lib.errors import FAULT, STOPPED, Stopped, UserError, display_path
 from lib.run import checkpoint_files
 from lib.run.checkpoints import Checkpoints
@@ -61,7 +61,8 @@ class StepEnd:
             if self.cfg.time_limit is not None and self.metrics.minutes_of_this_start() >= self.cfg.time_limit:
                 self.stop = self.stop or TIME_LIMIT
         flags = [self.stop, float(due), float(best), float(checkpoints.is_writing())]
-        stop, due_now, best_now, writing_somewhere = ranks.largest(flags)
+        with waits.waiting():
+            stop, due_now, best_now, writing_somewhere = ranks.largest(flags)
         if not writing_somewhere:
             checkpoints.finish()
         is_last = step == total_steps

@@ -787,9 +787,8 @@ def test_a_hostile_manifest_is_a_damaged_one(tmp_path: Path) -> None:
         (last / checkpoint_files.MANIFEST).write_text(
             json.dumps(manifest | {"checksum": checkpoint_files.checksum_of(manifest)})
         )
-        assert [folder.name for folder, _ in checkpoint_files.list_complete(run / "checkpoints")] == [folder_of(3)], (
-            name
-        )
+        for complete in (checkpoint_files.list_complete, checkpoint_files.scores_of):
+            assert [folder.name for folder, _ in complete(run / "checkpoints")] == [folder_of(3)], name
     (last / checkpoint_files.MANIFEST).write_text("[" * 100_000)
     assert "RecursionError" in checkpoint_files.find_newest(run / "checkpoints")[2][0]
     (last / checkpoint_files.MANIFEST).write_text(original)
