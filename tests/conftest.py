@@ -5,6 +5,7 @@ import json
 import multiprocessing.connection
 import multiprocessing.forkserver
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -235,3 +236,23 @@ def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         if chosen:
             run_ranks(int(name[0]), "contract_worker", folder, *chosen, timeout=300 + 30 * len(chosen))
     return folder
+
+
+@pytest.fixture(scope="session")
+def hosts() -> Iterator[Any]:
+    """Two hosts, (alpha, beta), for all tests of several machines; where the system cannot have them, these skip."""
+    from hosts import missing, two_hosts
+
+    why_not = missing()
+    if why_not:
+        pytest.skip(why_not)
+    with two_hosts() as found:
+        yield found
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A folder that both hosts see; each has its own /tmp."""
+    folder = Path(tempfile.mkdtemp(prefix="run-", dir="/var/tmp"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)

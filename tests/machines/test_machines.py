@@ -2,101 +2,32 @@
 
 import json
 import os
-import shutil
 import signal
-import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from conftest import read_losses, run_ranks
-from hosts import Host, missing, two_hosts
+from machine_runs import (
+    RECIPE,
+    SILENCE,
+    STEPS,
+    Hosts,
+    alike,
+    end,
+    one_machine,
+    process_of,
+    ranks_on,
+    start,
+    steps_of,
+    wait,
+    wait_for,
+)
 
 from lib.errors import UserError
 from lib.launch.hosts import chosen
 from lib.launch.team import differences, verdict
-
-Hosts = tuple[Host, Host]
-RECIPE = ["causal_lm", "--quick", "--samples", "0", "--log_every", "1"]
-STEPS = ["--max_steps", "200"]
-SILENCE = 12  # seconds of --rank_timeout
-
-
-@pytest.fixture(scope="session")
-def hosts() -> Iterator[Hosts]:
-    why_not = missing()
-    if why_not:
-        pytest.skip(why_not)
-    with two_hosts() as found:
-        yield found
-
-
-@pytest.fixture
-def shared() -> Iterator[Path]:
-    """A folder that both hosts see; each has its own /tmp."""
-    folder = Path(tempfile.mkdtemp(prefix="run-", dir="/var/tmp"))
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def start(hosts: Hosts, *settings: object) -> list[subprocess.Popen[str]]:
-    """The command by hand on both machines."""
-    return [
-        host.start(
-            "./launch.sh", *RECIPE, "--nodes", 2, "--node_rank", number, "--master", "alpha:29500", *settings
-        )
-        for number, host in enumerate(hosts)
-    ]  # fmt: skip
-
-
-def end(processes: list[subprocess.Popen[str]], hosts: Hosts, seconds: float = 150) -> tuple[list[int], list[str]]:
-    """(exit codes, what was printed). Nothing may be left on either host."""
-    printed = [process.communicate(timeout=seconds)[0] for process in processes]
-    assert [host.processes() for host in hosts] == [{}, {}]
-    return [process.returncode for process in processes], printed
-
-
-def wait(what: Callable[[], Any], processes: list[subprocess.Popen[str]], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        ended = [process.communicate()[0] for process in processes if process.poll() is not None]
-        assert not ended, "\n".join(ended)
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def steps_of(run: Path) -> int:
-    return len(read_losses(run)) if (run / "metrics.jsonl").exists() else 0
-
-
-def wait_for(run: Path, steps: int, processes: list[subprocess.Popen[str]]) -> None:
-    wait(lambda: steps_of(run) >= steps, processes)
-
-
-def process_of(host: Host, *words: str) -> int:
-    (found,) = host.processes(*words)
-    return found
-
-
-def ranks_on(hosts: Hosts) -> list[dict[int, str]]:
-    return [host.processes("--local_rank=") for host in hosts]
-
-
-def alike(run: Path, other: Path) -> bool:
-    ours, theirs = read_losses(run), read_losses(other)
-    return len(ours) == len(theirs) and ours == pytest.approx(theirs, rel=1e-5)
-
-
-def one_machine(ranks: int, run: Path, *settings: str) -> Path:
-    run_ranks(
-        ranks, "recipe_worker", RECIPE[0], "--deepspeed_config", "ds_configs/causal_lm/zero2.json", *RECIPE[1:],
-        *settings, "--run_dir", run,
-    )  # fmt: skip
-    return run
 
 
 @pytest.mark.slow
