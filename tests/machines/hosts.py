@@ -123,6 +123,9 @@ class Host:
             if line and not line.startswith(own) and "sshd" not in line.split()[0] and all(w in line for w in words)
         }
 
+    def is_gone(self) -> bool:
+        return not Path(f"/proc/{self.init}").exists()
+
     def _port(self, *words: str) -> None:
         subprocess.run(["nsenter", f"--target={self.switch}", "--net", *words], check=True)
 

@@ -16,11 +16,13 @@ STEPS = ["--max_steps", "200"]
 SILENCE = 12  # seconds of --rank_timeout
 
 
-def start(hosts: Hosts, *settings: object) -> list[subprocess.Popen[str]]:
+def start(
+    hosts: Hosts, *settings: object, recipe: list[str] = RECIPE, port: int = 29500
+) -> list[subprocess.Popen[str]]:
     """The command by hand on both machines."""
     return [
         host.start(
-            "./launch.sh", *RECIPE, "--nodes", 2, "--node_rank", number, "--master", "alpha:29500", *settings
+            "./launch.sh", *recipe, "--nodes", 2, "--node_rank", number, "--master", f"alpha:{port}", *settings
         )
         for number, host in enumerate(hosts)
     ]  # fmt: skip
@@ -64,9 +66,9 @@ def alike(run: Path, other: Path) -> bool:
     return len(ours) == len(theirs) and ours == pytest.approx(theirs, rel=1e-5)
 
 
-def one_machine(ranks: int, run: Path, *settings: str) -> Path:
+def one_machine(ranks: int, run: Path, *settings: str, recipe: list[str] = RECIPE, config: str = "zero2") -> Path:
     run_ranks(
-        ranks, "recipe_worker", RECIPE[0], "--deepspeed_config", "ds_configs/causal_lm/zero2.json", *RECIPE[1:],
+        ranks, "recipe_worker", recipe[0], "--deepspeed_config", f"ds_configs/{recipe[0]}/{config}.json", *recipe[1:],
         *settings, "--run_dir", run,
     )  # fmt: skip
     return run
