@@ -64,10 +64,10 @@ def init(timeout_minutes: float, precision: str = "fp32") -> torch.device:
                     f"use --ranks {available}"
                 )
             accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+        threading.Thread(target=_leave_with_the_launcher, daemon=True).start()
         # This timeout holds until all ranks have started.
         deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(minutes=max(timeout_minutes, 10)))
         waits.watch(comm.cdb)
-        threading.Thread(target=_leave_with_the_launcher, daemon=True).start()
     cpu_group()
     set_timeout(timeout_minutes)
     return device()
