@@ -98,7 +98,7 @@ def set_timeout(minutes: float) -> None:
     _timeout_seconds.append(60 * minutes)
 
 
-_timeout_seconds: list[float] = []  # the last one is in force
+_timeout_seconds = [600.0]  # the last one is in force; the first while the ranks come together
 
 
 asked_to_stop = threading.Event()  # a signal came to this rank, which will save and stop
