@@ -30,7 +30,7 @@ class SlowestRank:
         self._steps, self._seconds, self._waited = self._steps + steps, self._seconds + seconds, self._waited + waited
         if self._steps < STEPS:
             return
-        shares = ranks.floats_on_rank0(self._waited / self._seconds)
+        shares, summed = ranks.floats_on_rank0(self._waited / self._seconds), self._steps
         self._steps, self._seconds, self._waited = 0, 0.0, 0.0
         if not shares or (self._said_at is not None and step - self._said_at < SAY_EVERY):
             return
@@ -41,5 +41,5 @@ class SlowestRank:
             slow = shares.index(least)
             self.output.say(
                 f"slowest  rank {slow} ({self._hosts[slow]}): others wait {others * 100:.0f} % of a step for it "
-                f"(the last {STEPS} steps)"
+                f"(the last {summed} steps)"
             )
