@@ -108,8 +108,8 @@ class Metrics:
         self._steps_timed += len(pending)
         for record, loss, count in zip(pending, losses, tokens, strict=True):
             record |= {"loss": loss, "tokens": int(count), "step_seconds": step_seconds}
-            record["tokens_per_second"] = count / step_seconds
-            record["tokens_per_second_per_device"] = count / step_seconds / ranks.world_size()
+            record["tokens_per_second"] = round(count / step_seconds, 1)
+            record["tokens_per_second_per_device"] = round(count / step_seconds / ranks.world_size(), 1)
             record["grad_norm"] = None if record["grad_norm"] is None else float(record["grad_norm"])
         self._last_loss = pending[-1]["step"], losses[-1]
         self._write(pending)
