@@ -1,6 +1,6 @@
 """Which rank the others wait for, when they wait long: a slow machine is named, not searched for."""
 
-import socket
+import platform
 
 from lib.distributed import mesh, ranks, waits
 from lib.run.output import Output
@@ -15,7 +15,7 @@ class SlowestRank:
 
     def __init__(self, output: Output):
         self.output = output
-        self._hosts = ranks.gather_on_rank0(socket.gethostname())
+        self._hosts = ranks.gather_on_rank0(platform.node())
         self._steps, self._seconds, self._waited = 0, 0.0, 0.0
         self._said_at: int | None = None
 

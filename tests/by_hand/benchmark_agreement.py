@@ -104,7 +104,7 @@ def main() -> None:
         (ring_wall, ring_cpu), (wall, cpu) = ([1e6 * part for part in found[name]] for name in ("ring", "doubling"))
         row = f"{size:9}  {ring_wall:14,.0f}  {ring_cpu:4.0f}  {wall:18,.0f}  {cpu:4.0f}  {1e6 * message:7.0f}"
         print(f"{row}  {found['sockets']:7}")
-    print("scaling_table.py goes on to 1,024 ranks with the time of a message")
+    print("scaling_table.py goes on to 1,024 ranks with what two processes need together")
 
 
 if __name__ == "__main__":

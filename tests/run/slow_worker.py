@@ -1,6 +1,6 @@
 """A rank that is slowed down, for tests/run/test_slowest.py. Arguments: folder, STAGE-RANK ...
 
-causal_lm trains at each stage, while the rank is stopped half of the time from its first steps on.
+causal_lm trains at each stage, while the rank is stopped two thirds of the time from its first steps on.
 """
 
 import os
@@ -11,7 +11,7 @@ import recipe_worker
 
 STOP_AND_GO = """
 until [ -s {metrics} ]; do sleep 0.05; done
-while kill -STOP {rank}; do sleep 0.04; kill -CONT {rank}; sleep 0.04; done
+while kill -STOP {rank}; do sleep 0.08; kill -CONT {rank}; sleep 0.04; done
 """
 
 

@@ -16,5 +16,5 @@ def test_the_slow_rank_is_named_at_any_stage(tmp_path: Path) -> None:
     assert [(int(rank), host) for rank, host, _ in found] == [(1, socket.gethostname()), (0, socket.gethostname())]
     assert all(int(share) > 20 for _, _, share in found)
     entry = json.loads((tmp_path / "2-1" / "metrics.jsonl").read_text().splitlines()[0])
-    assert entry["tokens_per_second"] == pytest.approx(entry["tokens"] / entry["step_seconds"])
-    assert entry["tokens_per_second_per_device"] == pytest.approx(entry["tokens_per_second"] / 2)
+    assert entry["tokens_per_second"] == pytest.approx(entry["tokens"] / entry["step_seconds"], abs=0.1)
+    assert entry["tokens_per_second_per_device"] == pytest.approx(entry["tokens_per_second"] / 2, abs=0.1)
