@@ -37,8 +37,10 @@ from machine_runs import RECIPE, SILENCE
 LIMIT = SILENCE + 60  # seconds within which all processes must have ended
 STEADY = [*RECIPE, "--lr_schedule", "constant"]  # by which a step's loss does not depend on how many steps there are
 TORTURED = [*STEADY, "--save_every", "10", "--rank_timeout", str(SILENCE / 60)]
-BESIDE = [*STEADY, "--batch_size", "128", "--hidden_size", "128", "--save_minutes", "1"]
+BESIDE = [*STEADY, "--batch_size", "512", "--hidden_size", "128", "--save_minutes", "1"]
 FOREVER = 1_000_000  # steps
+ENOUGH = 300  # steps of the second run, after which a new one begins: to judge it, as many are trained once more
+STRETCH = 400  # steps by which the undisturbed runs grow
 PROCESSES = {
     "rank": "--local_rank=0", "start_ranks": "lib.launch.start_ranks", "supervisor": "lib.launch.supervise",
     "hosts.py": "lib.launch.hosts", "ssh": "ServerAliveInterval",
@@ -266,8 +268,10 @@ class Torture:
 
     def prepare(self, where: str) -> Job:
         """Let there be both hosts, and the second run on both or on one of them, which is returned."""
-        if any(host.is_gone() for host in self.hosts):
+        any_gone = any(host.is_gone() for host in self.hosts)
+        if any_gone or (self.beside and self.beside.steps() > ENOUGH):
             self.stop_beside()
+        if any_gone:
             self.open.close()
             self.hosts = []
         if not self.hosts:
@@ -302,13 +306,12 @@ class Torture:
             shutil.rmtree(run)
 
     def undisturbed(self, name: str, settings: list[str], steps: int) -> list[float]:
-        """The first losses of a run to which nothing happens."""
+        """The first losses of a run to which nothing happens; it trains on if it has fewer."""
         run = self.folder / f"undisturbed-{name}"
         if not run.exists() or len(read_losses(run)) < steps:
             if not self.hosts or any(host.is_gone() for host in self.hosts):
                 self.prepare("both")
-            shutil.rmtree(run, ignore_errors=True)
-            job = Job(self.hosts, run, "undisturbed", [*settings, "--max_steps", steps + 400])
+            job = Job(self.hosts, run, "undisturbed", [*settings, "--max_steps", -(-steps // STRETCH) * STRETCH])
             if any(process.wait(600) for process in job.processes):
                 raise SystemExit(job.said())
         return read_losses(run)[:steps]
@@ -338,7 +341,7 @@ class Torture:
         steps = len(read_losses(self.run)) + 25 if fault.when == "export" else FOREVER
         job = Job(self.hosts, self.run, "tortured", [*TORTURED, "--max_steps", steps], fault.by_hostfile)
         self.reach(job, fault.when)
-        self.judge(job)
+        losses = read_losses(self.run) if job.steps() else []
         before, step_beside = beside.there(), beside.steps()
         started = time.monotonic()
         fault.do(job)
@@ -360,16 +363,16 @@ class Torture:
             (self.small / "away").rename(self.run)
         lives = before.keys() <= beside.there().keys()
         beside.wait(lambda: beside.steps() > step_beside, "a step of the second run", 120)
+        self.judge(losses)
         found = {"name": fault.name, "seconds": seconds, "codes": codes, "right": right, "beside": lives}
         self.unjudged.append(found)
         if fault.when == "export":
             self.resume(steps)
         return found
 
-    def judge(self, job: Job) -> None:
-        """Once the run has trained on after faults: does it have the losses of a run to which nothing happens?"""
-        if job.steps():
-            losses = read_losses(self.run)
+    def judge(self, losses: list[float]) -> None:
+        """Those of the run when it had trained on after faults, if it had: are they those of an undisturbed run?"""
+        if losses:
             same = losses == self.undisturbed("tortured", TORTURED, len(losses))
             while self.unjudged:
                 self.unjudged.pop()["resumed"] = same
@@ -385,7 +388,7 @@ class Torture:
             process.wait(180)
         if set(job.codes()) != {75 if steps == FOREVER else 0}:
             raise SystemExit(f"the resumed run ended with {job.codes()}\n{job.said()}")
-        self.judge(job)
+        self.judge(read_losses(self.run))
 
 
 def table(found: list[dict[str, Any]]) -> Iterator[str]:
@@ -434,7 +437,7 @@ def main() -> None:
                 if not any(words in fault.name for words in options.only) or time.monotonic() > stop_at:
                     continue
                 found.append(torture.once(fault))
-                print(f"{number + 1}/{options.times} {found[-1]}", flush=True)
+                print(f"{time.strftime('%H:%M:%S')} {number + 1}/{options.times} {found[-1]}", flush=True)
         if torture.unjudged:
             torture.resume()
         torture.stop_beside()
