@@ -219,10 +219,10 @@ main() {
   [[ $restarts =~ ^[0-9]+$ ]] || fail "--restarts is $restarts; it must be a whole number"
   local machines=() found options
   [ -z "$nodes$node_rank$master$min_nodes" ] || machines=("$nodes" "$node_rank" "$master" "$min_nodes")
-  [ ${#machines[@]} = 0 ] || export MACHINES=yes
-  found=$("$python" -P -m lib.launch.preflight "$root/recipes/$recipe.py" "$ranks" ${settings[@]+"${settings[@]}"})
+  found=$("$python" -P -m lib.launch.preflight "$root/recipes/$recipe.py" "$ranks" "${machines[*]+several}" \
+    ${settings[@]+"${settings[@]}"})
   read -ra options <<<"$found" # the accelerator, then options for deepspeed
-  [[ $found != *$'\n'* ]] || export UNFIT=${found#*$'\n'} # a mistake that the other machines are told too
+  [[ $found != *$'\n'* ]] || machines+=("${found#*$'\n'}") # a mistake that the other machines are told too
   # Batches are of many lengths: without it, what one length leaves free does not fit the next.
   export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}
   [ "${options[0]}" = cuda ] || export DS_ACCELERATOR=${DS_ACCELERATOR:-${options[0]}} # DeepSpeed need not look again

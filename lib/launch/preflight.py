@@ -1,8 +1,10 @@
 """What launch.sh asks once before it starts a recipe: are the settings known, and which devices does the machine have?
 
-    python -m lib.launch.preflight recipe.py RANKS settings ...   prints DS_ACCELERATOR, then options for `deepspeed`;
-        with MACHINES in the environment also a mistake, in a second line, and nothing that goes without it
-    python -m lib.launch.preflight recipe.py --help               prints the recipe's settings
+    python -m lib.launch.preflight recipe.py RANKS MACHINES settings ...
+        prints DS_ACCELERATOR, then options for `deepspeed`; where MACHINES is not empty, a mistake is a second line of
+        what is printed
+    python -m lib.launch.preflight recipe.py --help
+        prints the recipe's settings
 
 It imports neither torch nor the recipe, so that a misspelt setting is reported at once.
 """
@@ -19,7 +21,7 @@ from lib.settings import config
 LAUNCH_OPTIONS = ("stage", "ds_config", "ranks", "restarts", "dry_run", "nodes", "node_rank", "master", "min_nodes")
 
 
-def main(recipe: str, ranks: str, *settings: str) -> None:
+def main(recipe: str, ranks: str, machines: str = "", *settings: str) -> None:
     parser = config.parser_from_source(Path(recipe))
     if ranks == "--help":
         if parser is None:
@@ -43,7 +45,7 @@ if __name__ == "__main__":
         main(*sys.argv[1:])
     except UserError as error:
         fault = " ".join(str(error).split())
-        if "MACHINES" not in os.environ:
+        if sys.argv[3:4] in ([], [""]):
             print(f"error: {fault}", file=sys.stderr)
             sys.exit(MISTAKE)
         print("cpu --num_accelerators 1", fault, sep="\n")  # launch.sh goes on, to let the other machines know

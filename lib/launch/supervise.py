@@ -1,7 +1,7 @@
 """Launch a recipe and see it through: pass signals on to its ranks, leave no process behind, start again after a fault.
 
     python -m lib.launch.supervise RUN_NAME YAML RESTARTS DRY_RUN -- deepspeed options ... recipe.py settings ...
-    python -m lib.launch.supervise RUN_NAME YAML RESTARTS DRY_RUN NODES NODE_RANK HOST:PORT MIN_NODES -- deepspeed ...
+    python -m lib.launch.supervise RUN_NAME YAML RESTARTS DRY_RUN NODES NODE_RANK HOST:PORT MIN_NODES [MISTAKE] -- ...
 
 launch.sh becomes this process, which imports nothing large: it starts at once, and takes little memory while the ranks
 train. It prints a `deepspeed` command and starts that command's ranks by lib/launch/start_ranks.py.
@@ -188,8 +188,9 @@ def resolve(arguments: list[str], yaml_path: str) -> tuple[str | None, bool]:
 
 
 def team_of(machines: list[str], restarts: int, arguments: list[str], yaml_path: str) -> Team:
-    """The machines that launch.sh was told of: [nodes, node rank, address of node 0, least]. Raises UserError."""
-    nodes, node, master, least = machines
+    """The machines that launch.sh was told of: [nodes, node rank, address of node 0, least], and a mistake on this one,
+    if there is one. Raises UserError."""
+    nodes, node, master, least, *mistakes = machines
     for name, value, lowest in (("nodes", nodes, 1), ("node_rank", node, 0)):
         if not value.isdigit() or int(value) < lowest:
             raise UserError(f"--{name} is {value or 'missing'}; it must be a whole number from {lowest} up")
@@ -200,7 +201,7 @@ def team_of(machines: list[str], restarts: int, arguments: list[str], yaml_path:
         silence = 60 * float(RunSettings.rank_timeout if minutes is None else minutes)
     except ValueError:  # the recipe will report it
         silence = 60 * RunSettings.rank_timeout
-    return Team(int(nodes), int(node), master, silence, least_of(least, int(nodes), restarts), paths)
+    return Team(int(nodes), int(node), master, silence, least_of(least, int(nodes), restarts), paths, *mistakes)
 
 
 def obey_stdin() -> None:

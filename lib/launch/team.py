@@ -44,15 +44,17 @@ class Team:
     """All machines of a run; on each machine its supervisor makes one.
 
     silence: seconds without a sign of another machine after which it is lost. least: so many machines, the first one
-    among them, are enough to start again; 0: all of them. paths: settings that may be files of each machine.
+    among them, are enough to start again; 0: all of them. paths: settings that may be files of each machine. mistake:
+    a line on why this machine cannot take part (lib/launch/preflight.py), which is said to all.
     """
 
     def __init__(
         self, nodes: int = 1, node: int = 0, master: str = "", silence: float = 600, least: int = 0,
-        paths: Sequence[Any] = (),
+        paths: Sequence[Any] = (), mistake: str | None = None,
     ):  # fmt: skip
         self.nodes, self.node, self.silence, self.least, self.paths = nodes, node, silence, least or nodes, paths
         self.host, self.port = split_address(master) if nodes > 1 else ("", 0)
+        self.mistake = mistake
         self.meeting: Meeting | None = None
         self._others_failed_at: float | None = None
 
@@ -65,9 +67,8 @@ class Team:
         found, a line each, Lost where a machine has gone, and Left where this one does not find back to the others.
         """
         ids, script, settings = launched.ids, Path(launched.script), launched.arguments
-        unfit = os.environ.get("UNFIT")  # lib/launch/preflight.py
-        if unfit and (self.nodes == 1 or dry_run):
-            raise UserError(unfit)
+        if self.mistake and (self.nodes == 1 or dry_run):
+            raise UserError(self.mistake)
         if self.nodes == 1:
             return Start(run_dir, resume, restarts, ["--master_port", str(network.free_port())])
         if dry_run:
@@ -91,7 +92,7 @@ class Team:
                 node["clock"] = {int(key): value for key, value in first["clocks"].items()}.get(number, 0)
             names, here = meeting.names, meeting.names[self.node]
             faults = differences(all_nodes, list(map(meeting.name_of, meeting.members)))
-            problems = [f"{here}: {unfit}" if unfit else None, _problem_with_compilation(settings, here)]
+            problems = [f"{here}: {self.mistake}" if self.mistake else None, _problem_with_compilation(settings, here)]
             problems.append(_problem_with_folder(first, names[0], here))
             others = [(names[at], node) for at, node in zip(meeting.members, all_nodes, strict=True) if at != self.node]
             problems += [_cannot_reach(here, name, node) for name, node in others]

@@ -145,6 +145,7 @@ class Metrics:
             return
         for record in records:  # JSON has no NaN
             record |= {k: None for k, value in record.items() if isinstance(value, float) and not math.isfinite(value)}
+        was_full = bool(self._unwritten)
         self._unwritten += [json.dumps(record) + "\n" for record in records]
         size = None
         try:
@@ -153,7 +154,8 @@ class Metrics:
                 file.writelines(self._unwritten)
             self._unwritten = []
         except OSError as error:  # training goes on, and they are written when there is room
-            self.output.say(f"warning: metrics.jsonl cannot be written now: {error.strerror or error}")
+            if not was_full:  # said once, not at every step
+                self.output.say(f"warning: metrics.jsonl cannot be written now: {error.strerror or error}")
             with contextlib.suppress(OSError):
                 if size is not None:
                     os.truncate(self.file, size)

@@ -361,6 +361,55 @@ MUTATIONS = [
         "self.cfg.negatives",
         "tests/contract/test_methods.py",
     ),
+    Mutation(
+        "number the machines that are left by their old numbers",
+        "lib/launch/team.py",
+        "number = meeting.members.index(self.node)",
+        "number = self.node",
+        "tests/machines/test_operations.py -k numbered_anew",
+    ),
+    Mutation(
+        "compare what machines have by its names, and not by its sizes",
+        "lib/launch/facts.py",
+        "{_size(file)}",
+        "",
+        "tests/machines/test_operations.py -k names_and_sizes",
+    ),
+    Mutation(
+        "let any machine's word on the end of the run count",
+        "lib/launch/team.py",
+        'if first is not None and first["finished"]:',
+        'if any(end and end["finished"] for end in ends):',
+        "tests/machines/test_machines.py -k verdict",
+    ),
+    Mutation(
+        "let the other machines of a hostfile train on when the command there is killed",
+        "lib/launch/supervise.py",
+        "for _ in range(2):",
+        "for _ in range(0):",
+        "tests/machines/test_machines.py -k starts_and_ends_all",
+    ),
+    Mutation(
+        "keep what a rank on another machine says of its fault there",
+        "lib/launch/team.py",
+        'for line in end["words"] if end is not None and self.node == 0 else ():',
+        "for line in ():",
+        "tests/machines/test_operations.py -k seen_on_the_first",
+    ),
+    Mutation(
+        "name the rank that waits for the one it waits for",
+        "lib/run/slowest.py",
+        "shares.index(least)",
+        "shares.index(max(shares))",
+        "tests/run/test_slowest.py",
+    ),
+    Mutation(
+        "take the reduce-scatter of stage 3 for free",
+        "lib/compare/theory.py",
+        "gradients, parameters = ring * facts",
+        "gradients, parameters = 0 * facts",
+        "tests/machines/test_link.py",
+    ),
 ]
 
 
