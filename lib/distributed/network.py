@@ -1,5 +1,6 @@
 """This machine's network interfaces, addresses and ports. It imports nothing large."""
 
+import errno
 import os
 import socket
 
@@ -55,9 +56,32 @@ def use_interface_towards(master: str) -> None:
 
 
 def address_of(interface: str) -> str | None:
-    """The IPv4 address of an interface; None where it has none, or does not exist."""
+    """The address of an interface, IPv4 before IPv6; None where it has none, or does not exist."""
     addresses = psutil.net_if_addrs().get(interface, [])
-    return next((found.address for found in addresses if found.family == socket.AF_INET), None)
+    return next(
+        (
+            found.address
+            for family in (socket.AF_INET, socket.AF_INET6)
+            for found in addresses
+            if found.family == family and not found.address.startswith("fe80:")  # which needs the interface's name too
+        ),
+        None,
+    )
+
+
+def listen(port: int = 0, backlog: int = 100) -> socket.socket:
+    """A socket to which machines connect by IPv4 or IPv6. Raises OSError where the port is taken."""
+    try:
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=backlog)
+    except (OSError, ValueError) as error:  # ValueError: the system has no IPv6; EADDRNOTAVAIL: it is switched off
+        if isinstance(error, OSError) and error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+            raise
+    return socket.create_server(("", port), backlog=backlog)
+
+
+def plain(address: str) -> str:
+    """10.0.0.1 for ::ffff:10.0.0.1, as a socket of both families has it."""
+    return address.removeprefix("::ffff:")
 
 
 def free_port() -> int:

@@ -106,6 +106,11 @@ def _difference(what: str, node: tuple[str, str], first: tuple[str, str]) -> str
             f"{what}: {name} has another content than {first_name}: "
             "bring the checkouts to the same commit and the same changes"
         )
+    if what == "accelerator":
+        return (
+            f"{name} would train on {value}, {first_name} on {expected}: "
+            "`nvidia-smi` says there what a GPU lacks; DS_ACCELERATOR chooses for all"
+        )
     if MISSING in (value, expected):
         lacks, has = (name, first_name) if value == MISSING else (first_name, name)
         return f"{lacks} has no {what}, which {has} has: copy it to the same path there, or put it on a shared disk"

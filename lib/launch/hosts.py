@@ -1,7 +1,7 @@
 """Start a recipe on every machine of a hostfile, or only look whether that would work.
 
-    ./launch.sh <recipe> --hostfile FILE [--include|--exclude HOSTS] [--env NAME=VALUE]... [options] [settings]
-    ./launch.sh check --hostfile FILE [--include|--exclude HOSTS]      look at all machines, and print a table
+    ./launch.sh <recipe> --hostfile FILE [--include|--exclude HOSTS] [--env NAME=VALUE]... [--master HOST:PORT] ...
+    ./launch.sh check --hostfile FILE [--include|--exclude HOSTS] ...      look at all machines, and print a table
 
 The hostfile is DeepSpeed's: a line `name slots=N` for each machine, N ranks there. HOSTS are `alpha@beta` or
 `alpha:0,2@beta`, with the numbers of slots. On each machine there must be this checkout and this Python environment at
@@ -14,6 +14,7 @@ This process passes signals on. When it ends, so do the others, which notice the
 import argparse
 import contextlib
 import json
+import math
 import os
 import re
 import shlex
@@ -31,10 +32,10 @@ import psutil
 
 from lib.errors import FAULT, INTERRUPTED, MISTAKE, ROOT, STOPPED, UserError, display_path
 from lib.launch.facts import differences
+from lib.launch.supervise import silence_of
 from lib.launch.team import least_of, options_of, split_address
 
-SSH = ["ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=15",
-       "-o", "ServerAliveCountMax=8"]  # fmt: skip
+SSH = ["ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=15"]
 CHECK_SECONDS = 20
 # What reaches the other machines of this one's environment, beside --env.
 CARRIED = (
@@ -106,11 +107,21 @@ def is_here(host: str) -> bool:
     return bool(addresses & own) or any(address.startswith("127.") for address in addresses)
 
 
-def start(host: str, command: list[str], environment: dict[str, str], **options: Any) -> subprocess.Popen[str]:
-    """Start a command on a host, in this folder. Its stdin stays open: for the numbers of signals."""
+def start(
+    host: str, command: list[str], environment: dict[str, str], silence: float = 120, **options: Any
+) -> subprocess.Popen[str]:
+    """Start a command on a host, in this folder. Its stdin stays open: for the numbers of signals.
+
+    silence: seconds without a sign of the host after which its ssh gives up.
+    """
     far = [sys.executable, str(ROOT / "lib" / "launch" / "far.py")]
-    prefix = far if is_here(host) else [*SSH, host, shlex.join(far)]
-    process = subprocess.Popen(prefix, stdin=subprocess.PIPE, text=True, start_new_session=True, **options)
+    alive = f"ServerAliveCountMax={max(8, math.ceil(silence / 15))}"
+    prefix = far if is_here(host) else [*SSH, "-o", alive, host, shlex.join(far)]
+    if is_here(host):  # this login came from somewhere else, and says nothing about the hosts
+        environment = {**environment, "SSH_CONNECTION": ""}
+    process = subprocess.Popen(
+        prefix, stdin=subprocess.PIPE, text=True, errors="replace", start_new_session=True, **options
+    )
     what = {"command": command, "folder": str(Path.cwd()), "environment": environment}
     assert process.stdin is not None
     with contextlib.suppress(OSError):  # it has ended, as its exit code will say
@@ -162,7 +173,7 @@ def preflight(
         first = next(iter(seen.values()))["clock"]
         nodes = [{**what, "settings": [], "clock": what["clock"] - first} for what in seen.values()]
         faults += differences(nodes, list(seen))
-    names: dict[str, str] = {}
+    machines: dict[tuple[str, str | None], str] = {}
     for host, what in seen.items():
         if what["devices"] and max(hosts[host]) >= what["devices"]:
             faults.append(
@@ -171,7 +182,8 @@ def preflight(
             )
         if locks and what["lock"]:
             faults.append(f"{host}: {what['lock']}")
-        same = names.setdefault(what["name"], host)
+        # Cloned machines may have one name, and containers of one machine one boot.
+        same = machines.setdefault((what["name"], what["boot"]), host)
         if same != host:
             faults.append(f"{same} and {host} are the same machine, {what['name']}: give it one line in the hostfile")
     if faults:
@@ -221,14 +233,28 @@ def measure(
     )
 
 
+def address_of_first(found: dict[str, dict[str, Any]]) -> str:
+    """How the other hosts reach the first one: a name of the hostfile may be known to this machine's ssh alone.
+
+    found: what preflight has found. It is the address that ssh has reached; where the first host is this machine, the
+    one from which ssh has reached another.
+    """
+    (host, first), *others = found.items()
+    known = [first["address"], *(other["other_end"] for _, other in others)]
+    return next((str(address) for address in known if address), host)
+
+
 def train(
-    hosts: dict[str, list[int]], master: str, arguments: list[str], environment: dict[str, str], least: int
-) -> int:
+    hosts: dict[str, list[int]], master: str, arguments: list[str], environment: dict[str, str], least: int,
+    silence: float,
+) -> int:  # fmt: skip
     """Start `./launch.sh arguments` on every host, and wait for their end. Returns the exit code.
 
-    least: so many hosts, the first one among them, may go on where the others have gone.
+    least: so many hosts, the first one among them, may go on where the others have gone. silence: after so many seconds
+    without a sign of this process the hosts end, and without one of a host it is given up.
     """
     processes: dict[str, subprocess.Popen[str]] = {}
+    shown: list[threading.Thread] = []
 
     def begin(node: int, host: str) -> None:
         here = [str(ROOT / "launch.sh"), *arguments, "--ranks", str(len(hosts[host]))]
@@ -237,23 +263,23 @@ def train(
         if hosts[host] != list(range(len(hosts[host]))):
             own["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, hosts[host]))
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if node else {}
-        processes[host] = start(host, here, own, **pipes)
+        processes[host] = start(host, here, own, silence, **pipes)
         if node:
-            threading.Thread(target=show, args=(host, processes[host]), daemon=True).start()
+            shown.append(threading.Thread(target=show, args=(host, processes[host]), daemon=True))
+            shown[-1].start()
 
-    def pass_on(number: int, _: Any) -> None:
+    def pass_on(number: int, _: Any = None) -> None:
         for process in processes.values():
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError):  # it has ended
                 assert process.stdin is not None
-                process.stdin.write(f"{int(number)}\n")
-                process.stdin.flush()
+                os.write(process.stdin.fileno(), f"{int(number)}\n".encode())  # at once, or a signal might meet half
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, pass_on)
     for node, host in enumerate(hosts):
         begin(node, host)
-    bad, since, told = 0, 0.0, 0
+    bad, since, told, sign = 0, 0.0, 0, time.monotonic()
     while None in (codes := [process.poll() for process in processes.values()]):
         if not bad and codes[0] is None and not enough_left(codes, least):
             bad = next(code for code in codes if code and code != STOPPED)
@@ -262,12 +288,17 @@ def train(
         if not bad and codes[0] is None:
             since = time.monotonic()
         elif time.monotonic() - since > ALONE_SECONDS:
-            pass_on(signal.SIGTERM, None)
+            pass_on(signal.SIGTERM)
             since, told = time.monotonic(), told + 1
             for process in processes.values():
                 if codes[0] is not None and told > 1 and process.poll() is None:  # its ssh hears nothing of it
                     os.killpg(process.pid, signal.SIGKILL)
+        if time.monotonic() - sign > silence / 4:
+            pass_on(0)
+            sign = time.monotonic()
         time.sleep(0.1)
+    for thread in shown:  # the last lines
+        thread.join(5)
     code = bad or next(iter(processes.values())).returncode
     return code if 0 <= code < 255 else FAULT  # 255: ssh itself
 
@@ -310,16 +341,18 @@ def main() -> int:
     what = arguments[0].removeprefix("recipes/").removesuffix(".py") if arguments else ""
     if what != "check" and not (ROOT / "recipes" / f"{what}.py").is_file():
         raise UserError(f"--hostfile is for recipes, which come first, and for check; {what or 'nothing'} is neither")
-    is_check = arguments[:1] == ["check"]
+    is_check = what == "check"
+    if is_check and arguments[1:]:
+        raise UserError(f"check knows no {arguments[1]}; it looks at machines, not at a run's settings")
     found = preflight(hosts, environment, locks=is_check)
-    first_host, first = next(iter(found.items()))
-    master = given.master or f"{first['address'] or first_host}:{first['port']}"
+    master = given.master or f"{address_of_first(found)}:{next(iter(found.values()))['port']}"
     if is_check:
         print(table(hosts, found))
         if len(hosts) > 1:
             print(measure(hosts, found, master, environment))
         return 0
-    return train(hosts, master, [*arguments, *again], environment, least)
+    silence = silence_of(arguments[1:], str(ROOT / "recipes" / f"{what}.yaml"))
+    return train(hosts, master, [*arguments, *again], environment, least, silence)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 import time
+from pathlib import Path
 
 import psutil
 
@@ -29,12 +30,14 @@ def main() -> None:
         lock = None
     except UserError as error:
         lock = str(error)
-    connection = os.environ.get("SSH_CONNECTION", "").split()  # client's address and port, this machine's
+    connection = os.environ.get("SSH_CONNECTION", "").split()  # the other end's address and port, and this one's
     what = {
         "name": platform.node(),
-        "facts": facts(),
+        "boot": Path("/proc/sys/kernel/random/boot_id").read_text() if sys.platform == "linux" else None,
+        "facts": facts() | ({} if fault else {"accelerator": found.accelerator}),
         "time": time.time(),
-        "address": connection[2] if len(connection) == 4 else None,
+        "address": connection[2] if connection else None,
+        "other_end": connection[0] if connection else None,
         "port": network.free_port(),
         "accelerator": found.accelerator,
         "devices": count,

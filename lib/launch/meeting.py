@@ -12,6 +12,7 @@ import socket
 import time
 from typing import Any
 
+from lib.distributed import network
 from lib.errors import UserError
 
 JOIN_SECONDS = 600  # machines that are started by hand may come so much later than the first one
@@ -35,7 +36,7 @@ class Lines:
     """
 
     def __init__(self, silence: float):
-        self.silence = silence
+        self.silence = min(silence, 100_000)  # the kernel takes no more
         self.open: dict[socket.socket, bytes] = {}  # {connection: the start of a line that has not come whole}
 
     def watch(self, connection: socket.socket) -> None:
@@ -77,14 +78,15 @@ class Meeting:
     """The supervisors of all nodes of one run. With one node, this one alone.
 
     silence: seconds without a sign of another machine after which it is lost. least: so many nodes, node 0 among them,
-    are enough after RETURN_SECONDS. patience: for so many seconds node 0 is looked for. Raises UserError where the
-    nodes do not come together.
+    are enough after RETURN_SECONDS. patience: for so many seconds node 0 is looked for. by_hand: whether the user
+    starts a command on each machine. Raises UserError where the nodes do not come together.
     """
 
     def __init__(
-        self, nodes: int, node: int, host: str, port: int, silence: float, least: int, patience: float = JOIN_SECONDS
-    ):
-        self.nodes, self.node = nodes, node
+        self, nodes: int, node: int, host: str, port: int, silence: float, least: int, patience: float = JOIN_SECONDS,
+        by_hand: bool = True,
+    ):  # fmt: skip
+        self.nodes, self.node, self.by_hand = nodes, node, by_hand
         self.members = list(range(nodes))  # the nodes that have come
         self.names = {node: platform.node()}  # {node: its host's name}
         self.clocks: dict[int, float] = {}  # {node: seconds by which its clock is ahead}; on node 0
@@ -183,7 +185,7 @@ class Meeting:
 def _receive(meeting: Meeting, port: int, deadline: float, least: int) -> None:
     """On node 0: wait until all others are here, or for RETURN_SECONDS and until so many nodes are here."""
     try:
-        server = socket.create_server(("", port), backlog=meeting.nodes)
+        server = network.listen(port, backlog=meeting.nodes)
     except OSError as error:
         raise UserError(
             f"--master: port {port} of this machine cannot be had ({error.strerror}); "
@@ -212,11 +214,15 @@ def _receive(meeting: Meeting, port: int, deadline: float, least: int) -> None:
             if time.monotonic() > said_so:
                 said_so = deadline
                 limit = f", for {RETURN_SECONDS} s" if len(meeting.peers) + 1 >= least < meeting.nodes else ""
-                print(f"waiting  for {which}{limit}: the same command, there with --node_rank {missing[0]}")
+                print(f"waiting  for {which}{limit}{_what_to_do(meeting, missing[0])}")
         del meeting.lines.open[server]
     for visitor in set(meeting.lines.open) - set(meeting.peers):  # of other programs
         meeting.lines.forget(visitor)
     meeting.pass_on(None, "names", meeting.names)
+
+
+def _what_to_do(meeting: Meeting, node: int) -> str:
+    return f": the same command, there with --node_rank {node}" if meeting.by_hand else ""
 
 
 def _admit(meeting: Meeting, visitor: socket.socket) -> None:
@@ -241,7 +247,7 @@ def _admit(meeting: Meeting, visitor: socket.socket) -> None:
         meeting.lines.forget(visitor)
         return
     if meeting.own_address == "127.0.0.1":
-        meeting.own_address = meeting.master_address = str(visitor.getsockname()[0])
+        meeting.own_address = meeting.master_address = network.plain(visitor.getsockname()[0])
     meeting.names[node], meeting.clocks[node] = name, float(hello["clock"]) - time.time()
     meeting.peers[visitor] = node
     meeting.lines.watch(visitor)
@@ -253,21 +259,22 @@ def _connect(meeting: Meeting, host: str, port: int, deadline: float, patience: 
     while not meeting.peers:
         try:
             connection = socket.create_connection((host, port), timeout=5)
-        except socket.gaierror as error:
-            raise UserError(f"--master: there is no host {host!r} ({error.strerror})") from None
         except OSError as error:
+            if isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN:
+                raise UserError(f"--master: there is no host {host!r} ({error.strerror})") from None
             why = error.strerror or "no answer"
             if time.monotonic() - began > patience:
                 raise UserError(
                     f"node 0 did not answer at {host}:{port} within {patience:.0f} s ({why}); is it started, and "
-                    "does a firewall let this machine through?"
+                    "does a firewall let this machine through? --master HOST:PORT names another of its addresses"
                 ) from None
             if time.monotonic() > said_so:
                 said_so = deadline
-                print(f"waiting  for node 0 at {host}:{port} ({why}): the same command, there with --node_rank 0")
+                print(f"waiting  for node 0 at {host}:{port} ({why}){_what_to_do(meeting, 0)}")
             time.sleep(0.5)
             continue
-        meeting.own_address, meeting.master_address = connection.getsockname()[0], connection.getpeername()[0]
+        meeting.own_address = network.plain(connection.getsockname()[0])
+        meeting.master_address = network.plain(connection.getpeername()[0])
         meeting.lines.open[connection], meeting.peers[connection] = b"", 0
         meeting.lines.watch(connection)
         meeting.lines.send(

@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import json
 import os
+import select
 import shlex
 import signal
 import subprocess
@@ -187,7 +188,7 @@ def resolve(arguments: list[str], yaml_path: str) -> tuple[str | None, bool]:
     )
 
 
-def team_of(machines: list[str], restarts: int, arguments: list[str], yaml_path: str) -> Team:
+def team_of(machines: list[str], restarts: int, arguments: list[str], yaml_path: str, by_hand: bool) -> Team:
     """The machines that launch.sh was told of: [nodes, node rank, address of node 0, least], and a mistake on this one,
     if there is one. Raises UserError."""
     nodes, node, master, least, *mistakes = machines
@@ -196,35 +197,54 @@ def team_of(machines: list[str], restarts: int, arguments: list[str], yaml_path:
             raise UserError(f"--{name} is {value or 'missing'}; it must be a whole number from {lowest} up")
     if int(node) >= int(nodes):
         raise UserError(f"--node_rank is {node}; of {nodes} nodes the last has {int(nodes) - 1}")
-    minutes, *paths = settings_of(arguments, yaml_path, "rank_timeout", *PATHS) or [None]
+    return Team(
+        int(nodes), int(node), master, silence_of(arguments, yaml_path), least_of(least, int(nodes), restarts),
+        (settings_of(arguments, yaml_path, *PATHS) or []), next(iter(mistakes), None), by_hand,
+    )  # fmt: skip
+
+
+def silence_of(arguments: list[str], yaml_path: str) -> float:
+    """Seconds after which a machine that gives no sign is given up: the setting rank_timeout."""
+    (minutes,) = settings_of(arguments, yaml_path, "rank_timeout") or [None]
     try:
-        silence = 60 * float(RunSettings.rank_timeout if minutes is None else minutes)
+        return 60 * float(RunSettings.rank_timeout if minutes is None else minutes)
     except ValueError:  # the recipe will report it
-        silence = 60 * RunSettings.rank_timeout
-    return Team(int(nodes), int(node), master, silence, least_of(least, int(nodes), restarts), paths, *mistakes)
+        return 60 * RunSettings.rank_timeout
 
 
-def obey_stdin() -> None:
-    """Take the numbers of signals from stdin, as from lib/launch/hosts.py over ssh; at its end, end at once."""
-    with open(0, "rb", buffering=0, closefd=False) as stdin:
-        for line in stdin:
-            os.kill(os.getpid(), int(line))
+def obey_stdin(silence: float) -> None:
+    """Take the numbers of signals from stdin, as from lib/launch/hosts.py over ssh, which sends a 0, no signal, as a
+    sign of life. At its end, or without a sign for so many seconds, end at once."""
+    rest = b""
+    while select.select([0], [], [], silence)[0] and (data := os.read(0, 1024)):
+        *numbers, rest = (rest + data).split(b"\n")
+        for number in numbers:
+            os.kill(os.getpid(), int(number))
     for _ in range(2):  # the second signal ends all
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1.5)
 
 
+def leave(number: int, _: Any) -> None:
+    """A signal before there are ranks, which would go on to them."""
+    sys.exit(128 + number)
+
+
 def main() -> int:
-    if "SIGNALS_BY_STDIN" in os.environ:
-        threading.Thread(target=obey_stdin, daemon=True).start()
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, leave)
+    by_hand = "SIGNALS_BY_STDIN" not in os.environ
     sys.stdout, sys.stderr = Console(1), Console(2)
     split = sys.argv.index("--")
     run_name, yaml_path, restarts, dry_run, *machines = sys.argv[1:split]
     launcher, *arguments = sys.argv[split + 1 :]
     run_dir, resume = resolve(arguments, yaml_path)
     named = run_dir is None and not resume
+    if not by_hand:
+        threading.Thread(target=obey_stdin, args=(silence_of(arguments, yaml_path),), daemon=True).start()
     try:
-        team = team_of(machines, int(restarts), arguments, yaml_path) if machines else Team()
+        team = team_of(machines, int(restarts), arguments, yaml_path, by_hand) if machines else Team()
         if named and (team.node == 0 or dry_run):  # the other machines are told the name
             run_dir = (
                 f"runs/{run_name}-{time.strftime('%Y%m%d-%H%M%S')}" if dry_run else str(new_folder(f"runs/{run_name}"))
@@ -279,7 +299,7 @@ def run_until_it_ends(
                 return 0
             marker_before = end_marker(run_dir)
             # What is printed here by lib/launch/hosts.py's order is on its console anyway.
-            with words.overheard(team.node > 0 and "SIGNALS_BY_STDIN" not in os.environ) as (output, lines):
+            with words.overheard(team.node > 0 and team.by_hand) as (output, lines):
                 status = run_once([*START_RANKS, *ranks], output, team.others_failed if team.nodes > 1 else None)
             finished = end_marker(run_dir) not in (None, marker_before)
             said = [] if status in (0, STOPPED) else words.of_the_fault(lines)

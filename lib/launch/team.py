@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from lib.launch.meeting import JOIN_SECONDS, RETURN_SECONDS, Left, Lost, Meeting
 REACH_SECONDS = 5
 # After another machine's ranks have failed, this one's may say so and end by themselves: start_ranks gives them 11 s.
 LAST_WORDS_SECONDS = 12
+START_SECONDS = 120  # within which hosts.py has started this command on all machines
 GONE_SECONDS = 2  # the same after a machine has gone, of which nothing more can be heard
 END_SECONDS = 200  # within which another machine ends its ranks: exit functions, and processes that the kernel holds
 
@@ -45,23 +47,25 @@ class Team:
 
     silence: seconds without a sign of another machine after which it is lost. least: so many machines, the first one
     among them, are enough to start again; 0: all of them. paths: settings that may be files of each machine. mistake:
-    a line on why this machine cannot take part (lib/launch/preflight.py), which is said to all.
+    a line on why this machine cannot take part (lib/launch/preflight.py), which is said to all. by_hand: whether a user
+    starts and ends each machine's command, and not lib/launch/hosts.py.
     """
 
     def __init__(
         self, nodes: int = 1, node: int = 0, master: str = "", silence: float = 600, least: int = 0,
-        paths: Sequence[Any] = (), mistake: str | None = None,
+        paths: Sequence[Any] = (), mistake: str | None = None, by_hand: bool = True,
     ):  # fmt: skip
         self.nodes, self.node, self.silence, self.least, self.paths = nodes, node, silence, least or nodes, paths
         self.host, self.port = split_address(master) if nodes > 1 else ("", 0)
-        self.mistake = mistake
+        self.mistake, self.by_hand = mistake, by_hand
         self.meeting: Meeting | None = None
         self._others_failed_at: float | None = None
 
     def gather(
-        self, launched: argparse.Namespace, run_dir: str | None, resume: bool, restarts: int, dry_run: bool = False
+        self, launched: argparse.Namespace, run_dir: str | None, began: bool, restarts: int, dry_run: bool = False
     ) -> Start:
-        """Wait until all machines are here, and compare them. What to run, where and how often is said by node 0.
+        """Wait until all machines are here, and compare them. Where to run and how often is said by node 0, or, if the
+        run has begun, by a machine that was there: node 0's command may have been started again.
 
         launched: what this machine's launcher was told (start_ranks.parse). Raises UserError with all faults that were
         found, a line each, Lost where a machine has gone, and Left where this one does not find back to the others.
@@ -70,19 +74,21 @@ class Team:
         if self.mistake and (self.nodes == 1 or dry_run):
             raise UserError(self.mistake)
         if self.nodes == 1:
-            return Start(run_dir, resume, restarts, ["--master_port", str(network.free_port())])
+            return Start(run_dir, began, restarts, ["--master_port", str(network.free_port())])
         if dry_run:
-            return Start(run_dir, resume, restarts, options_of([ids] * self.nodes, self.node, self.host, self.port))
+            return Start(run_dir, began, restarts, options_of([ids] * self.nodes, self.node, self.host, self.port))
         meeting = self._meet()
         self._others_failed_at = None
         folder = run_dir if self.node == 0 else None
         chosen = os.environ.get("GLOO_SOCKET_IFNAME")
         token = _leave_token(folder)
-        with _removed_in_the_end(token), socket.create_server(("", 0), backlog=self.nodes) as server:
+        # launch.sh has set it, but for CUDA. On a machine with a mistake it says nothing.
+        accelerator = {} if self.mistake else {"accelerator": os.environ.get("DS_ACCELERATOR", "cuda")}
+        with _removed_in_the_end(token), network.listen(backlog=self.nodes) as server:
             mine = {
-                "facts": facts(script, settings, self.paths), "settings": settings, "ids": ids,
+                "facts": facts(script, settings, self.paths) | accelerator, "settings": settings, "ids": ids,
                 "address": network.address_of(chosen) if chosen else meeting.own_address, "interface": chosen,
-                "reach": server.getsockname()[1], "port": network.free_port(), "run_dir": folder, "resume": resume,
+                "reach": server.getsockname()[1], "port": network.free_port(), "run_dir": run_dir, "began": began,
                 "restarts": restarts, "folder": folder and str(Path(folder).absolute()), "token": token,
                 "clocks": meeting.clocks,
             }  # fmt: skip
@@ -93,17 +99,19 @@ class Team:
             names, here = meeting.names, meeting.names[self.node]
             faults = differences(all_nodes, list(map(meeting.name_of, meeting.members)))
             problems = [f"{here}: {self.mistake}" if self.mistake else None, _problem_with_compilation(settings, here)]
-            problems.append(_problem_with_folder(first, names[0], here))
+            problems.append(_problem_with_folder(first, names[0], here, self.node == 0))
             others = [(names[at], node) for at, node in zip(meeting.members, all_nodes, strict=True) if at != self.node]
-            problems += [_cannot_reach(here, name, node) for name, node in others]
+            with ThreadPoolExecutor(64) as pool:
+                problems += pool.map(lambda other: _cannot_reach(here, *other), others)
             faults += [problem for found in meeting.exchange(list(filter(None, problems))) for problem in found]
-        if faults and self.node and "SIGNALS_BY_STDIN" in os.environ:  # by hosts.py, where node 0 has said them
+        if faults and self.node and not self.by_hand:  # node 0 has said them on the one console
             raise UserError(f"{len(faults)} of what {meeting.name_of(0)} says")
         if faults:
             raise UserError("\n".join(faults))
         number = meeting.members.index(self.node)  # without machines that have gone
         options = options_of([node["ids"] for node in all_nodes], number, meeting.master_address, first["port"])
-        return Start(first["run_dir"], first["resume"], first["restarts"], options)
+        leader = next((node for node in all_nodes if node["began"]), first)
+        return Start(leader["run_dir"], leader["began"], leader["restarts"], options)
 
     def _meet(self) -> Meeting:
         """Come together, unless all are together still."""
@@ -111,13 +119,15 @@ class Team:
             return self.meeting
         is_first = self.meeting is None
         self.leave()
-        least, patience = self.nodes, float(JOIN_SECONDS)
+        least, patience = self.nodes, float(JOIN_SECONDS if self.by_hand else START_SECONDS)
         if not is_first:
             least = self.least
-            if least < self.nodes or "SIGNALS_BY_STDIN" in os.environ:  # nobody else will start node 0 again
+            if least < self.nodes or not self.by_hand:  # nobody else will start node 0 again
                 patience = RETURN_SECONDS + 15
         try:
-            self.meeting = Meeting(self.nodes, self.node, self.host, self.port, self.silence, least, patience)
+            self.meeting = Meeting(
+                self.nodes, self.node, self.host, self.port, self.silence, least, patience, self.by_hand
+            )
         except UserError as error:
             if is_first:
                 raise
@@ -231,10 +241,10 @@ def _removed_in_the_end(file: str | None) -> Iterator[None]:
             Path(file).unlink(missing_ok=True)
 
 
-def _problem_with_folder(first: dict[str, Any], first_name: str, name: str) -> str | None:
+def _problem_with_folder(first: dict[str, Any], first_name: str, name: str, is_first: bool) -> str | None:
     """Why this machine cannot take part in a run whose folder the first one has named."""
     if first["token"] is None:
-        return _not_writable(Path(first["folder"]), name) if first["folder"] and name == first_name else None
+        return _not_writable(Path(first["folder"]), name) if first["folder"] and is_first else None
     token, here = Path(first["token"]), str(Path(first["run_dir"]).absolute())
     if here != first["folder"]:
         return (

@@ -25,7 +25,7 @@ from machine_runs import (
     wait_for,
 )
 
-from lib.errors import UserError
+from lib.errors import ROOT, UserError
 from lib.launch.facts import differences
 from lib.launch.hosts import chosen
 from lib.launch.team import verdict
@@ -100,16 +100,21 @@ def test_machines_that_do_not_fit_together_start_nothing(hosts: Hosts) -> None:
         "printf 'Metadata-Version: 2.1\\nName: torch\\nVersion: 9.9\\n' > /tmp/other/torch-9.9.dist-info/METADATA"
     )
     assert beta.run("sh", "-c", metadata).returncode == 0
+    changed = ROOT / "lib" / "run" / "metrics.py"
+    beta.run("sh", "-c", f"echo '# changed' > /tmp/changed.py; mount --bind /tmp/changed.py {changed}")
     both = [
         alpha.start(*at_alpha, "--run_dir", "/tmp/run"),
         beta.start("env", "PYTHONPATH=/tmp/other", "GLOO_SOCKET_IFNAME=lo", *at_beta, "--run_dir", "/tmp/run"),
     ]
     started = time.monotonic()
-    codes, printed = end(both, hosts)
+    try:
+        codes, printed = end(both, hosts)
+    finally:
+        beta.run("umount", changed)
     assert codes == [2, 2] and time.monotonic() - started < 20
     for text in printed:
         faults = [line for line in text.splitlines() if line.startswith("error: ")]
-        assert len(faults) == 4, text
+        assert len(faults) == 5, text
         for fault, words in zip(
             sorted(faults),
             (
@@ -117,6 +122,7 @@ def test_machines_that_do_not_fit_together_start_nothing(hosts: Hosts) -> None:
                 ["beta does not see the folder of alpha's run, /tmp", "on a disk that all machines share"],
                 ["node 1 (beta) has torch 9.9, node 0 (alpha) has 2.", "install the same on all machines"],
                 ["node 1 (beta) was started with", "--max_steps 3", "give the same settings"],
+                ["this code: node 1 (beta) has another content than node 0 (alpha)", "to the same commit"],
             ),
             strict=True,
         ):
@@ -137,9 +143,9 @@ def test_who_is_not_expected_is_sent_away(hosts: Hosts, shared: Path) -> None:
     again = beta.run(*first, 2, "--node_rank", 2)
     assert again.returncode == 2 and "--node_rank is 2; of 2 nodes the last has 1" in again.stderr
     assert zero.poll() is None
-    os.kill(process_of(alpha, "lib.launch.supervise"), signal.SIGINT)
+    os.kill(process_of(alpha, "lib.launch.supervise"), signal.SIGTERM)
     codes, printed = end([zero], hosts)
-    assert codes == [130] and "Traceback" not in printed[0]
+    assert codes == [143] and "Traceback" not in printed[0]
 
 
 @pytest.mark.slow
@@ -163,15 +169,14 @@ def test_a_hostfile_starts_and_ends_all_machines(hosts: Hosts, shared: Path) -> 
     at = steps_of(run)
     second = [beta.start(*command, "--run_dir", run, "--resume")]
     wait_for(run, at + 12, second)
+    os.kill(process_of(beta, "lib.launch.hosts"), signal.SIGSTOP)  # as where its machine has gone, not seen by ssh
+    wait(lambda: not any(host.processes("lib.launch.supervise") for host in hosts), second, SILENCE + 60)
     os.kill(process_of(beta, "lib.launch.hosts"), signal.SIGKILL)
-    wait_all = time.monotonic() + 60
-    while any(host.processes() for host in hosts) and time.monotonic() < wait_all:
-        time.sleep(0.1)
     end(second, hosts, 10)
 
 
 def test_a_hostfile_is_checked_before_anything_starts(hosts: Hosts, shared: Path) -> None:
-    alpha, _ = hosts
+    alpha, beta = hosts
     files = {
         "good": ("alpha slots=2\nbeta slots=1\n", []),
         "twice": ("alpha slots=1\nbeta\nalpha slots=2\n", ["twice:2: 'beta' should be", "twice:3: alpha stands here"]),
@@ -195,6 +200,18 @@ def test_a_hostfile_is_checked_before_anything_starts(hosts: Hosts, shared: Path
             assert [row.split()[:3] for row in rows] == [["alpha", "alpha", "2"], ["beta", "beta", "1"]]
     missing_file = alpha.run("./launch.sh", "check", "--hostfile", shared / "nowhere")
     assert missing_file.returncode == 2 and "No such file" in missing_file.stderr
+    more = alpha.run("./launch.sh", "check", "--hostfile", shared / "good", "--run_dir", shared)
+    assert more.returncode == 2 and more.stderr.startswith("error: check knows no --run_dir")
+
+    (key,) = (
+        line.split()[1] for line in beta.run("cat", "/etc/ssh/ssh_config").stdout.splitlines() if "Identity" in line
+    )
+    keys = Path(key).with_name("authorized_keys")
+    beta.run("mount", "--bind", "/dev/null", keys)
+    refused = alpha.run("./launch.sh", "check", "--hostfile", shared / "good")
+    beta.run("umount", keys)
+    assert refused.returncode == 2 and refused.stderr.startswith("error: ssh does not reach beta (")
+    assert "Permission denied" in refused.stderr and len(refused.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -230,7 +247,8 @@ def test_a_wrong_choice_of_hosts_is_refused(include: str | None, exclude: str | 
 
 
 def node(**changed: Any) -> dict[str, Any]:
-    return {"facts": {"Python": "3.11", "this code": "ab"}, "settings": ["--x", "1"], "clock": 0.0} | changed
+    facts = {"Python": "3.11", "this code": "ab", "accelerator": "cuda"}
+    return {"facts": facts, "settings": ["--x", "1"], "clock": 0.0} | changed
 
 
 @pytest.mark.parametrize(
@@ -238,6 +256,7 @@ def node(**changed: Any) -> dict[str, Any]:
     [
         (node(facts={"Python": "3.12", "this code": "ab"}), ["beta has Python 3.12, alpha has 3.11"]),
         (node(facts={"Python": "3.11", "this code": "cd"}), ["this code: beta", "same commit"]),
+        (node(facts=node()["facts"] | {"accelerator": "cpu"}), ["beta would train on cpu, alpha on cuda"]),
         (node(clock=95.4), ["clock of beta is 95 s ahead of that of alpha", "set-ntp"]),
         (node(clock=-40.0), ["40 s behind"]),
     ],

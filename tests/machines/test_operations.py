@@ -7,7 +7,9 @@ import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 from conftest import ALL
 from hosts import Host
@@ -176,7 +178,9 @@ def test_check_measures_the_network(hosts: Hosts, shared: Path) -> None:
         for host in hosts if limit else ():
             assert host.run(*limit).returncode == 0
         started = time.monotonic()
-        done = alpha.run("./launch.sh", "check", "--hostfile", shared / "hostfile")
+        # The user has come to alpha by a network that beta does not reach.
+        login = ["env", "SSH_CONNECTION=192.0.2.7 50000 127.0.0.1 22"]
+        done = alpha.run(*login, "./launch.sh", "check", "--hostfile", shared / "hostfile")
         assert done.returncode == 0 and time.monotonic() - started < 20, done
         line = done.stdout.splitlines()[-1].split()
         assert line[0] == "network" and line[2] == "Gbit/s" and "by gloo" in done.stdout
@@ -187,18 +191,50 @@ def test_check_measures_the_network(hosts: Hosts, shared: Path) -> None:
     assert not alpha.processes() and not beta.processes()
 
 
+LAUNCHED = start_ranks.parse(
+    ["--master_port", "0", "--num_accelerators", "2", str(ROOT / "recipes" / "causal_lm.py"),
+     "--deepspeed_config", str(ROOT / "ds_configs" / "causal_lm" / "zero2.json")]
+)  # fmt: skip
+
+
+def has_ipv6() -> bool:
+    return any(found.address == "::1" for all_of in psutil.net_if_addrs().values() for found in all_of)
+
+
+def test_the_first_machine_goes_on_with_the_run_of_the_others(tmp_path: Path) -> None:
+    """Its command was started again, and knows nothing of the run that has begun."""
+    address = f"127.0.0.1:{free_port()}"
+    first, second = (team.Team(2, node, address, silence=40 * 24 * 3600) for node in range(2))
+
+    def starts(of_first: tuple[Any, ...], of_second: tuple[Any, ...]) -> list[tuple[str | None, bool, int]]:
+        """(run_dir, resume, restarts) of both, from what each believed."""
+        with ThreadPoolExecutor(2) as pool:
+            both = pool.map(
+                lambda one, believed: one.gather(LAUNCHED, *believed), (first, second), (of_first, of_second)
+            )
+            return [(found.run_dir, found.resume, found.restarts) for found in both]
+
+    ours, other = str(tmp_path / "ours"), str(tmp_path / "other")
+    assert starts((ours, False, 3), (None, False, 3)) == [(ours, False, 3)] * 2
+    first.leave()
+    first = team.Team(2, 0, address, silence=5)
+    assert second.meeting is not None
+    while not second.meeting.lost:
+        second.meeting.hear(1)
+    assert starts((other, False, 3), (ours, True, 2)) == [(ours, True, 2)] * 2
+
+
 def test_machines_that_are_left_are_numbered_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of three supervisors, in one process, the second leaves, and comes back; then the first one has gone."""
+    """Of three supervisors, in one process, the second leaves, and comes back by IPv6; then the first one has gone."""
     for module in (meeting, team):
         monkeypatch.setattr(module, "RETURN_SECONDS", 1)
-    address, config = f"127.0.0.1:{free_port()}", ROOT / "ds_configs" / "causal_lm" / "zero2.json"
-    recipe = [ROOT / "recipes" / "causal_lm.py", "--deepspeed_config", config]
-    launched = start_ranks.parse(["--master_port", "0", "--num_accelerators", "2", *map(str, recipe)])
+    port = free_port()
+    address = f"127.0.0.1:{port}"
 
     def places(*teams: team.Team) -> list[tuple[int, int]]:
         """(its number, of how many) of each machine, after they have come together."""
         with ThreadPoolExecutor(len(teams)) as pool:
-            starts = list(pool.map(lambda one: one.gather(launched, str(tmp_path), False, 1), teams))
+            starts = list(pool.map(lambda one: one.gather(LAUNCHED, str(tmp_path), False, 1), teams))
         found = [start_ranks.parse([*start.options, "recipe.py"]) for start in starts]
         return [(options.node_rank, len(options.nodes)) for options in found]
 
@@ -212,7 +248,7 @@ def test_machines_that_are_left_are_numbered_anew(tmp_path: Path, monkeypatch: p
     assert places(first, second, third) == [(0, 3), (1, 3), (2, 3)]
     leave(second, first, third)
     assert places(first, third) == [(0, 2), (1, 2)]
-    second = team.Team(3, 1, address, silence=5, least=2)
+    second = team.Team(3, 1, f"[::1]:{port}" if has_ipv6() else address, silence=5, least=2)
     assert places(first, second, third) == [(0, 3), (1, 3), (2, 3)]
     monkeypatch.setattr(team, "RETURN_SECONDS", -14)  # it looks for the first one 15 s longer than for the others
     leave(first, second)
