@@ -85,9 +85,11 @@ class Job:
                         found[process] = line
         return found
 
+    def has(self, host: int, what: str) -> set[int]:
+        return set(self.hosts[host].processes(PROCESSES[what])) & set(self.there())
+
     def process(self, host: int, what: str) -> int:
-        on_host = set(self.hosts[host].processes(PROCESSES[what]))
-        found = on_host & set(self.there())
+        found = self.has(host, what)
         if len(found) != 1:
             raise SystemExit(f"{what} on {self.hosts[host].name}: {found}\n{self.said()}")
         return found.pop()
@@ -320,7 +322,7 @@ class Torture:
         """Wait until the run is in this state."""
         model, checkpoints = self.run / "model", self.run / "checkpoints"
         if when == "start":
-            job.wait(lambda: all(host.processes("--local_rank=") for host in job.hosts), "a rank")
+            job.wait(lambda: all(job.has(host, "rank") for host in range(len(job.hosts))), "a rank")
             time.sleep(self.draw.uniform(0, 4))
         elif when == "loading":
             lock = self.run / ".lock"

@@ -172,6 +172,7 @@ def test_a_hostfile_starts_and_ends_all_machines(hosts: Hosts, shared: Path) -> 
     os.kill(process_of(beta, "lib.launch.hosts"), signal.SIGSTOP)  # as where its machine has gone, not seen by ssh
     wait(lambda: not any(host.processes("lib.launch.supervise") for host in hosts), second, SILENCE + 60)
     os.kill(process_of(beta, "lib.launch.hosts"), signal.SIGKILL)
+    second[0].send_signal(signal.SIGCONT)  # nsenter has stopped with it
     end(second, hosts, 10)
 
 
