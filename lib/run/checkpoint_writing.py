@@ -172,7 +172,8 @@ class WrittenBeside:
 
     def _make_folder(self) -> None:
         shutil.rmtree(self._unfinished, ignore_errors=True)
-        self._unfinished.mkdir(parents=True)
+        self._unfinished.parent.mkdir(exist_ok=True)  # but no new folder of the run, whose disk may be away for now
+        self._unfinished.mkdir()
 
     def _publish(self, files: list[Manifest]) -> None:
         manifest = self._manifest | {"files": {file.pop("name"): file for file in files}}

@@ -192,8 +192,13 @@ def fill_for(seconds: float) -> Callable[[Job], None]:
     return do
 
 
-def take_away(job: Job) -> None:
-    job.run.rename(job.run.with_name("away"))
+def take_away_for(seconds: float) -> Callable[[Job], None]:
+    def do(job: Job) -> None:
+        job.run.rename(job.run.with_name("away"))
+        time.sleep(seconds)
+        job.run.with_name("away").rename(job.run)
+
+    return do
 
 
 def kill_host(host: int) -> Callable[[Job], None]:
@@ -229,7 +234,7 @@ FAULTS = [
     Fault("link cut for 4 s", cut_for(4), []),
     Fault("both supervisors killed", send(KILL, A_SUPER, B_SUPER), [-9, -9]),
     Fault("start_ranks stopped, its rank killed", stop_then_kill, [1, 1]),
-    Fault("the run's folder is taken away", take_away, [1, 1]),
+    Fault("the run's folder is away for 5 s", take_away_for(5), []),
     Fault("SIGUSR1 to the supervisor on alpha", send(USR1, A_SUPER), [75, 75]),
     Fault("link cut while ranks start", cut, [1, 1], "start"),
     Fault("beta is gone", kill_host(BETA), [1, -9], beside="alpha"),
@@ -360,9 +365,6 @@ class Torture:
         for host in self.hosts:
             if not host.is_gone():
                 host.mend()
-        if (self.small / "away").exists():
-            shutil.rmtree(self.run, ignore_errors=True)
-            (self.small / "away").rename(self.run)
         lives = before.keys() <= beside.there().keys()
         beside.wait(lambda: beside.steps() > step_beside, "a step of the second run", 120)
         self.judge(losses)

@@ -25,9 +25,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = {"alpha": "10.77.0.1", "beta": "10.77.0.2"}
 SSH_PORT = 2222
-NEEDED = ("unshare", "nsenter", "ip", "bridge", "sshd", "ssh", "ssh-keygen", "mount")
+NEEDED = ("setpriv", "unshare", "nsenter", "ip", "bridge", "sshd", "ssh", "ssh-keygen", "mount")
 # A host has these folders of the machine, even where they are below one that it has for itself.
 SHARED = (ROOT, Path(sys.prefix).resolve())
+
+# What is started by this ends with the process that starts it, even when that is killed.
+WITH_US = ("setpriv", "--pdeathsig", "KILL")
 
 # The first process of a host. Debian writes `127.0.1.1 <own name>` into /etc/hosts, by which gloo takes the loopback.
 BOOT = """
@@ -161,7 +164,7 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
     first: list[subprocess.Popen[bytes]] = []
     try:
         _write_ssh_files(folder)
-        first.append(subprocess.Popen(["unshare", "--net", "sleep", "infinity"]))
+        first.append(subprocess.Popen([*WITH_US, "unshare", "--net", "sleep", "infinity"]))
         switch = first[0].pid
         _wait(lambda: Path(f"/proc/{switch}/ns/net").readlink() != Path("/proc/self/ns/net").readlink())
         in_switch = ["nsenter", f"--target={switch}", "--net"]
@@ -181,7 +184,7 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
             )
             script = BOOT.format(name=name, folder=own, keep=keep, sshd=shutil.which("sshd"))
             namespaces = ["--net", "--uts", "--pid", "--mount", "--mount-proc", "--fork", "--kill-child"]
-            starter = subprocess.Popen(["unshare", *namespaces, "sh", "-c", script])
+            starter = subprocess.Popen([*WITH_US, "unshare", *namespaces, "sh", "-c", script])
             first.append(starter)
             _wait(lambda own=own: (own / "up").exists())
             init = int(Path(f"/proc/{starter.pid}/task/{starter.pid}/children").read_text().split()[0])
