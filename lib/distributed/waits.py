@@ -7,6 +7,7 @@ pipeline's own.
 
 import contextlib
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,10 +21,11 @@ COLLECTIVES = (
 )  # fmt: skip
 
 _spans: list[tuple[Any, Any]] = []  # (start, end) of each wait: events of the device, or seconds where it has none
+_counts = threading.Event()  # set while steps are timed: an evaluation keeps no events
 
 
 def watch(backend: Any) -> None:
-    """Count from now on what the collectives of DeepSpeed's backend, deepspeed.comm.comm.cdb, wait."""
+    """Let the collectives of DeepSpeed's backend, deepspeed.comm.comm.cdb, be counted."""
     for name in COLLECTIVES:
         setattr(backend, name, _timed(getattr(backend, name)))
 
@@ -31,20 +33,28 @@ def watch(backend: Any) -> None:
 @contextlib.contextmanager
 def waiting() -> Iterator[None]:
     """For a collective. Events are queued: on a GPU nothing waits here."""
-    start = _now()
+    start = _now() if _counts.is_set() else None
     yield
-    _spans.append((start, _now()))
+    if start is not None and _counts.is_set():
+        _spans.append((start, _now()))
 
 
-def forget() -> None:
-    """Leave out what was waited until now: it belongs to no step."""
+def begin() -> None:
+    """Count from now on."""
     _spans.clear()
+    _counts.set()
+
+
+def end() -> None:
+    """Count no longer, until the next `begin`."""
+    _spans.clear()
+    _counts.clear()
 
 
 def take() -> float:
-    """The seconds that this rank has waited since the last call of this or `forget`. It waits for the device."""
+    """The seconds that this rank has waited since the last call of this or `begin`. It waits for the device."""
     spans = _spans.copy()
-    forget()
+    _spans.clear()
     if not spans or isinstance(spans[0][0], float):
         return float(sum(end - start for start, end in spans))
     get_accelerator().synchronize()

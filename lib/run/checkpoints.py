@@ -35,8 +35,8 @@ class Pauses:
     def pause(self) -> Iterator[None]:
         """For what training waits for. Every rank must enter it."""
         started = time.monotonic()
-        with self.metrics.outside_steps():
-            yield
+        self.metrics.interrupt()
+        yield
         self._seconds += time.monotonic() - started
 
     def note(self, output: Output) -> None:

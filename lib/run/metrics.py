@@ -5,7 +5,6 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,25 +48,19 @@ class Metrics:
 
     def restart_clock(self) -> None:
         """Leave what was done until now out of the time of the next step."""
-        waits.forget()
+        waits.begin()
         self._flushed_at = time.perf_counter()
         self._is_interrupted = False
 
     def interrupt(self) -> None:
-        """Something that is no step begins, and ends before the next step. Every rank must call it."""
+        """Something that is no step begins, and ends before the next step, if there is one. Every rank must call it."""
         self.flush()
+        waits.end()
         self._is_interrupted = True
 
     def end_interruption(self) -> None:
         if self._is_interrupted:
             self.restart_clock()
-
-    @contextlib.contextmanager
-    def outside_steps(self) -> Iterator[None]:
-        """For what is done between two steps and belongs to neither. Every rank must enter it."""
-        self.flush()
-        yield
-        self.restart_clock()
 
     # Steps.
 
@@ -134,11 +127,10 @@ class Metrics:
 
     def write_scores(self, step: int, split: str, scores: dict[str, float]) -> None:
         """Write and say the scores of an evaluation, which are the same on all ranks."""
-        self.flush()
+        self.interrupt()
         self._write([{"step": step} | {f"{split}_{name}": value for name, value in scores.items()}])
         listed = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
         self.output.say(f"step {step}/{self.total_steps}  {split}: {listed}")
-        self.restart_clock()
 
     def _write(self, records: list[dict[str, Any]]) -> None:
         if ranks.rank() != 0:

@@ -129,7 +129,7 @@ class Run:
                 self.close()
                 raise
             self.metrics.end_interruption()
-        self.metrics.flush()
+        self.metrics.interrupt()
         self.output.end_steps()
         self.checkpoints.take_best()
 

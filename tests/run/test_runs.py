@@ -37,7 +37,7 @@ from safetensors.torch import load_file, save_file
 from lib import errors
 from lib.compare import compare, report
 from lib.compare.results import Results
-from lib.distributed import ranks
+from lib.distributed import ranks, waits
 from lib.distributed.export import export
 from lib.errors import Stopped, UserError
 from lib.launch import supervise
@@ -214,6 +214,28 @@ def test_what_follows_an_evaluation_counts_as_no_step_either(tmp_path: Path, mon
         if training.run.evaluation_due(step):
             clock.now += 1000
     assert [entry["step_seconds"] for entry in entries_of(tmp_path / "run")] == [1.0] * 6
+    training.run.close()
+
+
+def test_waits_are_kept_of_steps_alone(tmp_path: Path) -> None:
+    """A long evaluation or generation at stage 3 may have a million collectives, and nothing asks for their waits."""
+
+    def is_kept() -> bool:
+        ranks.all_sum(torch.zeros(1))
+        return waits.take() > 0
+
+    training = Training(tmp_path / "run", max_steps=4, eval_every=2, save_every=1, log_every=100)
+    assert not is_kept()
+    for step in training.steps():
+        assert is_kept()
+        training.run.log_step(step, torch.tensor(1.0), torch.tensor(1))
+        if training.run.evaluation_due(step):
+            assert not is_kept()
+            training.run.log_scores(step, "validation", {"score": 1.0})
+            assert not is_kept()
+    assert not is_kept()
+    training.run.log_scores(4, "test", {"score": 1.0})
+    assert not is_kept()
     training.run.close()
 
 
