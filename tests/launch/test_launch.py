@@ -1,6 +1,7 @@
 """launch.sh and the plain launcher, as a user calls them: real launches, errors, a copied recipe, clean ends."""
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -190,9 +191,11 @@ def test_what_is_stopped_is_saved_and_goes_on_as_if_nothing_had_been(tmp_path: P
         and "stopped by the time limit after step" in limited.stderr
         and "there is no checkpoint" in limited.stdout
     )
-    for number in (signal.SIGUSR1, signal.SIGINT):
+    for numbers, to_all in (([signal.SIGINT], False), ([signal.SIGUSR1, signal.SIGTERM], True)):
         process = start(run, "--resume", steps=len(read_losses(run)) + 30)
-        process.send_signal(number)
+        # Slurm signals all processes of a job at once.
+        for number, reached in itertools.product(numbers, processes_of(run) if to_all else [process.pid]):
+            os.kill(reached, number)
         output = end(process, run)
         assert (
             process.returncode == 75
