@@ -68,15 +68,15 @@ def find() -> Devices:
     Raises UserError for a choice of devices that the launcher cannot pass on, and for GPUs that cannot be used.
     """
     found = _find()
-    if HOSTFILE.is_file():
-        print(
-            f"note: {HOSTFILE} is not used: this machine alone; for all of its machines,"
-            " run the printed command without --hostfile",
-            file=sys.stderr,
-        )
     if found.accelerator != "cuda":
         os.environ.setdefault("DS_ACCELERATOR", found.accelerator)
     return found
+
+
+def note_hostfile() -> None:
+    """For a run on this machine alone, whose machine may be one of several: say how they are used."""
+    if HOSTFILE.is_file():
+        print(f"note: this machine alone; --hostfile {HOSTFILE} trains on all that it names", file=sys.stderr)
 
 
 def _find() -> Devices:
