@@ -115,6 +115,21 @@ environment() {
   if [ -x "$python" ] && satisfied "$python"; then
     return
   fi
+  make_environment "$active" 9>"$root/.venv.lock"
+}
+
+# Makes .venv by the Python $1, once, although every node of a cluster may be started in a shared checkout. The lock is
+# file 9; where there is no flock command (macOS), or the disk has no locks, it goes without.
+make_environment() {
+  local active=$1 answer=0
+  flock -n 9 2>/dev/null || answer=$?
+  if [ "$answer" = 1 ]; then
+    echo "Waiting until another launch.sh has installed the requirements into .venv ..."
+    flock 9
+  fi
+  if [ -x "$python" ] && satisfied "$python"; then
+    return
+  fi
   "$active" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     fail "python3 is $("$active" -V), but 3.11 or newer is needed"
   echo "Installing the requirements into .venv (once; a few minutes and a few GB) ..."

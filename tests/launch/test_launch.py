@@ -1,6 +1,7 @@
 """launch.sh and the plain launcher, as a user calls them: real launches, errors, a copied recipe, clean ends."""
 
 import contextlib
+import fcntl
 import itertools
 import json
 import os
@@ -8,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
+import venv
 from pathlib import Path
 
 import pytest
@@ -50,6 +53,32 @@ def test_a_mistake_in_the_launch_is_refused(arguments: list[str], words: list[st
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     for word in words:
         assert word in done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("flock"), reason="there is no flock command")
+def test_the_environment_is_made_once(tmp_path: Path) -> None:
+    """All nodes of a job start at once in a checkout that they share: one installs, the others wait, and find it."""
+    for part in ("launch.sh", "requirements.txt", "requirements-no-deps.txt", "lib", "recipes", "ds_configs"):
+        copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+        copy(ROOT / part, tmp_path / part)
+    for name in ("bare", "made"):
+        venv.create(tmp_path / name, symlinks=True)
+    (packages,) = (tmp_path / "made").glob("lib/python*/site-packages")
+    (packages / "required.pth").write_text(sysconfig.get_path("purelib"))
+    environment = {"PATH": f"{tmp_path / 'bare' / 'bin'}:{os.environ['PATH']}", "PIP_NO_INDEX": "yes"}
+    command = [str(tmp_path / "launch.sh"), "causal_lm", "--help"]
+    with (tmp_path / ".venv.lock").open("w") as lock, (tmp_path / "said").open("w+") as said:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        nodes = [subprocess.Popen(command, env=os.environ | environment, stdout=said) for _ in range(2)]
+        deadline = time.monotonic() + 60
+        while (tmp_path / "said").read_text().count("Waiting until another launch.sh") < len(nodes):
+            assert time.monotonic() < deadline and not any(node.poll() for node in nodes)
+            time.sleep(0.05)
+        (tmp_path / "made").rename(tmp_path / ".venv")
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        assert [node.wait(60) for node in nodes] == [0, 0]
+    printed = (tmp_path / "said").read_text()
+    assert printed.count("--learning_rate") >= 2 and "Installing" not in printed
 
 
 @pytest.mark.slow
