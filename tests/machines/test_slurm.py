@@ -130,6 +130,7 @@ def test_slurm_starts_stops_and_requeues(slurm: Slurm, shared: Path) -> None:
 
     slurm.ask("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
     requeued()
+    assert "exit code 1\n" not in slurm.said()  # but 75: each time Slurm signals all processes at once
 
     hosts[1].cut()
     wait(lambda: "down" in slurm.ask("sinfo", "--noheader", "--nodes=beta", "--format=%T"), 60, slurm.said)
