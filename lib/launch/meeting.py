@@ -22,7 +22,7 @@ RETURN_SECONDS = 30
 
 
 class Lost(Exception):
-    """Another machine has gone: its supervisor has ended, or its network."""
+    """Another machine has gone, with its supervisor or its network, or has not come in time."""
 
 
 class Left(Lost):
@@ -79,7 +79,7 @@ class Meeting:
 
     silence: seconds without a sign of another machine after which it is lost. least: so many nodes, node 0 among them,
     are enough after RETURN_SECONDS. patience: for so many seconds node 0 is looked for. by_hand: whether the user
-    starts a command on each machine. Raises UserError where the nodes do not come together.
+    starts a command on each machine. Raises UserError where the nodes cannot come together, Lost where one stays away.
     """
 
     def __init__(
@@ -210,7 +210,7 @@ def _receive(meeting: Meeting, port: int, deadline: float, least: int) -> None:
                 print(f"going on without {which}, which did not come back within {RETURN_SECONDS} s")
                 break
             if time.monotonic() > deadline:
-                raise UserError(f"{which} did not come within {JOIN_SECONDS // 60} minutes")
+                raise Lost(f"{which} did not come within {JOIN_SECONDS // 60} minutes")
             if time.monotonic() > said_so:
                 said_so = deadline
                 limit = f", for {RETURN_SECONDS} s" if len(meeting.peers) + 1 >= least < meeting.nodes else ""
@@ -264,7 +264,7 @@ def _connect(meeting: Meeting, host: str, port: int, deadline: float, patience: 
                 raise UserError(f"--master: there is no host {host!r} ({error.strerror})") from None
             why = error.strerror or "no answer"
             if time.monotonic() - began > patience:
-                raise UserError(
+                raise Lost(
                     f"node 0 did not answer at {host}:{port} within {patience:.0f} s ({why}); is it started, and "
                     "does a firewall let this machine through? --master HOST:PORT names another of its addresses"
                 ) from None
@@ -287,7 +287,7 @@ def _connect(meeting: Meeting, host: str, port: int, deadline: float, patience: 
             except (ValueError, LookupError, TypeError):
                 raise UserError(f"what answers at {host}:{port} is no other node; give another --master") from None
             if time.monotonic() > deadline:
-                raise UserError(f"not all {meeting.nodes} nodes came within {JOIN_SECONDS // 60} minutes")
+                raise Lost(f"not all {meeting.nodes} nodes came within {JOIN_SECONDS // 60} minutes")
             if time.monotonic() > said_so:
                 said_so = deadline
                 print(f"waiting  at {host}:{port} until all {meeting.nodes} nodes are here")

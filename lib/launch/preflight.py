@@ -31,6 +31,8 @@ def main(recipe: str, ranks: str, machines: str = "", *settings: str) -> None:
     if parser is not None:
         config.known_arguments(parser, list(settings), also=LAUNCH_OPTIONS)
     found = devices.find()
+    if not machines:
+        devices.note_hostfile()
     try:
         count = int(ranks) if ranks else found.default_ranks
     except ValueError:

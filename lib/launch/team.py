@@ -128,7 +128,7 @@ class Team:
             self.meeting = Meeting(
                 self.nodes, self.node, self.host, self.port, self.silence, least, patience, self.by_hand
             )
-        except UserError as error:
+        except (UserError, Lost) as error:
             if is_first:
                 raise
             raise (Left if self.node and patience < JOIN_SECONDS else Lost)(str(error)) from None

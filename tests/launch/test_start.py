@@ -100,7 +100,7 @@ def test_the_launcher_takes_the_devices_that_were_chosen(
 
 
 def test_a_hostfile_on_the_machine_does_not_start_ranks_elsewhere(
-    machine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    machine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     machine(8)
     hostfile = tmp_path / "hostfile"
@@ -111,6 +111,9 @@ def test_a_hostfile_on_the_machine_does_not_start_ranks_elsewhere(
     devices.find.cache_clear()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6")
     assert ids_of(devices.find().launcher_options(1), gpus=8) == [6]
+    for machines, notes in (("", 1), ("several", 0)):
+        preflight.main(str(ROOT / "recipes" / "causal_lm.py"), "1", machines)
+        assert capsys.readouterr().err.count(f"--hostfile {hostfile}") == notes
 
 
 @pytest.mark.parametrize(

@@ -254,6 +254,10 @@ def test_machines_that_are_left_are_numbered_anew(tmp_path: Path, monkeypatch: p
     leave(first, second)
     with pytest.raises(meeting.Left, match="node 0 did not answer"):
         places(second)
+    # One that has not come at all is no mistake of the settings: at another start it may be there.
+    monkeypatch.setattr(team, "JOIN_SECONDS", 0)
+    with pytest.raises(meeting.Lost, match="node 0 did not answer"):
+        places(team.Team(3, 1, address, silence=5))
 
 
 @pytest.mark.parametrize(
