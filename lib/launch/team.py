@@ -70,48 +70,56 @@ class Team:
         launched: what this machine's launcher was told (start_ranks.parse). Raises UserError with all faults that were
         found, a line each, Lost where a machine has gone, and Left where this one does not find back to the others.
         """
-        ids, script, settings = launched.ids, Path(launched.script), launched.arguments
         if self.mistake and (self.nodes == 1 or dry_run):
             raise UserError(self.mistake)
         if self.nodes == 1:
             return Start(run_dir, began, restarts, ["--master_port", str(network.free_port())])
         if dry_run:
-            return Start(run_dir, began, restarts, options_of([ids] * self.nodes, self.node, self.host, self.port))
+            options = options_of([launched.ids] * self.nodes, self.node, self.host, self.port)
+            return Start(run_dir, began, restarts, options)
         meeting = self._meet()
         self._others_failed_at = None
-        folder = run_dir if self.node == 0 else None
+        nodes = self._compare(meeting, launched, {"run_dir": run_dir, "began": began, "restarts": restarts})
+        number = meeting.members.index(self.node)  # without machines that have gone
+        options = options_of([node["ids"] for node in nodes], number, meeting.master_address, nodes[0]["port"])
+        leader = next((node for node in nodes if node["began"]), nodes[0])
+        return Start(leader["run_dir"], leader["began"], leader["restarts"], options)
+
+    def _compare(self, meeting: Meeting, launched: argparse.Namespace, run: dict[str, Any]) -> list[dict[str, Any]]:
+        """What each machine says of itself, this one also what `run` has. Raises UserError where they do not fit."""
+        settings, here = launched.arguments, meeting.names[self.node]
+        folder = run["run_dir"] if self.node == 0 else None
         chosen = os.environ.get("GLOO_SOCKET_IFNAME")
-        token = _leave_token(folder)
         # launch.sh has set it, but for CUDA. On a machine with a mistake it says nothing.
         accelerator = {} if self.mistake else {"accelerator": os.environ.get("DS_ACCELERATOR", "cuda")}
+        token = _leave_token(folder)
         with _removed_in_the_end(token), network.listen(backlog=self.nodes) as server:
             mine = {
-                "facts": facts(script, settings, self.paths) | accelerator, "settings": settings, "ids": ids,
-                "address": network.address_of(chosen) if chosen else meeting.own_address, "interface": chosen,
-                "reach": server.getsockname()[1], "port": network.free_port(), "run_dir": run_dir, "began": began,
-                "restarts": restarts, "folder": folder and str(Path(folder).absolute()), "token": token,
-                "clocks": meeting.clocks,
+                "facts": facts(Path(launched.script), settings, self.paths) | accelerator, "settings": settings,
+                "ids": launched.ids, "address": network.address_of(chosen) if chosen else meeting.own_address,
+                "interface": chosen, "reach": server.getsockname()[1], "port": network.free_port(),
+                "folder": folder and str(Path(folder).absolute()), "token": token,
+                "clocks": {str(number): ahead for number, ahead in meeting.clocks.items()},
             }  # fmt: skip
-            all_nodes = meeting.exchange(mine)
-            first = all_nodes[0]
-            for number, node in zip(meeting.members, all_nodes, strict=True):
-                node["clock"] = {int(key): value for key, value in first["clocks"].items()}.get(number, 0)
-            names, here = meeting.names, meeting.names[self.node]
-            faults = differences(all_nodes, list(map(meeting.name_of, meeting.members)))
-            problems = [f"{here}: {self.mistake}" if self.mistake else None, _problem_with_compilation(settings, here)]
-            problems.append(_problem_with_folder(first, names[0], here, self.node == 0))
-            others = [(names[at], node) for at, node in zip(meeting.members, all_nodes, strict=True) if at != self.node]
+            nodes = meeting.exchange(mine | run)
+            first, names = nodes[0], [meeting.names[number] for number in meeting.members]
+            for number, node in zip(meeting.members, nodes, strict=True):
+                node["clock"] = first["clocks"].get(str(number), 0)
+            problems = [
+                f"{here}: {self.mistake}" if self.mistake else None,
+                _problem_with_compilation(settings, here),
+                _problem_with_folder(first, names[0], here, self.node == 0),
+            ]
             with ThreadPoolExecutor(64) as pool:
-                problems += pool.map(lambda other: _cannot_reach(here, *other), others)
+                others = [each for each in zip(meeting.members, names, nodes, strict=True) if each[0] != self.node]
+                problems += pool.map(lambda other: _cannot_reach(here, *other[1:]), others)
+            faults = differences(nodes, list(map(meeting.name_of, meeting.members)))
             faults += [problem for found in meeting.exchange(list(filter(None, problems))) for problem in found]
         if faults and self.node and not self.by_hand:  # node 0 has said them on the one console
             raise UserError(f"{len(faults)} of what {meeting.name_of(0)} says")
         if faults:
             raise UserError("\n".join(faults))
-        number = meeting.members.index(self.node)  # without machines that have gone
-        options = options_of([node["ids"] for node in all_nodes], number, meeting.master_address, first["port"])
-        leader = next((node for node in all_nodes if node["began"]), first)
-        return Start(leader["run_dir"], leader["began"], leader["restarts"], options)
+        return nodes
 
     def _meet(self) -> Meeting:
         """Come together, unless all are together still."""
