@@ -116,11 +116,12 @@ def start(
     """
     far = [sys.executable, str(ROOT / "lib" / "launch" / "far.py")]
     alive = f"ServerAliveCountMax={max(8, math.ceil(silence / 15))}"
-    prefix = far if is_here(host) else [*SSH, "-o", alive, host, shlex.join(far)]
     if is_here(host):  # this login came from somewhere else, and says nothing about the hosts
-        environment = {**environment, "SSH_CONNECTION": ""}
+        start_it, environment = far, {**environment, "SSH_CONNECTION": ""}
+    else:
+        start_it = [*SSH, "-o", alive, host, shlex.join(far)]
     process = subprocess.Popen(
-        prefix, stdin=subprocess.PIPE, text=True, errors="replace", start_new_session=True, **options
+        start_it, stdin=subprocess.PIPE, text=True, errors="replace", start_new_session=True, **options
     )
     what = {"command": command, "folder": str(Path.cwd()), "environment": environment}
     assert process.stdin is not None
