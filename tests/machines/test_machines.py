@@ -154,8 +154,19 @@ def test_a_hostfile_starts_and_ends_all_machines(hosts: Hosts, shared: Path) -> 
     alpha, beta = hosts
     (shared / "hostfile").write_text("alpha slots=1\n# a comment\nbeta slots=4\n")
     prompt = """it's "quoted", $HOME `id` \\ * ; & | 'ü'"""
-    command = ["./launch.sh", *RECIPE, "--hostfile", shared / "hostfile", "--include", "alpha@beta:0", *STEPS]
-    command += ["--rank_timeout", SILENCE / 60, "--save_every", 10, "--env", "WORDS=two  words", "--prompt", prompt]
+    command = ["./launch.sh", *RECIPE, "--hostfile", shared / "hostfile", "--include", "alpha@beta:0"]
+    command += [
+        "--max_steps",
+        100_000,
+        "--rank_timeout",
+        SILENCE / 60,
+        "--save_every",
+        10,
+        "--env",
+        "WORDS=two  words",
+        "--prompt",
+        prompt,
+    ]
     run = shared / "a run"
     first = [beta.start(*command, "--run_dir", run)]
     wait_for(run, 12, first)
