@@ -32,7 +32,7 @@ import psutil
 
 from lib.errors import FAULT, INTERRUPTED, MISTAKE, ROOT, STOPPED, UserError, display_path
 from lib.launch.facts import differences
-from lib.launch.supervise import silence_of
+from lib.launch.supervise import SIGNALS, silence_of
 from lib.launch.team import least_of, options_of, split_address
 
 SSH = ["ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=15"]
@@ -275,7 +275,7 @@ def train(
                 assert process.stdin is not None
                 os.write(process.stdin.fileno(), f"{int(number)}\n".encode())  # at once, or a signal might meet half
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+    for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, pass_on)
     for node, host in enumerate(hosts):

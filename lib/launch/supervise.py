@@ -32,7 +32,7 @@ from typing import IO, Any
 import psutil
 import yaml
 
-from lib.errors import FAULT, INTERRUPTED, MISTAKE, ROOT, STOPPED, UserError, from_home, new_folder
+from lib.errors import FAULT, MISTAKE, ROOT, STOPPED, UserError, from_home, new_folder
 from lib.launch import start_ranks, words
 from lib.launch.facts import PATHS
 from lib.launch.meeting import Left, Lost
@@ -44,6 +44,7 @@ from lib.settings.run_settings import RunSettings
 START_RANKS = [sys.executable, "-P", "-m", "lib.launch.start_ranks"]
 UNKILLABLE_SECONDS = 60  # a process that still exists so long after SIGKILL is given up
 FALSE = ("0", "off", "f", "false", "n", "no")  # the words that a recipe's setting reads as false
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # that stop a run
 stop_signals: list[tuple[int, float]] = []  # (number, time.monotonic()) of each signal that came
 
 
@@ -90,9 +91,7 @@ def run_once(command: list[str], output: IO[Any] | None = None, ended: Callable[
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL if is_second else signal.SIGTERM)
 
-    before = {
-        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-    }
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:  # nohup ignores SIGHUP, and so does its child
             signal.signal(number, pass_on)
@@ -226,12 +225,12 @@ def obey_stdin(silence: float) -> None:
 
 
 def leave(number: int, _: Any) -> None:
-    """A signal before there are ranks, which would go on to them."""
+    """At a signal while there are no ranks, to which it would go on: before they start, or between two starts."""
     sys.exit(128 + number)
 
 
 def main() -> int:
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+    for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, leave)
     by_hand = "SIGNALS_BY_STDIN" not in os.environ
@@ -254,8 +253,6 @@ def main() -> int:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return MISTAKE
-    except KeyboardInterrupt:  # while it waits for other machines
-        return INTERRUPTED
     finally:
         if named and run_dir is not None:
             with contextlib.suppress(OSError):  # the folder is empty only if the run never began
