@@ -13,6 +13,7 @@ This process passes signals on. When it ends, so do the others, which notice the
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -161,20 +162,31 @@ def look_at(host: str, environment: dict[str, str]) -> dict[str, Any]:
 
 def preflight(
     hosts: dict[str, list[int]], environment: dict[str, str], locks: bool = False
-) -> dict[str, dict[str, Any]]:
-    """Look at all hosts side by side: {host: what it is}. Raises UserError with all faults, a line each.
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Look at all hosts side by side: {host: what it is} of those that can take part, and a line on each other one.
 
-    locks: whether what a killed compilation has left is a fault, which only some runs would wait for.
+    locks: whether what a killed compilation has left is a fault, which only some runs would wait for. Raises UserError
+    with all faults, a line each, where those that can take part have some.
     """
     with ThreadPoolExecutor(len(hosts)) as pool:
         found = dict(zip(hosts, pool.map(lambda host: look_at(host, environment), hosts), strict=True))
-    faults = [what["fault"] for what in found.values() if what["fault"]]
-    seen = {host: what for host, what in found.items() if "facts" in what}
+    absent = [what["fault"] for what in found.values() if "facts" not in what]
+    seen: dict[str, dict[str, Any]] = {}
+    machines: dict[tuple[str, str | None], str] = {}
+    for host, what in found.items():
+        if "facts" in what:
+            # Cloned machines may have one name, and containers of one machine one boot.
+            same = machines.setdefault((what["name"], what["boot"]), host)
+            if same == host:
+                seen[host] = what
+            else:
+                remedy = "give it one line in the hostfile"
+                absent.append(f"{same} and {host} are the same machine, {what['name']}: {remedy}")
+    faults = [what["fault"] for what in seen.values() if what["fault"]]
     if seen:
         first = next(iter(seen.values()))["clock"]
         nodes = [{**what, "settings": [], "clock": what["clock"] - first} for what in seen.values()]
         faults += differences(nodes, list(seen))
-    machines: dict[tuple[str, str | None], str] = {}
     for host, what in seen.items():
         if what["devices"] and max(hosts[host]) >= what["devices"]:
             faults.append(
@@ -183,13 +195,9 @@ def preflight(
             )
         if locks and what["lock"]:
             faults.append(f"{host}: {what['lock']}")
-        # Cloned machines may have one name, and containers of one machine one boot.
-        same = machines.setdefault((what["name"], what["boot"]), host)
-        if same != host:
-            faults.append(f"{same} and {host} are the same machine, {what['name']}: give it one line in the hostfile")
     if faults:
-        raise UserError("\n".join(faults))
-    return found
+        raise UserError("\n".join([*absent, *faults]))
+    return seen, absent
 
 
 def table(hosts: dict[str, list[int]], found: dict[str, dict[str, Any]]) -> str:
@@ -254,54 +262,60 @@ def train(
     least: so many hosts, the first one among them, may go on where the others have gone. silence: after so many seconds
     without a sign of this process the hosts end, and without one of a host it is given up.
     """
-    processes: dict[str, subprocess.Popen[str]] = {}
+    processes: list[subprocess.Popen[str]] = []
     shown: list[threading.Thread] = []
-
-    def begin(node: int, host: str) -> None:
-        here = [str(ROOT / "launch.sh"), *arguments, "--ranks", str(len(hosts[host]))]
-        here += ["--nodes", str(len(hosts)), "--node_rank", str(node), "--master", master]
-        own = environment | {"SIGNALS_BY_STDIN": "yes"}
-        if hosts[host] != list(range(len(hosts[host]))):
-            own["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, hosts[host]))
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if node else {}
-        processes[host] = start(host, here, own, silence, **pipes)
-        if node:
-            shown.append(threading.Thread(target=show, args=(host, processes[host]), daemon=True))
-            shown[-1].start()
-
-    def pass_on(number: int, _: Any = None) -> None:
-        for process in processes.values():
-            with contextlib.suppress(OSError):  # it has ended
-                assert process.stdin is not None
-                os.write(process.stdin.fileno(), f"{int(number)}\n".encode())  # at once, or a signal might meet half
-
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, pass_on)
-    for node, host in enumerate(hosts):
-        begin(node, host)
-    bad, since, told, sign = 0, 0.0, 0, time.monotonic()
-    while None in (codes := [process.poll() for process in processes.values()]):
-        if not bad and codes[0] is None and not enough_left(codes, least):
-            bad = next(code for code in codes if code and code != STOPPED)
-        # A host that has found a mistake, or could not begin, does not tell the others, who would wait for it. And the
-        # first one ends after all that it has not lost.
-        if not bad and codes[0] is None:
-            since = time.monotonic()
-        elif time.monotonic() - since > ALONE_SECONDS:
-            pass_on(signal.SIGTERM)
-            since, told = time.monotonic(), told + 1
-            for process in processes.values():
-                if codes[0] is not None and told > 1 and process.poll() is None:  # its ssh hears nothing of it
-                    os.killpg(process.pid, signal.SIGKILL)
-        if time.monotonic() - sign > silence / 4:
-            pass_on(0)
-            sign = time.monotonic()
+            signal.signal(number, lambda number, _: send(number, processes))
+    for node, (host, slots) in enumerate(hosts.items()):
+        here = [str(ROOT / "launch.sh"), *arguments, "--ranks", str(len(slots))]
+        here += ["--nodes", str(len(hosts)), "--node_rank", str(node), "--master", master]
+        own = environment | {"SIGNALS_BY_STDIN": "yes"}
+        if slots != list(range(len(slots))):
+            own["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, slots))
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if node else {}
+        processes.append(start(host, here, own, silence, **pipes))
+        if node:
+            shown.append(threading.Thread(target=show, args=(host, processes[-1]), daemon=True))
+            shown[-1].start()
+    threading.Thread(target=give_signs, args=(processes, silence / 4), daemon=True).start()
+    # The first host ends after all that it has not lost.
+    while (codes := [process.poll() for process in processes])[0] is None and enough_left(codes, least):
         time.sleep(0.1)
+    end(processes)
     for thread in shown:  # the last lines
         thread.join(5)
-    code = bad or next(iter(processes.values())).returncode
+    code = codes[0] if codes[0] is not None else next(code for code in codes if code and code != STOPPED)
     return code if 0 <= code < 255 else FAULT  # 255: ssh itself
+
+
+def send(number: int, processes: list[subprocess.Popen[str]]) -> None:
+    """Send a signal's number to the command on each host; 0 is a sign of life."""
+    for process in processes:
+        assert process.stdin is not None
+        with contextlib.suppress(OSError):  # it has ended
+            os.write(process.stdin.fileno(), f"{int(number)}\n".encode())  # at once, or a signal might meet half
+
+
+def give_signs(processes: list[subprocess.Popen[str]], every: float) -> None:
+    while True:
+        time.sleep(every)
+        send(0, processes)
+
+
+def end(processes: list[subprocess.Popen[str]]) -> None:
+    """Wait until all have ended, and tell those that do not: a host that has found a mistake, or could not begin, does
+    not tell the others, who would wait for it."""
+    for turn in itertools.count():
+        deadline = time.monotonic() + ALONE_SECONDS
+        while (running := [process for process in processes if process.poll() is None]) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if not running:
+            return
+        send(signal.SIGTERM, running)
+        if turn and processes[0] not in running:  # the ssh of these hears nothing of it
+            for process in running:
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def enough_left(codes: list[int | None], least: int) -> bool:
@@ -345,13 +359,18 @@ def main() -> int:
     is_check = what == "check"
     if is_check and arguments[1:]:
         raise UserError(f"check knows no {arguments[1]}; it looks at machines, not at a run's settings")
-    found = preflight(hosts, environment, locks=is_check)
+    found, absent = preflight(hosts, environment, locks=is_check)
+    if absent and (is_check or not found):
+        raise UserError("\n".join(absent))
     master = given.master or f"{address_of_first(found)}:{next(iter(found.values()))['port']}"
     if is_check:
         print(table(hosts, found))
         if len(hosts) > 1:
             print(measure(hosts, found, master, environment))
         return 0
+    if absent:  # then nothing starts, but the others say first what else is amiss
+        hosts, again, least = {host: hosts[host] for host in found}, [], len(found)
+        environment["ABSENT"] = json.dumps(absent)
     silence = silence_of(arguments[1:], str(ROOT / "recipes" / f"{what}.yaml"))
     return train(hosts, master, [*arguments, *again], environment, least, silence)
 

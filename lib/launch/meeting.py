@@ -75,17 +75,13 @@ class Lines:
 
 
 class Meeting:
-    """The supervisors of all nodes of one run. With one node, this one alone.
+    """The supervisors of all nodes of one run, once they have come together.
 
-    silence: seconds without a sign of another machine after which it is lost. least: so many nodes, node 0 among them,
-    are enough after RETURN_SECONDS. patience: for so many seconds node 0 is looked for. by_hand: whether the user
-    starts a command on each machine. Raises UserError where the nodes cannot come together, Lost where one stays away.
+    silence: seconds without a sign of another machine after which it is lost. by_hand: whether the user starts a
+    command on each machine.
     """
 
-    def __init__(
-        self, nodes: int, node: int, host: str, port: int, silence: float, least: int, patience: float = JOIN_SECONDS,
-        by_hand: bool = True,
-    ):  # fmt: skip
+    def __init__(self, nodes: int, node: int, silence: float, by_hand: bool):
         self.nodes, self.node, self.by_hand = nodes, node, by_hand
         self.members = list(range(nodes))  # the nodes that have come
         self.names = {node: platform.node()}  # {node: its host's name}
@@ -96,12 +92,18 @@ class Meeting:
         self._round = 0
         self.lines = Lines(silence)
         self.peers: dict[socket.socket, int] = {}  # on node 0 all others, on the others node 0
-        if nodes > 1:
-            deadline = time.monotonic() + JOIN_SECONDS
-            if node == 0:
-                _receive(self, port, deadline, least)
-            else:
-                _connect(self, host, port, deadline, patience)
+
+    def come_together(self, host: str, port: int, least: int, patience: float) -> None:
+        """Wait for the other nodes, at this port of node 0.
+
+        least: so many nodes, node 0 among them, are enough after RETURN_SECONDS. patience: for so many seconds node 0
+        is looked for. Raises UserError where the nodes do not fit together, Lost where one stays away.
+        """
+        deadline = time.monotonic() + JOIN_SECONDS
+        if self.node == 0:
+            _receive(self, port, deadline, least)
+        else:
+            _connect(self, host, port, deadline, patience)
         self.members = sorted(self.names)
 
     def tell(self, value: Any) -> None:

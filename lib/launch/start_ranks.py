@@ -28,6 +28,7 @@ from lib.errors import EXIT_SECONDS, FAULT, STOPPED
 
 OWN_WORDS_SECONDS = 1.0  # after a rank has failed, the other ranks may report it and end by themselves for so long
 GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL
+UNKILLABLE_SECONDS = 60  # a process that still exists so long after SIGKILL is given up
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -42,7 +42,6 @@ from lib.settings.run_settings import RunSettings
 
 # Takes the place of the word `deepspeed` in a command. launch.sh has put lib's folder on PYTHONPATH.
 START_RANKS = [sys.executable, "-P", "-m", "lib.launch.start_ranks"]
-UNKILLABLE_SECONDS = 60  # a process that still exists so long after SIGKILL is given up
 FALSE = ("0", "off", "f", "false", "n", "no")  # the words that a recipe's setting reads as false
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # that stop a run
 stop_signals: list[tuple[int, float]] = []  # (number, time.monotonic()) of each signal that came
@@ -114,7 +113,7 @@ def run_once(command: list[str], output: IO[Any] | None = None, ended: Callable[
     while ended is not None and launcher.poll() is None and not ended():
         time.sleep(0.05)
     status = 0 if ended is not None and ended() else launcher.wait()
-    deadline = time.monotonic() + UNKILLABLE_SECONDS
+    deadline = time.monotonic() + start_ranks.UNKILLABLE_SECONDS
     while remaining := session_of(launcher.pid):  # the launcher has ended, but other processes may still run
         for process in remaining:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -199,6 +198,7 @@ def team_of(machines: list[str], restarts: int, arguments: list[str], yaml_path:
     return Team(
         int(nodes), int(node), master, silence_of(arguments, yaml_path), least_of(least, int(nodes), restarts),
         (settings_of(arguments, yaml_path, *PATHS) or []), next(iter(mistakes), None), by_hand,
+        json.loads(os.environ.pop("ABSENT", "[]")),  # from lib/launch/hosts.py
     )  # fmt: skip
 
 

@@ -20,16 +20,18 @@ from typing import Any
 
 from lib.distributed import network
 from lib.distributed.compilation import check_compilation
-from lib.errors import FAULT, MISTAKE, STOPPED, UserError
+from lib.errors import EXIT_SECONDS, FAULT, MISTAKE, STOPPED, UserError
 from lib.launch.facts import differences, facts
 from lib.launch.meeting import JOIN_SECONDS, RETURN_SECONDS, Left, Lost, Meeting
+from lib.launch.start_ranks import GRACE_SECONDS, OWN_WORDS_SECONDS, UNKILLABLE_SECONDS
 
 REACH_SECONDS = 5
-# After another machine's ranks have failed, this one's may say so and end by themselves: start_ranks gives them 11 s.
-LAST_WORDS_SECONDS = 12
 START_SECONDS = 120  # within which hosts.py has started this command on all machines
+# After another machine's ranks have failed, start_ranks lets this one's say so and end by themselves.
+LAST_WORDS_SECONDS = OWN_WORDS_SECONDS + GRACE_SECONDS + 1
 GONE_SECONDS = 2  # the same after a machine has gone, of which nothing more can be heard
-END_SECONDS = 200  # within which another machine ends its ranks: exit functions, and processes that the kernel holds
+# Within which another machine ends its ranks: exit functions, and processes that the kernel holds.
+END_SECONDS = EXIT_SECONDS + 10 + GRACE_SECONDS + UNKILLABLE_SECONDS
 
 
 @dataclass(frozen=True)
@@ -48,16 +50,18 @@ class Team:
     silence: seconds without a sign of another machine after which it is lost. least: so many machines, the first one
     among them, are enough to start again; 0: all of them. paths: settings that may be files of each machine. mistake:
     a line on why this machine cannot take part (lib/launch/preflight.py), which is said to all. by_hand: whether a user
-    starts and ends each machine's command, and not lib/launch/hosts.py.
+    starts and ends each machine's command, and not lib/launch/hosts.py. absent: a line on each machine that this one
+    has found not to be there.
     """
 
     def __init__(
         self, nodes: int = 1, node: int = 0, master: str = "", silence: float = 600, least: int = 0,
         paths: Sequence[Any] = (), mistake: str | None = None, by_hand: bool = True,
+        absent: Sequence[str] = (),
     ):  # fmt: skip
         self.nodes, self.node, self.silence, self.least, self.paths = nodes, node, silence, least or nodes, paths
         self.host, self.port = split_address(master) if nodes > 1 else ("", 0)
-        self.mistake, self.by_hand = mistake, by_hand
+        self.mistake, self.by_hand, self.absent = mistake, by_hand, absent
         self.meeting: Meeting | None = None
         self._others_failed_at: float | None = None
 
@@ -70,8 +74,10 @@ class Team:
         launched: what this machine's launcher was told (start_ranks.parse). Raises UserError with all faults that were
         found, a line each, Lost where a machine has gone, and Left where this one does not find back to the others.
         """
-        if self.mistake and (self.nodes == 1 or dry_run):
-            raise UserError(self.mistake)
+        if self.nodes == 1 or dry_run:
+            faults = [*self.absent, *([self.mistake] if self.mistake else [])]
+            if faults:
+                raise UserError("\n".join(faults))
         if self.nodes == 1:
             return Start(run_dir, began, restarts, ["--master_port", str(network.free_port())])
         if dry_run:
@@ -113,7 +119,7 @@ class Team:
             with ThreadPoolExecutor(64) as pool:
                 others = [each for each in zip(meeting.members, names, nodes, strict=True) if each[0] != self.node]
                 problems += pool.map(lambda other: _cannot_reach(here, *other[1:]), others)
-            faults = differences(nodes, list(map(meeting.name_of, meeting.members)))
+            faults = [*self.absent, *differences(nodes, list(map(meeting.name_of, meeting.members)))]
             faults += [problem for found in meeting.exchange(list(filter(None, problems))) for problem in found]
         if faults and self.node and not self.by_hand:  # node 0 has said them on the one console
             raise UserError(f"{len(faults)} of what {meeting.name_of(0)} says")
@@ -132,15 +138,15 @@ class Team:
             least = self.least
             if least < self.nodes or not self.by_hand:  # nobody else will start node 0 again
                 patience = RETURN_SECONDS + 15
+        meeting = Meeting(self.nodes, self.node, self.silence, self.by_hand)
         try:
-            self.meeting = Meeting(
-                self.nodes, self.node, self.host, self.port, self.silence, least, patience, self.by_hand
-            )
+            meeting.come_together(self.host, self.port, least, patience)
         except (UserError, Lost) as error:
             if is_first:
                 raise
             raise (Left if self.node and patience < JOIN_SECONDS else Lost)(str(error)) from None
-        return self.meeting
+        self.meeting = meeting
+        return meeting
 
     def others_failed(self) -> bool:
         """Whether the ranks of another machine have failed and those here have had the time to say so."""

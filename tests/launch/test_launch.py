@@ -121,6 +121,7 @@ def test_results_are_a_table_of_runs_that_are_not_run_twice() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_plain_launcher_trains_and_leaves_nothing_behind(tmp_path: Path) -> None:
     shared_memory = set(Path("/dev/shm").glob("deepspeed*"))  # other programs' files may be there already
     arguments = [

@@ -89,6 +89,14 @@ def test_whatever_happens_on_a_machine_happens_to_both(hosts: Hosts, shared: Pat
     assert alike(run, one_machine(2, shared / "1x2", *STEPS))
 
 
+# What Python runs first where this is on its path: another clock, which a host cannot have, and another Python.
+OTHER = """import platform, time
+now, time.time = time.time, lambda: now() + 100
+platform.python_version = "3.99".lower
+"""
+
+
+@pytest.mark.alone
 def test_machines_that_do_not_fit_together_start_nothing(hosts: Hosts) -> None:
     """All faults at once, on both consoles; no rank is started."""
     alpha, beta = hosts
@@ -100,6 +108,7 @@ def test_machines_that_do_not_fit_together_start_nothing(hosts: Hosts) -> None:
         "printf 'Metadata-Version: 2.1\\nName: torch\\nVersion: 9.9\\n' > /tmp/other/torch-9.9.dist-info/METADATA"
     )
     assert beta.run("sh", "-c", metadata).returncode == 0
+    assert beta.run("sh", "-c", f"echo '{OTHER}' > /tmp/other/sitecustomize.py").returncode == 0
     changed = ROOT / "lib" / "run" / "metrics.py"
     beta.run("sh", "-c", f"echo '# changed' > /tmp/changed.py; mount --bind /tmp/changed.py {changed}")
     both = [
@@ -114,14 +123,16 @@ def test_machines_that_do_not_fit_together_start_nothing(hosts: Hosts) -> None:
     assert codes == [2, 2] and time.monotonic() - started < 20
     for text in printed:
         faults = [line for line in text.splitlines() if line.startswith("error: ")]
-        assert len(faults) == 5, text
+        assert len(faults) == 7, text
         for fault, words in zip(
             sorted(faults),
             (
                 ["alpha cannot reach beta at 127.0.0.1", "GLOO_SOCKET_IFNAME is lo there; leave it out"],
                 ["beta does not see the folder of alpha's run, /tmp", "on a disk that all machines share"],
+                ["node 1 (beta) has Python 3.99, node 0 (alpha) has 3.", "install the same on all machines"],
                 ["node 1 (beta) has torch 9.9, node 0 (alpha) has 2.", "install the same on all machines"],
                 ["node 1 (beta) was started with", "--max_steps 3", "give the same settings"],
+                ["the clock of node 1 (beta) is 100 s ahead of that of node 0 (alpha)", "follow a time server"],
                 ["this code: node 1 (beta) has another content than node 0 (alpha)", "to the same commit"],
             ),
             strict=True,
@@ -187,6 +198,7 @@ def test_a_hostfile_starts_and_ends_all_machines(hosts: Hosts, shared: Path) -> 
     end(second, hosts, 10)
 
 
+@pytest.mark.alone
 def test_a_hostfile_is_checked_before_anything_starts(hosts: Hosts, shared: Path) -> None:
     alpha, beta = hosts
     files = {

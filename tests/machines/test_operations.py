@@ -124,6 +124,37 @@ def test_machines_that_are_left_go_on(hosts: Hosts, shared: Path, way: str) -> N
     assert "device   1 rank x CPU" in printed and alike(run, expected)
 
 
+@pytest.mark.slow
+@ONLY_ALL
+def test_a_machine_that_comes_back_in_time_takes_part_again(hosts: Hosts, shared: Path) -> None:
+    steps, run = ["--max_steps", "100"], shared / "run"
+    settings = [*steps, "--save_every", 10, "--restarts", 1, "--min_nodes", 1, "--run_dir", run, "--ranks", 1]
+    alpha, beta = start(hosts, *settings)
+    wait_for(run, 12, [alpha, beta])
+    os.kill(process_of(hosts[1], "lib.launch.supervise"), signal.SIGKILL)
+    assert beta.wait(20) == -signal.SIGKILL
+    own = ["--nodes", 2, "--node_rank", 1, "--master", "alpha:29500"]
+    again = hosts[1].start("./launch.sh", *RECIPE, *own, *settings)
+    codes, (printed, _) = end([alpha, again], hosts)
+    assert codes == [0, 0] and "restart  exit code" in printed and "going on without" not in printed, printed
+    assert alike(run, one_machine(2, shared / "1x2", *steps))
+
+
+@pytest.mark.slow
+@ONLY_ALL
+def test_a_batch_that_the_ranks_that_are_left_cannot_share_ends_the_run(hosts: Hosts, shared: Path) -> None:
+    run = shared / "run"
+    (shared / "hostfile").write_text("alpha slots=2\nbeta slots=1\n")
+    settings = ["--max_steps", 1000, "--save_every", 10, "--batch_size", 3, "--restarts", 1, "--min_nodes", 1]
+    command = ["./launch.sh", *RECIPE, "--hostfile", shared / "hostfile", "--run_dir", run, *settings]
+    both = [hosts[0].start(*command)]
+    wait_for(run, 12, both)
+    os.kill(process_of(hosts[1], "lib.launch.supervise"), signal.SIGKILL)
+    codes, (printed,) = end(both, hosts)
+    assert codes == [2] and "error: batch_size 3" in printed, printed
+
+
+@pytest.mark.alone
 def test_all_that_is_amiss_on_a_machine_is_said_at_once(hosts: Hosts, shared: Path) -> None:
     """Rows that a machine lacks, another model, a run folder that it may only read, a lock, devices that it lacks."""
     alpha, beta = hosts
@@ -168,8 +199,16 @@ def test_all_that_is_amiss_on_a_machine_is_said_at_once(hosts: Hosts, shared: Pa
     assert done.returncode == 2 and done.stderr.startswith(f"error: beta: {lock} was left by a compilation"), done
     beta.run("rm", lock)
 
+    (shared / "hostfile").write_text("alpha slots=1\nbeta slots=1\ngamma slots=1\n")
+    done = alpha.run("./launch.sh", *RECIPE, "--hostfile", shared / "hostfile", "--run_dir", "/tmp/run")
+    faults = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(faults) == 2 and "deepspeed.launcher" not in done.stdout, done
+    assert faults[0].startswith("error: ssh does not reach gamma (")
+    assert faults[1].startswith("error: beta does not see the folder of alpha's run, /tmp")
+
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_check_measures_the_network(hosts: Hosts, shared: Path) -> None:
     alpha, beta = hosts
     (shared / "hostfile").write_text("alpha slots=1\nbeta slots=2\n")

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +75,10 @@ class Slurm:
     def ask(self, *words: Any) -> str:
         return self.do(self.hosts[0], *words)
 
-    def submit(self, *settings: Any) -> None:
+    def submit(self, *settings: Any, limits: Iterable[str] = ()) -> None:
         self.job = self.ask(
-            "sbatch", "--parsable", "--nodes", 2, "--output", self.folder / "console", "docs/cluster/slurm.sbatch",
-            *settings,
+            "sbatch", "--parsable", "--nodes", 2, "--output", self.folder / "console", *limits,
+            "docs/cluster/slurm.sbatch", *settings,
         )  # fmt: skip
 
     def state(self) -> str:
@@ -100,8 +100,26 @@ def slurm(shared: Path) -> Iterator[Slurm]:
         yield Slurm(hosts, shared)
 
 
+many_minutes = pytest.mark.skipif(not ALL, reason="it waits for Slurm, which takes minutes")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not ALL, reason="it starts a run seven times, which takes minutes")
+@many_minutes
+def test_before_the_time_limit_a_job_is_saved_and_requeued(slurm: Slurm, shared: Path) -> None:
+    run = shared / "run"
+    settings = [*RECIPE, "--max_steps", 100_000, "--ranks", 1, "--run_dir", run, "--resume"]
+    slurm.submit(*settings, limits=["--time=3", "--signal=B:USR1@60"])
+    wait(lambda: steps_of(run) >= 5, said=slurm.said)
+    wait(lambda: slurm.state() == "RUNNING, restarts 1", 200, slurm.said)
+    at = steps_of(run)
+    assert "--resume goes on" in slurm.said() and "TIME LIMIT" not in slurm.said()
+    wait(lambda: steps_of(run) >= at + 5, said=slurm.said)
+    slurm.ask("scancel", slurm.job)
+    wait(lambda: not any(ranks_on(slurm.hosts)), said=slurm.said)
+
+
+@pytest.mark.slow
+@many_minutes
 def test_slurm_starts_stops_and_requeues(slurm: Slurm, shared: Path) -> None:
     hosts, run = slurm.hosts, shared / "run"
     settings = [*RECIPE, *STEPS, "--ranks", 1, "--save_every", 10, "--rank_timeout", 0.2, "--run_dir", run, "--resume"]
