@@ -17,14 +17,16 @@ import importlib
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))  # after PYTHONPATH, which may name another checkout
@@ -57,15 +59,23 @@ def prepare_here(folder: Path, vocab_size: int) -> None:
 
     ranks.init(timeout_minutes=10)
     tokenizer = scratch.train_tokenizer(load_sample("sotu")["train"]["text"], vocab_size, scratch.END_OF_TEXT)
+    own = [0.0]  # MiB of this process, without the files that it maps: the kernel takes those back when it needs room
+
+    def watch() -> None:
+        while True:
+            memory = psutil.Process().memory_info()
+            own.append((memory.rss - memory.shared) / 2**20)
+            time.sleep(0.2)
+
+    threading.Thread(target=watch, daemon=True).start()
     started = time.monotonic()
     splits = load_rows(str(folder), None, text={"text": "text"})
     read = time.monotonic()
     tokens = sum(map(len, token_streams(splits, tokenizer).values()))
     ended = time.monotonic()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     print(
         f"rows {read - started:.1f} s, tokens {ended - read:.1f} s, {tokens:,} tokens, "
-        f"{tokens / (ended - started):,.0f} tokens/s in all, peak {peak:,.0f} MiB, {splits.fingerprint}",
+        f"{tokens / (ended - started):,.0f} tokens/s in all, peak {max(own):,.0f} MiB, {splits.fingerprint}",
         flush=True,
     )
 
