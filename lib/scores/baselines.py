@@ -171,15 +171,16 @@ def gensim_word2vec(
     epochs: int,
     sample: float,
     seed: int,
+    workers: int = 1,
 ) -> tuple[list[str], np.ndarray, float]:
     """(words, vectors, words_per_second) of gensim's skip-gram with negative sampling (Mikolov et al., 2013), in C.
 
     words: those that occur at least min_count times, the most frequent first; vectors: [words, dims] float32.
     words_per_second: all words of the documents, rare and subsampled ones too, times epochs, over the seconds of
     training; building the vocabulary is not timed.
-    sample: the frequency above which words are subsampled. All else is gensim's default: a learning rate from 0.025
-    down to 0.0001, a random part of the window, noise by counts to the power of 0.75. There is one worker, because more
-    would give other vectors every time.
+    sample: the frequency above which words are subsampled. workers: threads; more than one give other vectors every
+    time. All else is gensim's default: a learning rate from 0.025 down to 0.0001, a random part of the window, noise by
+    counts to the power of 0.75.
     """
     from gensim.models import Word2Vec
     from gensim.models.word2vec import MAX_WORDS_IN_BATCH
@@ -202,7 +203,7 @@ def gensim_word2vec(
         epochs=epochs,
         sample=share,
         seed=seed,
-        workers=1,
+        workers=workers,
     )
     model.build_vocab(pieces)
     start = time.perf_counter()
