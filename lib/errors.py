@@ -15,6 +15,7 @@ MISTAKE = 2  # a UserError: another start would fail in the same way
 INTERRUPTED = 128 + 2  # by Ctrl-C, before there was anything to save
 FAULT = 1  # a lost rank, or a bug: another start may succeed
 EXIT_SECONDS = 120  # how long exit functions may take; monitors end their uploads in them
+UNKILLABLE_SECONDS = 60  # a process that still exists so long after SIGKILL is given up
 
 
 class UserError(Exception):

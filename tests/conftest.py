@@ -74,8 +74,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
-    """While a test marked `alone` runs, no other process of pytest runs one."""
-    with Path(__file__).open() as lock:
+    """While a test marked `alone` runs, the other processes of this pytest run none."""
+    if "PYTEST_XDIST_TESTRUNUID" not in os.environ:  # this is the only one
+        return (yield)
+    with Path(tempfile.gettempdir(), f"pytest-{os.environ['PYTEST_XDIST_TESTRUNUID']}").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
         return (yield)
 
@@ -86,8 +88,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: Any) -> None:
-    MEASURED.extend(node.workeroutput["measured"])
+def pytest_testnodedown(node: Any, error: object) -> None:
+    if not error:  # else it has ended too early to say something
+        MEASURED.extend(node.workeroutput["measured"])
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -243,14 +243,14 @@ def measure(
 
 
 def address_of_first(found: dict[str, dict[str, Any]]) -> str:
-    """How the other hosts reach the first one: a name of the hostfile may be known to this machine's ssh alone.
+    """HOST:PORT of the first host, for the others: a name of the hostfile may be known to this machine's ssh alone.
 
     found: what preflight has found. It is the address that ssh has reached; where the first host is this machine, the
     one from which ssh has reached another.
     """
     (host, first), *others = found.items()
     known = [first["address"], *(other["other_end"] for _, other in others)]
-    return next((str(address) for address in known if address), host)
+    return f"{next((address for address in known if address), host)}:{first['port']}"
 
 
 def train(
@@ -278,8 +278,8 @@ def train(
         if node:
             shown.append(threading.Thread(target=show, args=(host, processes[-1]), daemon=True))
             shown[-1].start()
-    threading.Thread(target=give_signs, args=(processes, silence / 4), daemon=True).start()
-    # The first host ends after all that it has not lost.
+    threading.Thread(target=give_signs, args=(processes, max(0.1, silence / 4)), daemon=True).start()
+    # Until the first host has ended, which does so after all that it has not lost, or too few are left.
     while (codes := [process.poll() for process in processes])[0] is None and enough_left(codes, least):
         time.sleep(0.1)
     end(processes)
@@ -356,23 +356,31 @@ def main() -> int:
     what = arguments[0].removeprefix("recipes/").removesuffix(".py") if arguments else ""
     if what != "check" and not (ROOT / "recipes" / f"{what}.py").is_file():
         raise UserError(f"--hostfile is for recipes, which come first, and for check; {what or 'nothing'} is neither")
-    is_check = what == "check"
-    if is_check and arguments[1:]:
+    if what == "check" and arguments[1:]:
         raise UserError(f"check knows no {arguments[1]}; it looks at machines, not at a run's settings")
-    found, absent = preflight(hosts, environment, locks=is_check)
-    if absent and (is_check or not found):
+    if what == "check":
+        return check(hosts, environment, given.master)
+    found, absent = preflight(hosts, environment)
+    if not found:
         raise UserError("\n".join(absent))
-    master = given.master or f"{address_of_first(found)}:{next(iter(found.values()))['port']}"
-    if is_check:
-        print(table(hosts, found))
-        if len(hosts) > 1:
-            print(measure(hosts, found, master, environment))
-        return 0
-    if absent:  # then nothing starts, but the others say first what else is amiss
-        hosts, again, least = {host: hosts[host] for host in found}, [], len(found)
-        environment["ABSENT"] = json.dumps(absent)
+    master, options = given.master, [*arguments, *again]
+    for line in absent:  # then nothing trains, but the others say what else is amiss
+        print(f"error: {line}", file=sys.stderr)
+        environment["ONLY_CHECK"], master, options, least = "yes", None, arguments, len(found)
     silence = silence_of(arguments[1:], str(ROOT / "recipes" / f"{what}.yaml"))
-    return train(hosts, master, [*arguments, *again], environment, least, silence)
+    slots = {host: hosts[host] for host in found}
+    code = train(slots, master or address_of_first(found), options, environment, least, silence)
+    return MISTAKE if absent else code
+
+
+def check(hosts: dict[str, list[int]], environment: dict[str, str], master: str | None) -> int:
+    found, absent = preflight(hosts, environment, locks=True)
+    if absent:
+        raise UserError("\n".join(absent))
+    print(table(hosts, found))
+    if len(hosts) > 1:
+        print(measure(hosts, found, master or address_of_first(found), environment))
+    return 0
 
 
 if __name__ == "__main__":

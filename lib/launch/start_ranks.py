@@ -28,7 +28,7 @@ from lib.errors import EXIT_SECONDS, FAULT, STOPPED
 
 OWN_WORDS_SECONDS = 1.0  # after a rank has failed, the other ranks may report it and end by themselves for so long
 GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL
-UNKILLABLE_SECONDS = 60  # a process that still exists so long after SIGKILL is given up
+LAST_UPLOAD_SECONDS = EXIT_SECONDS + 10  # after a stop that was asked for: rank 0's monitor may still be uploading
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -98,8 +98,7 @@ def main() -> int:
         time.sleep(0.05)
     failed = next(filter(None, codes), 0)
     if failed:
-        # After a stop that was asked for, rank 0's monitor may still be uploading.
-        wait(ranks, EXIT_SECONDS + 10 if failed == STOPPED else OWN_WORDS_SECONDS)
+        wait(ranks, LAST_UPLOAD_SECONDS if failed == STOPPED else OWN_WORDS_SECONDS)
         end(ranks)
     return failed
 

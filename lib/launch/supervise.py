@@ -32,7 +32,7 @@ from typing import IO, Any
 import psutil
 import yaml
 
-from lib.errors import FAULT, MISTAKE, ROOT, STOPPED, UserError, from_home, new_folder
+from lib.errors import FAULT, MISTAKE, ROOT, STOPPED, UNKILLABLE_SECONDS, UserError, from_home, new_folder
 from lib.launch import start_ranks, words
 from lib.launch.facts import PATHS
 from lib.launch.meeting import Left, Lost
@@ -113,7 +113,7 @@ def run_once(command: list[str], output: IO[Any] | None = None, ended: Callable[
     while ended is not None and launcher.poll() is None and not ended():
         time.sleep(0.05)
     status = 0 if ended is not None and ended() else launcher.wait()
-    deadline = time.monotonic() + start_ranks.UNKILLABLE_SECONDS
+    deadline = time.monotonic() + UNKILLABLE_SECONDS
     while remaining := session_of(launcher.pid):  # the launcher has ended, but other processes may still run
         for process in remaining:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -198,7 +198,7 @@ def team_of(machines: list[str], restarts: int, arguments: list[str], yaml_path:
     return Team(
         int(nodes), int(node), master, silence_of(arguments, yaml_path), least_of(least, int(nodes), restarts),
         (settings_of(arguments, yaml_path, *PATHS) or []), next(iter(mistakes), None), by_hand,
-        json.loads(os.environ.pop("ABSENT", "[]")),  # from lib/launch/hosts.py
+        not by_hand and "ONLY_CHECK" in os.environ,
     )  # fmt: skip
 
 

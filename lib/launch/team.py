@@ -20,10 +20,10 @@ from typing import Any
 
 from lib.distributed import network
 from lib.distributed.compilation import check_compilation
-from lib.errors import EXIT_SECONDS, FAULT, MISTAKE, STOPPED, UserError
+from lib.errors import FAULT, MISTAKE, STOPPED, UNKILLABLE_SECONDS, UserError
 from lib.launch.facts import differences, facts
 from lib.launch.meeting import JOIN_SECONDS, RETURN_SECONDS, Left, Lost, Meeting
-from lib.launch.start_ranks import GRACE_SECONDS, OWN_WORDS_SECONDS, UNKILLABLE_SECONDS
+from lib.launch.start_ranks import GRACE_SECONDS, LAST_UPLOAD_SECONDS, OWN_WORDS_SECONDS
 
 REACH_SECONDS = 5
 START_SECONDS = 120  # within which hosts.py has started this command on all machines
@@ -31,7 +31,7 @@ START_SECONDS = 120  # within which hosts.py has started this command on all mac
 LAST_WORDS_SECONDS = OWN_WORDS_SECONDS + GRACE_SECONDS + 1
 GONE_SECONDS = 2  # the same after a machine has gone, of which nothing more can be heard
 # Within which another machine ends its ranks: exit functions, and processes that the kernel holds.
-END_SECONDS = EXIT_SECONDS + 10 + GRACE_SECONDS + UNKILLABLE_SECONDS
+END_SECONDS = LAST_UPLOAD_SECONDS + GRACE_SECONDS + UNKILLABLE_SECONDS
 
 
 @dataclass(frozen=True)
@@ -50,18 +50,18 @@ class Team:
     silence: seconds without a sign of another machine after which it is lost. least: so many machines, the first one
     among them, are enough to start again; 0: all of them. paths: settings that may be files of each machine. mistake:
     a line on why this machine cannot take part (lib/launch/preflight.py), which is said to all. by_hand: whether a user
-    starts and ends each machine's command, and not lib/launch/hosts.py. absent: a line on each machine that this one
-    has found not to be there.
+    starts and ends each machine's command, and not lib/launch/hosts.py. only_check: nothing is to be started, as a
+    machine is absent of which lib/launch/hosts.py has said so.
     """
 
     def __init__(
         self, nodes: int = 1, node: int = 0, master: str = "", silence: float = 600, least: int = 0,
         paths: Sequence[Any] = (), mistake: str | None = None, by_hand: bool = True,
-        absent: Sequence[str] = (),
+        only_check: bool = False,
     ):  # fmt: skip
         self.nodes, self.node, self.silence, self.least, self.paths = nodes, node, silence, least or nodes, paths
         self.host, self.port = split_address(master) if nodes > 1 else ("", 0)
-        self.mistake, self.by_hand, self.absent = mistake, by_hand, absent
+        self.mistake, self.by_hand, self.only_check = mistake, by_hand, only_check
         self.meeting: Meeting | None = None
         self._others_failed_at: float | None = None
 
@@ -74,10 +74,10 @@ class Team:
         launched: what this machine's launcher was told (start_ranks.parse). Raises UserError with all faults that were
         found, a line each, Lost where a machine has gone, and Left where this one does not find back to the others.
         """
-        if self.nodes == 1 or dry_run:
-            faults = [*self.absent, *([self.mistake] if self.mistake else [])]
-            if faults:
-                raise UserError("\n".join(faults))
+        if self.mistake and (self.nodes == 1 or dry_run):
+            raise UserError(self.mistake)
+        if self.only_check and (self.nodes == 1 or dry_run):
+            raise UserError("")  # there is nothing to add
         if self.nodes == 1:
             return Start(run_dir, began, restarts, ["--master_port", str(network.free_port())])
         if dry_run:
@@ -119,11 +119,11 @@ class Team:
             with ThreadPoolExecutor(64) as pool:
                 others = [each for each in zip(meeting.members, names, nodes, strict=True) if each[0] != self.node]
                 problems += pool.map(lambda other: _cannot_reach(here, *other[1:]), others)
-            faults = [*self.absent, *differences(nodes, list(map(meeting.name_of, meeting.members)))]
+            faults = differences(nodes, list(map(meeting.name_of, meeting.members)))
             faults += [problem for found in meeting.exchange(list(filter(None, problems))) for problem in found]
         if faults and self.node and not self.by_hand:  # node 0 has said them on the one console
             raise UserError(f"{len(faults)} of what {meeting.name_of(0)} says")
-        if faults:
+        if faults or self.only_check:
             raise UserError("\n".join(faults))
         return nodes
 

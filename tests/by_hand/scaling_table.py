@@ -27,9 +27,9 @@ from lib.run import checkpoint_files
 RANKS = (8, 64, 256, 1024)
 RANKS_A_MACHINE = 8
 # Of one of the messages that follow one another, with its sending, receiving and Python: what 2 processes that have a
-# core each need for all of them, by their number. The least of eight runs of benchmark_agreement.py, for other work can
+# core each need for all of them, by their number. The least of nine runs of benchmark_agreement.py, for other work can
 # only add; 2026-11-28, 2 CPU cores
-MESSAGE_SECONDS, RING_SECONDS = 133e-6 / 1, 495e-6 / 2
+MESSAGE_SECONDS, RING_SECONDS = 129e-6 / 1, 233e-6 / 2
 NETWORK_SECONDS = (20e-6, 50e-6)  # what a network between machines adds to it: datacenter Ethernet, TCP
 PERSISTENCE = 100_000  # elements; DeepSpeed's default of stage3_param_persistence_threshold
 Piece = list[str | int]  # [parameter, first element, elements]

@@ -260,6 +260,7 @@ def test_a_killed_launcher_is_no_success_and_leaves_no_rank(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_silent_rank_ends_the_run(tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start(run, "--max_steps", 100000, "--rank_timeout", 0.1, "--stage", 3, steps=5)

@@ -199,12 +199,16 @@ def test_all_that_is_amiss_on_a_machine_is_said_at_once(hosts: Hosts, shared: Pa
     assert done.returncode == 2 and done.stderr.startswith(f"error: beta: {lock} was left by a compilation"), done
     beta.run("rm", lock)
 
-    (shared / "hostfile").write_text("alpha slots=1\nbeta slots=1\ngamma slots=1\n")
-    done = alpha.run("./launch.sh", *RECIPE, "--hostfile", shared / "hostfile", "--run_dir", "/tmp/run")
+    (shared / "hostfile").write_text("gamma slots=1\nalpha slots=1\nbeta slots=1\n")
+    command = ["./launch.sh", *RECIPE, "--hostfile", shared / "hostfile", "--master", "gamma:29500"]
+    done = alpha.run(*command, "--run_dir", "/tmp/run")
     faults = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and len(faults) == 2 and "deepspeed.launcher" not in done.stdout, done
     assert faults[0].startswith("error: ssh does not reach gamma (")
     assert faults[1].startswith("error: beta does not see the folder of alpha's run, /tmp")
+    done = alpha.run(*command, "--run_dir", shared / "run")
+    assert done.returncode == 2 and done.stderr.startswith("error: ssh does not reach gamma ("), done
+    assert not (shared / "run").exists() and len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ from lib.compare.results import Results
 from lib.distributed import ranks, waits
 from lib.distributed.export import export
 from lib.errors import Stopped, UserError
-from lib.launch import start_ranks, supervise
+from lib.launch import supervise
 from lib.run import checkpoint_files, checkpoint_writing, cli, console
 from lib.run import folder as folder_module
 from lib.run.checkpoint_files import folder_of
@@ -967,7 +967,7 @@ def test_the_supervisor_reads_resume_as_the_recipe_does(answer: str) -> None:
 def test_a_process_that_cannot_be_killed_is_left_with_a_word(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(start_ranks, "UNKILLABLE_SECONDS", 0.1)
+    monkeypatch.setattr(supervise, "UNKILLABLE_SECONDS", 0.1)
     monkeypatch.setattr(supervise, "session_of", lambda _: [SimpleNamespace(pid=123, kill=lambda: None)])
     assert supervise.run_once(["true"]) == 0
     assert "process 123 was killed and does not end" in capfd.readouterr().err
