@@ -149,7 +149,7 @@ run_tests() {
   "$bin/ruff" format --check .
   "$bin/mypy"
   "$bin/shellcheck" launch.sh .ci/run docs/story.sh docs/cluster/slurm.sbatch
-  "$python" -m pytest --numprocesses 2 --dist loadgroup "$@" # one process would leave a third of 2 cores unused
+  "$python" -m pytest "$@"
 }
 
 main() {

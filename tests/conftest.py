@@ -1,6 +1,5 @@
 """What the tests share: the recipes found in the tree, and real launches."""
 
-import fcntl
 import importlib
 import json
 import multiprocessing.connection
@@ -14,7 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +42,7 @@ SCRIPTS = Path(sys.executable).parent
 MEASURED: list[str] = []  # figures that tests found, shown at the end
 
 
-# Seconds on 2 cores, beside the tests of another process. test_exports.py and test_recipes.py share runs, which the
-# first of them starts.
+# Seconds on 2 otherwise idle cores. test_exports.py and test_recipes.py share runs, which the first of them starts.
 BUDGETS = {
     "test_exports.py": 360,
     "test_recipes.py": 360,
@@ -62,35 +60,6 @@ BUDGETS = {
 }
 BUDGET = 30  # seconds of each other file
 SECONDS: dict[str, float] = {}  # {file: seconds of its tests}
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests share a process of pytest, and the runs of its fixtures."""
-    for item in items:
-        together = "contract" if item.path.name in ("test_exports.py", "test_recipes.py") else item.path.name
-        item.add_marker(pytest.mark.xdist_group(together))
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
-    """While a test marked `alone` runs, the other processes of this pytest run none."""
-    if "PYTEST_XDIST_TESTRUNUID" not in os.environ:  # this is the only one
-        return (yield)
-    with Path(tempfile.gettempdir(), f"pytest-{os.environ['PYTEST_XDIST_TESTRUNUID']}").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
-        return (yield)
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["measured"] = MEASURED
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: Any, error: object) -> None:
-    if not error:  # else it has ended too early to say something
-        MEASURED.extend(node.workeroutput["measured"])
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -162,7 +162,6 @@ def ranks_of(measured: Path, name: str, ranks: int) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks, config, preset, accumulation, precision", EVERY_CASE)
-@pytest.mark.alone
 def test_states_and_traffic_are_what_theory_says(
     measured: Path, ranks: int, config: str, preset: str, accumulation: int, precision: str
 ) -> None:
@@ -188,7 +187,6 @@ def test_states_and_traffic_are_what_theory_says(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", WITH_ADAPTER)
-@pytest.mark.alone
 def test_frozen_weights_cost_neither_gradients_nor_optimizer_states(measured: Path, config: str) -> None:
     """Of a model like SmolLM2 with an adapter, in bf16: 2 bytes of gradients and 12 of states for what is trained."""
     ds_config = json.loads((measured / f"{config}_paper_2_bf16-2.json").read_text())
@@ -250,7 +248,6 @@ def test_of_what_ranks_share_too(sharing: tuple[Path, int]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.alone
 def test_time_and_operations_are_counted(measured: Path) -> None:
     fast, slow = (ranks_of(measured, f"{name}_default_1_fp32", 1)[0] for name in ("zero0", "slow"))
     for phase, seconds in SLOW.items():

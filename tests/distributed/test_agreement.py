@@ -10,7 +10,6 @@ from conftest import run_ranks
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 5])
-@pytest.mark.alone
 def test_all_ranks_agree_or_notice_who_is_silent(tmp_path: Path, world_size: int) -> None:
     run_ranks(world_size, "agreement_worker", tmp_path)
     found = [json.loads(file.read_text()) for file in tmp_path.glob("*.json")]

@@ -223,7 +223,6 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.alone
 def test_a_mistake_is_one_line_and_said_at_once(damaged: Path) -> None:
     for arguments, words in MISTAKES:
         started = time.monotonic()

@@ -137,7 +137,6 @@ def test_ctrl_c_leaves_whole_lines(model: str, tmp_path: Path) -> None:
     assert f"stopped: {len(written)} of 400 rows" in err
 
 
-@pytest.mark.alone
 def test_a_mistake_is_found_before_the_model_is_loaded(model: str, tmp_path: Path) -> None:
     def run(rows: list[Any], *more: Any) -> None:
         questions = write_rows(tmp_path / "rows.jsonl", rows)

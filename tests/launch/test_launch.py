@@ -121,7 +121,6 @@ def test_results_are_a_table_of_runs_that_are_not_run_twice() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.alone
 def test_the_plain_launcher_trains_and_leaves_nothing_behind(tmp_path: Path) -> None:
     shared_memory = set(Path("/dev/shm").glob("deepspeed*"))  # other programs' files may be there already
     arguments = [
@@ -260,7 +259,6 @@ def test_a_killed_launcher_is_no_success_and_leaves_no_rank(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.alone
 def test_a_silent_rank_ends_the_run(tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start(run, "--max_steps", 100000, "--rank_timeout", 0.1, "--stage", 3, steps=5)

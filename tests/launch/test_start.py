@@ -346,7 +346,6 @@ def spoken(what: Callable[[Any], object], phase: Any = None) -> list[str]:
     return console.getvalue().splitlines()
 
 
-@pytest.mark.alone
 def test_what_takes_long_says_what_it_is_and_how_long_it_will_take(short_silence: None) -> None:
     def work(_: Signs) -> None:
         with progress("outer"), progress("evaluating", total=1000) as advance:
@@ -362,7 +361,6 @@ def test_what_takes_long_says_what_it_is_and_how_long_it_will_take(short_silence
 
 
 @pytest.mark.slow
-@pytest.mark.alone
 def test_what_is_fast_says_nothing_and_a_phase_speaks_for_what_has_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signs, "SILENCE", 0.4)
 

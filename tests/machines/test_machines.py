@@ -96,7 +96,6 @@ platform.python_version = "3.99".lower
 """
 
 
-@pytest.mark.alone
 def test_machines_that_do_not_fit_together_start_nothing(hosts: Hosts) -> None:
     """All faults at once, on both consoles; no rank is started."""
     alpha, beta = hosts
@@ -198,7 +197,6 @@ def test_a_hostfile_starts_and_ends_all_machines(hosts: Hosts, shared: Path) -> 
     end(second, hosts, 10)
 
 
-@pytest.mark.alone
 def test_a_hostfile_is_checked_before_anything_starts(hosts: Hosts, shared: Path) -> None:
     alpha, beta = hosts
     files = {

@@ -154,7 +154,6 @@ def test_a_batch_that_the_ranks_that_are_left_cannot_share_ends_the_run(hosts: H
     assert codes == [2] and "error: batch_size 3" in printed, printed
 
 
-@pytest.mark.alone
 def test_all_that_is_amiss_on_a_machine_is_said_at_once(hosts: Hosts, shared: Path) -> None:
     """Rows that a machine lacks, another model, a run folder that it may only read, a lock, devices that it lacks."""
     alpha, beta = hosts
@@ -212,7 +211,6 @@ def test_all_that_is_amiss_on_a_machine_is_said_at_once(hosts: Hosts, shared: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.alone
 def test_check_measures_the_network(hosts: Hosts, shared: Path) -> None:
     alpha, beta = hosts
     (shared / "hostfile").write_text("alpha slots=1\nbeta slots=2\n")

@@ -10,7 +10,6 @@ from conftest import run_ranks
 
 
 @pytest.mark.slow
-@pytest.mark.alone
 def test_the_slow_rank_is_named_at_any_stage(tmp_path: Path) -> None:
     printed = run_ranks(2, "slow_worker", tmp_path, "2-1", "3-0")
     found = re.findall(r"^slowest  rank (\d) \((.*)\): others wait (\d+) % of a step for it", printed, re.MULTILINE)
