@@ -364,9 +364,10 @@ def main() -> int:
     if not found:
         raise UserError("\n".join(absent))
     master, options = given.master, [*arguments, *again]
-    for line in absent:  # then nothing trains, but the others say what else is amiss
-        print(f"error: {line}", file=sys.stderr)
-        environment["ONLY_CHECK"], master, options, least = "yes", None, arguments, len(found)
+    if absent:  # nothing trains then, but the others say what else is amiss
+        print(*(f"error: {line}" for line in absent), sep="\n", file=sys.stderr)
+        master, options, least = None, arguments, len(found)
+    environment["ONLY_CHECK"] = "yes" if absent else ""
     silence = silence_of(arguments[1:], str(ROOT / "recipes" / f"{what}.yaml"))
     slots = {host: hosts[host] for host in found}
     code = train(slots, master or address_of_first(found), options, environment, least, silence)

@@ -198,7 +198,7 @@ def team_of(machines: list[str], restarts: int, arguments: list[str], yaml_path:
     return Team(
         int(nodes), int(node), master, silence_of(arguments, yaml_path), least_of(least, int(nodes), restarts),
         (settings_of(arguments, yaml_path, *PATHS) or []), next(iter(mistakes), None), by_hand,
-        not by_hand and "ONLY_CHECK" in os.environ,
+        not by_hand and bool(os.environ.get("ONLY_CHECK")),
     )  # fmt: skip
 
 
