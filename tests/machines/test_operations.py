@@ -151,7 +151,7 @@ def test_a_batch_that_the_ranks_that_are_left_cannot_share_ends_the_run(hosts: H
     wait_for(run, 12, both)
     os.kill(process_of(hosts[1], "lib.launch.supervise"), signal.SIGKILL)
     codes, (printed,) = end(both, hosts)
-    assert codes == [2] and "error: batch_size 3" in printed, printed
+    assert codes == [2] and "batch_size 3 cannot be cut into 2 ranks" in printed, printed
 
 
 def test_all_that_is_amiss_on_a_machine_is_said_at_once(hosts: Hosts, shared: Path) -> None:
