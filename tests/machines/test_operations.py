@@ -155,7 +155,8 @@ def test_a_batch_that_the_ranks_that_are_left_cannot_share_ends_the_run(hosts: H
 
 
 def test_all_that_is_amiss_on_a_machine_is_said_at_once(hosts: Hosts, shared: Path) -> None:
-    """Rows that a machine lacks, another model, a run folder that it may only read, a lock, devices that it lacks."""
+    """Rows that a machine lacks, another model, a run folder that it may only read, a lock, devices that it lacks; and,
+    where a machine of the hostfile is not there, what is amiss on the others."""
     alpha, beta = hosts
     write(alpha, "/tmp/rows.jsonl", '{"text": "some words"}\n')
     for host, text in ((alpha, "{}"), (beta, "{ }")):

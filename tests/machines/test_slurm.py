@@ -100,26 +100,28 @@ def slurm(shared: Path) -> Iterator[Slurm]:
         yield Slurm(hosts, shared)
 
 
-many_minutes = pytest.mark.skipif(not ALL, reason="it waits for Slurm, which takes minutes")
+ONLY_ALL = pytest.mark.skipif(not ALL, reason="it waits for Slurm, which takes minutes")
 
 
 @pytest.mark.slow
-@many_minutes
+@ONLY_ALL
 def test_before_the_time_limit_a_job_is_saved_and_requeued(slurm: Slurm, shared: Path) -> None:
     run = shared / "run"
     settings = [*RECIPE, "--max_steps", 100_000, "--ranks", 1, "--run_dir", run, "--resume"]
     slurm.submit(*settings, limits=["--time=3", "--signal=B:USR1@60"])
     wait(lambda: steps_of(run) >= 5, said=slurm.said)
+    begun = b"".join((run / "metrics.jsonl").read_bytes().splitlines(keepends=True)[:5])
     wait(lambda: slurm.state() == "RUNNING, restarts 1", 200, slurm.said)
     at = steps_of(run)
     assert "--resume goes on" in slurm.said() and "TIME LIMIT" not in slurm.said()
     wait(lambda: steps_of(run) >= at + 5, said=slurm.said)
+    assert (run / "metrics.jsonl").read_bytes().startswith(begun)  # with the seconds of its steps: not begun anew
     slurm.ask("scancel", slurm.job)
     wait(lambda: not any(ranks_on(slurm.hosts)), said=slurm.said)
 
 
 @pytest.mark.slow
-@many_minutes
+@ONLY_ALL
 def test_slurm_starts_stops_and_requeues(slurm: Slurm, shared: Path) -> None:
     hosts, run = slurm.hosts, shared / "run"
     settings = [*RECIPE, *STEPS, "--ranks", 1, "--save_every", 10, "--rank_timeout", 0.2, "--run_dir", run, "--resume"]
